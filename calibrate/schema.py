@@ -1,0 +1,290 @@
+"""The run config: every key a user may set, and the only place where a default lives.
+
+Precedence: command line > `--set section.key=value` > YAML file > the defaults below.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from skip_softmax.strict_yaml import parse, read_mapping
+from skip_softmax.thresholds import DecodeGeometry, Phase, PrefillGeometry
+
+from calibrate.errors import UserError
+
+Task = Literal[
+    "needle_single",
+    "needle_multikey",
+    "needle_multivalue",
+    "needle_multiquery",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+    "text",
+    "file",
+    "hub",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which model, and how it is loaded."""
+
+    path: str
+    """Hub id, local folder, `.gguf` file, or `package://NAME/FILE` (a file inside an installed package)."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not with the model; same forms as `path`."""
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"
+    """`auto` (cuda if there is one, else cpu), `cpu`, `cuda`, `cuda:1`."""
+    trust_remote_code: bool = False
+
+
+class GeometryConfig(_Section):
+    """Tile geometry of the kernel that will serve; a thresholds file holds for this geometry only."""
+
+    prefill: PrefillGeometry = PrefillGeometry(tile_q=64, tile_kv=128)
+    decode: DecodeGeometry = DecodeGeometry(tile_kv=64)
+
+
+class Source(_Section):
+    """One source of prompts; sources share the prompts of a set in proportion to `weight`."""
+
+    task: Task
+    weight: float = Field(default=1.0, gt=0)
+    path: str | None = None
+    """`task: file`: JSONL, JSON, CSV or Parquet. `task: text`: a text file; unset: Python's own manual."""
+    dataset: str | None = None
+    """`task: hub`: dataset id."""
+    subset: str | None = None
+    split: str = "train"
+    prompt_field: str = "prompt"
+    answer_field: str | None = None
+    """Column with the reference answer; unset: the text continues itself."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_task(self) -> Source:
+        if self.task == "file" and self.path is None:
+            raise ValueError("`task: file` needs `path`, the JSONL, JSON, CSV or Parquet file")
+        if self.task == "hub" and self.dataset is None:
+            raise ValueError("`task: hub` needs `dataset`, the dataset's id")
+        return self
+
+
+class PromptsConfig(_Section):
+    """What the model is calibrated on. Calibration, search and held-out sets never share a prompt."""
+
+    sources: tuple[Source, ...] = (Source(task="needle_single"), Source(task="text"))
+    lengths: tuple[int, ...] = (1024, 2048)
+    """Prompt lengths [tokens]; each is one length bin of the statistics."""
+    decode_tokens: int = Field(default=32, ge=1)
+    """Longest teacher-forced continuation per prompt [tokens]; an answer may be shorter."""
+    calibration: int = Field(default=8, ge=1)
+    """Prompts whose tiles are counted."""
+    search: int = Field(default=4, ge=1)
+    """Prompts on which trials are scored."""
+    heldout: int = Field(default=12, ge=2)
+    """Prompts that only the validation sees."""
+
+    @model_validator(mode="after")
+    def _lengths_make_sense(self) -> PromptsConfig:
+        if not self.sources:
+            raise ValueError("`sources` must name at least one source of prompts")
+        if not self.lengths or min(self.lengths) < 16:
+            raise ValueError(f"every length must be at least 16 tokens, but got {list(self.lengths)}")
+        if len(set(self.lengths)) != len(self.lengths):
+            raise ValueError(f"lengths must differ from each other, but got {list(self.lengths)}")
+        return self
+
+
+class BudgetConfig(_Section):
+    """The largest loss the user accepts, against the model's own dense run."""
+
+    kl: float = Field(default=0.01, gt=0)
+    """Mean KL(dense || sparse) of the next-token distributions [nats/token]."""
+    score_drop: float | None = Field(default=2.0, gt=0, le=100)
+    """Drop of the share of reference tokens that the model ranks first [points]; null: not tested."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Both laws hold for the upper confidence bound, not the mean."""
+
+
+class TargetConfig(_Section):
+    """What is being optimised, and for which engine."""
+
+    engine: Literal["native"] = "native"
+    """The search space is the engine's: `native` may set every layer and phase."""
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    phase_weight: dict[Phase, float] = {"prefill": 1.0, "decode": 1.0}
+    """How much each phase's predicted attention time counts in the objective."""
+    min_kv_len: dict[Phase, int] = {"prefill": 512, "decode": 512}
+    """Shortest KV length that will use the thresholds [tokens]; shorter requests run dense."""
+
+    @model_validator(mode="after")
+    def _phases_make_sense(self) -> TargetConfig:
+        if not self.phases or len(set(self.phases)) != len(self.phases):
+            raise ValueError(f"`phases` must name each phase at most once, got {list(self.phases)}")
+        for phase in self.phases:
+            if self.phase_weight.get(phase, 0.0) <= 0:
+                raise ValueError(f"`phase_weight` needs a positive number for phase `{phase}`")
+            if self.min_kv_len.get(phase, 0) < 1:
+                raise ValueError(f"`min_kv_len` needs a positive number for phase `{phase}`")
+        return self
+
+
+class FitConfig(_Section):
+    """Curves `scale_factor = a * exp(b * sparsity)`, fitted in log space."""
+
+    min_r2: float = Field(default=0.8, ge=0, le=1)
+    """A model-wide curve below this R² is refused."""
+    sparsity_range: tuple[float, float] = (0.05, 0.95)
+    """Points outside this part of the reachable sparsity are saturated, and dropped."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> FitConfig:
+        low, high = self.sparsity_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"`0 <= low < high <= 1` must hold, but got [{low}, {high}]")
+        return self
+
+
+class SensitivityConfig(_Section):
+    """Loss as a function of each layer's scale factor, one layer at a time."""
+
+    prompts: int = Field(default=2, ge=1)
+    """How many of the search prompts are used."""
+    target_sparsity: tuple[float, ...] = (0.5,)
+    """Each layer is measured at the scale factors that reach these sparsities in it."""
+
+    @model_validator(mode="after")
+    def _levels_make_sense(self) -> SensitivityConfig:
+        if not self.target_sparsity or not all(0 < level < 1 for level in self.target_sparsity):
+            raise ValueError(f"levels must lie in (0, 1), but got {list(self.target_sparsity)}")
+        return self
+
+
+class SearchConfig(_Section):
+    """Optuna, two objectives: loss and predicted attention time."""
+
+    trials: int = Field(default=32, ge=1)
+    sampler: Literal["tpe", "gp", "nsga2", "qmc", "random"] = "tpe"
+    storage: str | None = None
+    """Any Optuna storage URL; unset: `study.db` (SQLite) in the run folder."""
+    study_name: str = "calibrate"
+    groups: int = Field(default=3, ge=1, le=6)
+    """Layers are split by sensitivity into this many groups, each with its own offset."""
+    prune_factor: float = Field(default=4.0, gt=1)
+    """A trial stops as soon as its loss so far alone proves a mean above this many budgets."""
+
+
+class ValidationConfig(_Section):
+    """The proof on held-out prompts."""
+
+    attempts: int = Field(default=3, ge=1)
+    """How many points of the front are tried, best first, each on its own share of held-out prompts."""
+    short_prompt: int | None = Field(default=256, ge=16)
+    """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""
+    bootstrap: int = Field(default=9999, ge=999)
+    """Resamples of the confidence intervals."""
+
+
+class CostConfig(_Section):
+    """Where predicted times come from."""
+
+    curves: str | None = None
+    """A JSON Lines file of `calibrate bench`; unset: the measurements that come with this package."""
+    device: str = "NVIDIA H100 80GB HBM3"
+    """Which device's rows of that file."""
+
+
+class RunConfig(_Section):
+    """A whole run: the YAML file that `calibrate run` reads."""
+
+    model: ModelConfig
+    geometry: GeometryConfig = GeometryConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    target: TargetConfig = TargetConfig()
+    fit: FitConfig = FitConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    search: SearchConfig = SearchConfig()
+    validation: ValidationConfig = ValidationConfig()
+    cost: CostConfig = CostConfig()
+    seed: int = Field(default=0, ge=0)
+    output: str | None = None
+    """Run folder; unset: `runs/` and the config file's name."""
+
+    @model_validator(mode="after")
+    def _sensitivity_prompts_exist(self) -> RunConfig:
+        if self.sensitivity.prompts > self.prompts.search:
+            raise ValueError(
+                f"`sensitivity.prompts <= prompts.search` must hold, but got "
+                f"{self.sensitivity.prompts} > {self.prompts.search}"
+            )
+        return self
+
+
+def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Reads a run config and applies `--set` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: strings `section.key=value`; the value is read as YAML.
+
+    Returns:
+        The validated config. File paths in it are made absolute, relative to the config file.
+
+    Raises:
+        FileError: the file or an override breaks the schema.
+        UserError: an override is not of the form `section.key=value`.
+    """
+    data, text = read_mapping(path)
+    source = str(path)
+    for override in overrides:
+        _apply_override(data, override)
+        source, text = f"{path} with --set", text
+    config = parse(RunConfig, data, source=source, text=text)
+    return _with_absolute_paths(config, Path(path).resolve().parent)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(
+            f"`--set` takes `section.key=value`, but got `{override}`; "
+            "write for example `--set search.trials=64`"
+        )
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"`--set {override}`: the value is not valid YAML") from None
+    section: Any = data
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise UserError(f"`--set {override}`: `{part}` is a value, not a section")
+    section[parts[-1]] = parsed
+
+
+def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Paths in a config are relative to the config file, so that a run does not depend on where it starts."""
+    changes: dict[str, Any] = {}
+    local = folder / config.model.path
+    if "://" not in config.model.path and local.exists():
+        changes["model"] = config.model.model_copy(update={"path": str(local)})
+    sources = tuple(
+        source.model_copy(update={"path": str(folder / source.path)}) if source.path else source
+        for source in config.prompts.sources
+    )
+    changes["prompts"] = config.prompts.model_copy(update={"sources": sources})
+    if config.cost.curves is not None:
+        changes["cost"] = config.cost.model_copy(update={"curves": str(folder / config.cost.curves)})
+    return config.model_copy(update=changes)

@@ -1,0 +1,53 @@
+"""Skip-softmax attention: attention that skips KV tiles whose softmax weight cannot matter.
+
+Importing this package loads neither torch nor triton; the first use of an operation does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skip_softmax.api import (
+        DenseCallWarning,
+        Stats,
+        attention,
+        decode_attention,
+        tile_gaps,
+        tile_statistics,
+    )
+    from skip_softmax.thresholds import Thresholds
+    from skip_softmax.transformers import applied
+
+_HOME = {
+    "attention": "skip_softmax.api",
+    "decode_attention": "skip_softmax.api",
+    "tile_gaps": "skip_softmax.api",
+    "tile_statistics": "skip_softmax.api",
+    "Stats": "skip_softmax.api",
+    "DenseCallWarning": "skip_softmax.api",
+    "Thresholds": "skip_softmax.thresholds",
+    "applied": "skip_softmax.transformers",
+}
+
+__all__ = [
+    "DenseCallWarning",
+    "Stats",
+    "Thresholds",
+    "applied",
+    "attention",
+    "decode_attention",
+    "tile_gaps",
+    "tile_statistics",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'skip_softmax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,62 @@
+"""Bins of log2(critical scale factor): the sufficient statistic that answers every threshold at once.
+
+A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)`. Bin 0 holds what
+lies below `LOW`, the last bin ("never") what no threshold below 1 can skip: gap >= 0, and first tiles.
+Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are exact at bin edges.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+LOW = -8  # log2 of the lowest edge; a tile below 2^-8 is skipped by any useful scale factor
+HIGH = 21  # log2 of the highest edge: kv_len up to 2M tokens
+PER_OCTAVE = 8
+EDGES = (HIGH - LOW) * PER_OCTAVE + 1
+BINS = EDGES + 1
+NEVER = BINS - 1
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class TileHistogram:
+    """Tiles by critical scale factor, of one attention call.
+
+    Attributes:
+        counts: visited tiles, int64 [heads, BINS]; query heads in prefill, KV heads in decode.
+        mass: softmax probability inside those tiles, summed over rows, float64 [heads, BINS].
+        rows: softmax rows per head, to turn `mass` into a mean.
+    """
+
+    counts: torch.Tensor
+    mass: torch.Tensor
+    rows: int
+
+
+def edges() -> torch.Tensor:
+    """The scale factors at the bin edges [tokens], float64 [EDGES]; edge i is the lower end of bin i + 1."""
+    return torch.exp2(LOW + torch.arange(EDGES, dtype=torch.float64) / PER_OCTAVE)
+
+
+def critical_log2(gap: torch.Tensor, kv_len: torch.Tensor | int) -> torch.Tensor:
+    """log2 of the critical scale factor, in float64 so that a bin edge means the same everywhere.
+
+    Args:
+        gap: tile gaps [nats].
+        kv_len: KV length of the call [tokens], broadcast against `gap`.
+
+    Returns:
+        log2(kv_len * exp(gap)), +inf for tiles that no threshold below 1 can skip.
+    """
+    length = torch.as_tensor(kv_len, dtype=torch.float64, device=gap.device)
+    critical = torch.log2(length) + gap.double() * LOG2E
+    return torch.where(gap >= 0, torch.inf, critical)
+
+
+def bin_index(critical: torch.Tensor) -> torch.Tensor:
+    """Bin of each tile, int64, from `critical_log2`."""
+    index = torch.floor((critical - LOW) * PER_OCTAVE) + 1
+    return torch.where(torch.isinf(critical) & (critical > 0), NEVER, index.clamp(0, NEVER - 1)).long()

@@ -1,0 +1,188 @@
+"""YAML file -> pydantic model, with errors that name the file, the line, the key and the nearest known key.
+
+Both files of this project are read here: the thresholds file and the run config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class FileError(ValueError):
+    """A file that a user wrote or handed to us breaks a law; the message says which, where and the cure."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """Reads a YAML mapping.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The mapping and the file's text (for line numbers in later messages).
+
+    Raises:
+        FileError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise FileError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(data, dict):
+        raise FileError(f"{path}: the file must be a YAML mapping, but it holds {_kind(data)}")
+    return data, text
+
+
+def parse(model: type[Model], data: Any, *, source: str, text: str | None = None) -> Model:
+    """Validates data against a model and turns every complaint into one readable line.
+
+    Args:
+        model: the pydantic class.
+        data: what the YAML held.
+        source: name for messages, usually the file's path.
+        text: the YAML text that `data` came from; gives line numbers.
+
+    Returns:
+        The validated instance.
+
+    Raises:
+        FileError: `data` breaks the schema.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_complaint(model, item, source, text) for item in error.errors()]
+        raise FileError("\n".join(dict.fromkeys(lines))) from None
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: the target file; its folder must exist.
+        text: the whole content.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a result should be as readable as any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None) -> str:
+    location = [part for part in item["loc"] if not _is_tag(part)]
+    key = ".".join(str(part) for part in location) or "(the whole file)"
+    line = _line_of(text, location) if text is not None else None
+    where = f"{source}:{line}: {key}" if line is not None else f"{source}: {key}"
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{where}: this key is required"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, but got {item['input']!r}"
+
+
+def _is_tag(part: Any) -> bool:
+    # Union members put their own names in the location ("float", "function-after[...]").
+    return isinstance(part, str) and (
+        part in {"float", "int", "bool", "str", "none"} or "[" in part or part[:1].isupper()
+    )
+
+
+def _known_keys(model: type[BaseModel], location: list[Any]) -> list[str]:
+    current: Any = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part) if _is_model(current) else None
+        if field is None:
+            return []
+        current = _model_inside(field.annotation)
+    return sorted(current.model_fields) if _is_model(current) else []
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _model_inside(annotation: Any) -> Any:
+    if _is_model(annotation):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_inside(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _line_of(text: str, location: list[Any]) -> int | None:
+    """Line (1-based) of the deepest node of `location` that the text really has."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            match = [(k, v) for k, v in node.value if k.value == str(part)]
+            if not match:
+                return line
+            line, node = match[0][0].start_mark.line + 1, match[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _kind(data: Any) -> str:
+    return "nothing" if data is None else f"a {type(data).__name__}"

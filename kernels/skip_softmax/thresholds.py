@@ -1,0 +1,271 @@
+"""The thresholds file: schema, laws, load, save.
+
+A thresholds file says, per phase and layer, which scale factor the attention kernel may use, for which
+model and tile geometry it holds, and what evidence there is. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from skip_softmax.strict_yaml import FileError, parse, read_mapping, write_text_atomically
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+ScaleFactor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PowerOfTwo = Annotated[int, Field(ge=16, le=512)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which model the numbers hold for; heads and layers are checked before the file is used."""
+
+    name: str
+    sha256: str
+    layers: PositiveInt
+    q_heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    dtype: str
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> ModelSection:
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"`q_heads` must be a multiple of `kv_heads`, but got {self.q_heads} and {self.kv_heads}"
+            )
+        return self
+
+
+class PrefillGeometry(_Section):
+    """Prefill tile [tokens]: `tile_q` query rows vote together on `tile_kv` keys."""
+
+    tile_q: PowerOfTwo
+    tile_kv: PowerOfTwo
+
+    @model_validator(mode="after")
+    def _powers_of_two(self) -> PrefillGeometry:
+        _require_power_of_two("tile_q", self.tile_q)
+        _require_power_of_two("tile_kv", self.tile_kv)
+        return self
+
+
+class DecodeGeometry(_Section):
+    """Decode tile [tokens]: the query heads of one KV head vote together on `tile_kv` keys.
+
+    `running_max` says what a tile is compared with: `ascending` is every kept tile before it, in ascending
+    position; `seeded` is the first and the last visited tile, whatever order and splits the kernel uses.
+    """
+
+    tile_kv: PowerOfTwo
+    running_max: Literal["ascending", "seeded"] = "ascending"
+
+    @model_validator(mode="after")
+    def _powers_of_two(self) -> DecodeGeometry:
+        _require_power_of_two("tile_kv", self.tile_kv)
+        return self
+
+
+class Geometry(_Section):
+    """Tiles of both phases; a phase without tiles is dense."""
+
+    prefill: PrefillGeometry | None = None
+    decode: DecodeGeometry | None = None
+    order: Literal["ascending"] = "ascending"
+
+
+class MinKvLen(_Section):
+    """Shortest KV length that may use the numbers [tokens]; shorter calls run dense."""
+
+    prefill: PositiveInt | None = None
+    decode: PositiveInt | None = None
+
+
+class ScaleFactors(_Section):
+    """One number per phase [tokens]; absent or 0 is dense."""
+
+    prefill: ScaleFactor = 0.0
+    decode: ScaleFactor = 0.0
+
+
+class LayerOverride(_Section):
+    """Numbers of one layer: one for all heads, or one per query head (prefill) or KV head (decode)."""
+
+    layer: Annotated[int, Field(ge=0)]
+    prefill: ScaleFactor | tuple[ScaleFactor, ...] | None = None
+    decode: ScaleFactor | tuple[ScaleFactor, ...] | None = None
+
+
+class UncalibratedLayer(_Section):
+    """A layer that was left dense because it could not be calibrated, and why."""
+
+    layer: Annotated[int, Field(ge=0)]
+    reason: str
+
+
+class Thresholds(_Section):
+    """A thresholds file, version 1."""
+
+    format: Literal["skip-softmax/1"] = "skip-softmax/1"
+    model: ModelSection
+    criterion: Literal["max"] = "max"
+    geometry: Geometry
+    min_kv_len: MinKvLen = MinKvLen()
+    scale_factor: ScaleFactors = ScaleFactors()
+    layers: tuple[LayerOverride, ...] = ()
+    uncalibrated: tuple[UncalibratedLayer, ...] = ()
+    fit: dict[Phase, Any] = {}
+    evidence: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _laws(self) -> Thresholds:
+        seen: set[int] = set()
+        for index, override in enumerate(self.layers):
+            where = f"layers[{index}] (layer {override.layer})"
+            if override.layer >= self.model.layers:
+                raise ValueError(
+                    f"{where}: layer must be below model.layers={self.model.layers}; remove it or fix the number"
+                )
+            if override.layer in seen:
+                raise ValueError(f"{where}: this layer is listed twice; keep one entry")
+            seen.add(override.layer)
+            for phase, heads in (("prefill", self.model.q_heads), ("decode", self.model.kv_heads)):
+                value = getattr(override, phase)
+                if isinstance(value, tuple) and len(value) != heads:
+                    kind = "query" if phase == "prefill" else "KV"
+                    raise ValueError(
+                        f"{where}: {phase} needs one number, or {heads} (one per {kind} head), got {len(value)}"
+                    )
+        for entry in self.uncalibrated:
+            if entry.layer >= self.model.layers:
+                raise ValueError(f"uncalibrated: layer {entry.layer} is not below {self.model.layers}")
+        for phase in PHASES:
+            self._check_phase(phase)
+        return self
+
+    def _check_phase(self, phase: Phase) -> None:
+        largest = max(
+            [getattr(self.scale_factor, phase)]
+            + [max(self.per_head(layer.layer, phase)) for layer in self.layers]
+        )
+        if largest == 0:
+            return
+        if getattr(self.geometry, phase) is None:
+            raise ValueError(
+                f"geometry.{phase} is required when a {phase} scale factor is above 0; "
+                "a number holds for one tile geometry only"
+            )
+        floor = getattr(self.min_kv_len, phase)
+        if floor is None or floor <= largest:
+            raise ValueError(
+                f"`min_kv_len.{phase} > scale_factor` must hold, but got min_kv_len={floor} and a largest "
+                f"scale factor of {largest:g}; raise `min_kv_len.{phase}` or lower the scale factor "
+                "(a threshold of 1 or more has no meaning)"
+            )
+
+    def per_head(self, layer: int, phase: Phase) -> tuple[float, ...]:
+        """Scale factors of one layer and phase.
+
+        Args:
+            layer: layer index.
+            phase: `prefill` or `decode`.
+
+        Returns:
+            One number per query head (prefill) or KV head (decode) [tokens]; 0 is dense.
+        """
+        heads = self.model.q_heads if phase == "prefill" else self.model.kv_heads
+        if any(entry.layer == layer for entry in self.uncalibrated):
+            return (0.0,) * heads
+        value: float | tuple[float, ...] = getattr(self.scale_factor, phase)
+        for override in self.layers:
+            if override.layer == layer and getattr(override, phase) is not None:
+                value = getattr(override, phase)
+        return value if isinstance(value, tuple) else (value,) * heads
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Thresholds:
+        """Reads and checks a thresholds file.
+
+        Args:
+            path: the YAML file.
+
+        Returns:
+            The thresholds.
+
+        Raises:
+            FileError: the file breaks a law; the message names file, line, key and cure.
+        """
+        data, text = read_mapping(path)
+        return parse(cls, data, source=str(path), text=text)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file atomically; `load` gives back an equal object.
+
+        Args:
+            path: the target; its folder must exist.
+        """
+        write_text_atomically(path, self.to_yaml())
+
+    def to_yaml(self) -> str:
+        """The file's text."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Sections as blocks, their leaves on one line: a table stays a table."""
+
+
+def _represent_mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.Node:
+    flat = all(not isinstance(v, dict) for v in data.values()) and len(data) <= 12
+    node = dumper.represent_mapping("tag:yaml.org,2002:map", data.items())
+    node.flow_style = flat and bool(data) and sum(len(str(v)) for v in data.values()) < 160
+    return node
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    # PyYAML writes 1e-05 without a dot, which YAML 1.1 readers take for a string.
+    if math.isfinite(value):
+        text = repr(value)
+        if "e" in text and "." not in text:
+            text = text.replace("e", ".0e")
+        return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+    return yaml.SafeDumper.represent_float(dumper, value)
+
+
+_Dumper.add_representer(dict, _represent_mapping)
+_Dumper.add_representer(float, _represent_float)
+
+
+def _require_power_of_two(name: str, value: int) -> None:
+    if value & (value - 1):
+        raise ValueError(f"`{name}` must be a power of two from 16 to 512, but got {value}")
+
+
+__all__ = [
+    "PHASES",
+    "DecodeGeometry",
+    "FileError",
+    "Geometry",
+    "LayerOverride",
+    "MinKvLen",
+    "ModelSection",
+    "Phase",
+    "PrefillGeometry",
+    "ScaleFactor",
+    "ScaleFactors",
+    "Thresholds",
+    "UncalibratedLayer",
+]

@@ -1,0 +1,484 @@
+"""Skip-softmax inside a Hugging Face model, for the length of a `with` block.
+
+Attention is replaced through transformers' own attention interface, so the model's code is not touched.
+Masks are not built: each call learns from the mask's recipe which keys a row may see, checks that this is
+plain causal (or windowed, or full) attention, and otherwise leaves the layer to the model's own attention.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from skip_softmax.api import Backend, attention, decode_attention
+from skip_softmax.thresholds import PHASES, Phase, Thresholds
+
+_log = logging.getLogger(__name__)
+_NAME = "skip_softmax"
+
+# What changes the softmax itself; such a layer keeps the model's own attention, and is named.
+_UNSUPPORTED = {
+    "softcap": "attention soft-cap",
+    "s_aux": "attention sink logits",
+    "position_bias": "position bias",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call of one layer, all requests of equal length.
+
+    Attributes:
+        layer: layer index.
+        phase: `prefill` or `decode`; a decode call holds one or more tokens, each voting alone.
+        q: [B, Hq, Sq, D]; the last query stands at position kv_len - 1.
+        k: [B, Hkv, kv_len - kv_start, D].
+        v: like k.
+        scale: factor of the scores.
+        causal: whether rows see no later key.
+        window: sliding window [tokens] or None.
+        kv_start: absolute position of the first key.
+    """
+
+    layer: int
+    phase: Phase
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    causal: bool
+    window: int | None
+    kv_start: int
+
+    @property
+    def kv_len(self) -> int:
+        """KV length of the call [tokens]."""
+        return self.kv_start + self.k.shape[2]
+
+
+Handler = Callable[[Call], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer as a probe forward found it.
+
+    Attributes:
+        index: layer index.
+        name: module path, for example `model.layers.3.self_attn`.
+        q_heads: query heads.
+        kv_heads: KV heads.
+        head_dim: size of a head.
+        window: sliding window [tokens] or None.
+        reason: why it cannot be calibrated; None: it can.
+    """
+
+    index: int
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    reason: str | None
+
+
+@dataclass
+class TileCounts:
+    """Tiles that `applied` saw, int64 [layers, heads]: query heads in prefill, KV heads in decode."""
+
+    visited: dict[Phase, torch.Tensor] = field(default_factory=dict)
+    skipped: dict[Phase, torch.Tensor] = field(default_factory=dict)
+
+    def sparsity(self, phase: Phase) -> float:
+        """Skipped / visited tiles over all layers, in [0, 1]; 0 when nothing was visited."""
+        visited = int(self.visited[phase].sum())
+        return int(self.skipped[phase].sum()) / visited if visited else 0.0
+
+
+@contextmanager
+def applied(
+    model: PreTrainedModel,
+    thresholds: Thresholds,
+    *,
+    decode_from: int | None = None,
+    backend: Backend = "auto",
+) -> Iterator[TileCounts]:
+    """Runs a model with the thresholds of a file; undone on exit, also after an exception.
+
+    Args:
+        model: a decoder-only model of transformers.
+        thresholds: what to apply, per layer and phase.
+        decode_from: absolute position from which tokens count as decode steps, however many come in one
+            call (teacher forcing). None: a call with one query token and a non-empty cache is decode, every
+            other call is prefill; a last prefill chunk of one token is then taken for decode.
+        backend: attention backend, see `attention`.
+
+    Yields:
+        Tile counts, growing as the model runs.
+
+    Raises:
+        ValueError: the thresholds are for a model of another shape, or the model already runs in such a block.
+    """
+    _check_same_shape(model, thresholds)
+    shape = thresholds.model
+    heads = {"prefill": shape.q_heads, "decode": shape.kv_heads}
+    counts = TileCounts()
+    for phase in PHASES:
+        counts.visited[phase] = torch.zeros(shape.layers, heads[phase], dtype=torch.int64)
+        counts.skipped[phase] = torch.zeros(shape.layers, heads[phase], dtype=torch.int64)
+    factors = {
+        (layer, phase): torch.tensor(thresholds.per_head(layer, phase), dtype=torch.float64)
+        for layer in range(shape.layers)
+        for phase in PHASES
+    }
+
+    def attend(call: Call) -> torch.Tensor:
+        outputs = []
+        for part, dense in _split_at_floor(call, getattr(thresholds.min_kv_len, call.phase)):
+            factor = factors[call.layer, call.phase].to(call.q.device)
+            out, stats = _attend(part, torch.zeros_like(factor) if dense else factor, thresholds, backend)
+            counts.visited[call.phase][call.layer] += stats.visited.sum(0).cpu()
+            counts.skipped[call.phase][call.layer] += stats.skipped.sum(0).cpu()
+            outputs.append(out)
+        return torch.cat(outputs, dim=2)
+
+    left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
+    with intercepted(model, attend, decode_from=decode_from, left_alone=left_alone):
+        yield counts
+
+
+@contextmanager
+def intercepted(
+    model: PreTrainedModel,
+    handler: Handler,
+    *,
+    decode_from: int | None = None,
+    left_alone: dict[int, str] | None = None,
+) -> Iterator[None]:
+    """Sends every attention call of a model to `handler`, for the length of a `with` block.
+
+    Args:
+        model: a model of transformers that uses its attention interface.
+        handler: computes one call's output [B, Hq, Sq, D].
+        decode_from: see `applied`.
+        left_alone: layers that keep the model's own attention, and why.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: the model is already inside such a block.
+    """
+    modules = list(model.modules())
+    if any(module in _ACTIVE for module in modules):
+        raise ValueError("this model already runs inside `applied`; leave that block first")
+    AttentionInterface.register(_NAME, _attention_forward)
+    AttentionMaskInterface.register(_NAME, _mask_recipe)
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if c is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    interceptor = _Interceptor(handler, decode_from, before, dict(left_alone or {}))
+    try:
+        for module in modules:
+            _ACTIVE[module] = interceptor
+        for config in configs.values():
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        for module in modules:
+            _ACTIVE.pop(module, None)
+
+
+def inspect_layers(model: PreTrainedModel) -> list[Layer]:
+    """Finds a model's attention layers by running four tokens through it.
+
+    Args:
+        model: a decoder-only model.
+
+    Returns:
+        One entry per layer index of the config; a layer that never called the attention interface has a reason.
+    """
+    config = model.config.get_text_config()
+    seen: dict[int, Layer] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def note(module: torch.nn.Module, q: Any, k: Any, window: int | None, reason: str | None) -> None:
+        index = module.layer_idx
+        if index in seen:
+            reason = "two attention modules share this layer index"
+        seen[index] = Layer(
+            index, names.get(id(module), "?"), q.shape[1], k.shape[1], q.shape[3], window, reason
+        )
+
+    def dense(call: Call) -> torch.Tensor:
+        return attention(
+            call.q, call.k, call.v, causal=call.causal, scale=call.scale, window=call.window,
+            kv_start=call.kv_start,
+        )
+
+    with intercepted(model, dense), torch.no_grad():
+        _ACTIVE[model].note = note
+        tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+        model(input_ids=tokens, use_cache=False)
+    layers = []
+    main = _most_common([(s.q_heads, s.kv_heads, s.head_dim) for s in seen.values()])
+    for index in range(config.num_hidden_layers):
+        layer = seen.get(index) or Layer(index, "?", 0, 0, 0, None, "no softmax attention of transformers")
+        if layer.reason is None and (layer.q_heads, layer.kv_heads, layer.head_dim) != main:
+            layer = Layer(*_fields(layer), reason="other head counts or head size than most layers")
+        layers.append(layer)
+    return layers
+
+
+class _MaskRecipe:
+    """What transformers would build a mask from; built only for layers that keep their own attention."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.q_len = int(arguments["q_length"])
+        self.q_offset = int(arguments.get("q_offset", 0))
+        self.kv_offset = int(arguments.get("kv_offset", 0))
+        self.kv_len = self.q_offset + self.q_len  # a static cache holds more keys than are written
+        self._patterns: dict[int | None, bool | None] = {}
+
+    def build(self, implementation: str) -> Any:
+        """The mask that `implementation` expects."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+
+    def causal(self, window: int | None) -> bool | None:
+        """Whether the mask is causal (True) or full (False) with this window; None: it is neither."""
+        if window not in self._patterns:
+            self._patterns[window] = self._recognise(window)
+        return self._patterns[window]
+
+    def spans(self) -> list[tuple[int, int]] | None:
+        """First and one-past-last valid key of each request; None: padding inside a request."""
+        padding = self.arguments.get("attention_mask")
+        size = int(self.arguments["batch_size"])
+        if padding is None:
+            return [(0, self.kv_len)] * size
+        padding = padding[:, : self.kv_len].bool()
+        if padding.shape[1] < self.kv_len:
+            return None
+        spans = []
+        for row in padding:
+            valid = row.nonzero()[:, 0]
+            first, count = (int(valid[0]), len(valid)) if len(valid) else (0, 0)
+            if count and int(valid[-1]) != first + count - 1:
+                return None
+            spans.append((first, first + count))
+        return spans
+
+    def _recognise(self, window: int | None) -> bool | None:
+        if self.arguments.get("use_vmap"):
+            return None
+        device = self.arguments.get("device", "cpu")
+        rows = torch.tensor(sorted({0, self.q_len // 3, self.q_len // 2, self.q_len - 1}), device=device)
+        rows = (rows + self.q_offset)[None, None, :, None]
+        keys = torch.arange(self.kv_offset, self.kv_len, device=device)[None, None, None, :]
+        batch = torch.arange(int(self.arguments["batch_size"]), device=device)[:, None, None, None]
+        try:
+            seen = self.arguments["mask_function"](batch, torch.zeros_like(batch), rows, keys)
+        except (RuntimeError, TypeError, IndexError):
+            return None  # a custom mask that cannot be asked row by row
+        seen = torch.as_tensor(seen, device=device)
+        in_window = torch.ones_like(keys, dtype=torch.bool) if window is None else keys > rows - window
+        for causal in (True, False):
+            expected = in_window & ((keys <= rows) if causal else torch.ones_like(keys, dtype=torch.bool))
+            shape = torch.broadcast_shapes(expected.shape, seen.shape)
+            if torch.equal(expected.expand(shape), seen.expand(shape)):
+                return causal
+        return None
+
+
+@dataclass
+class _Interceptor:
+    handler: Handler
+    decode_from: int | None
+    original: dict[int, str]
+    left_alone: dict[int, str]
+    note: Callable[..., None] | None = None
+
+    def forward(
+        self, module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any,
+        scale: float | None, kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, Any]:
+        index = getattr(module, "layer_idx", None)
+        if index is None:
+            return self._own_attention(module, q, k, v, mask, scale, kwargs)
+        window = kwargs.get("sliding_window")
+        reason, causal = self._reason(q, mask, window, kwargs)
+        if self.note is not None:
+            self.note(module, q, k, window, reason)
+        if reason is not None or index in self.left_alone:
+            if reason is not None and index not in self.left_alone:
+                self.left_alone[index] = reason
+                _log.warning("layer %d keeps the model's own attention: %s", index, reason)
+            return self._own_attention(module, q, k, v, mask, scale, kwargs)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        for b, rows, keys, kv_start, position in _requests(q, k, mask):
+            call = (k[b, :, keys], v[b, :, keys], scale, causal, window, kv_start)
+            out[b, :, rows] = self._by_phase(index, q[b, :, rows], *call, position=position)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _by_phase(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool,
+        window: int | None, kv_start: int, *, position: int,
+    ) -> torch.Tensor:
+        """Splits the rows of a call at `decode_from`; the keys that the earlier rows see end there too."""
+        rows = q.shape[2]
+        if self.decode_from is None:
+            phase: Phase = "decode" if rows == 1 and position > 0 else "prefill"
+            return self.handler(Call(layer, phase, q, k, v, scale, causal, window, kv_start))
+        split = min(max(self.decode_from - position, 0), rows)
+        outputs = []
+        if split:
+            seen = position + split - kv_start
+            outputs.append(
+                self.handler(
+                    Call(layer, "prefill", q[:, :, :split], k[:, :, :seen], v[:, :, :seen], scale, causal,
+                         window, kv_start)
+                )
+            )
+        if split < rows:
+            outputs.append(
+                self.handler(Call(layer, "decode", q[:, :, split:], k, v, scale, causal, window, kv_start))
+            )
+        return torch.cat(outputs, dim=2)
+
+    def _reason(
+        self, q: torch.Tensor, mask: Any, window: int | None, kwargs: dict[str, Any]
+    ) -> tuple[str | None, bool]:
+        for key, name in _UNSUPPORTED.items():
+            if kwargs.get(key) is not None:
+                return name, True
+        if kwargs.get("dropout"):
+            return "attention dropout (training)", True
+        if not isinstance(mask, _MaskRecipe):
+            return "a mask that was built outside transformers' mask interface", True
+        causal = mask.causal(window)
+        if causal is None:
+            return "an attention pattern other than full, causal or sliding window", True
+        if not causal and self.decode_from is not None:
+            return "attention that sees later tokens", True
+        if mask.spans() is None:
+            return "padding between valid tokens", True
+        return None, causal
+
+    def _own_attention(
+        self, module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any,
+        scale: float | None, kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, Any]:
+        config = getattr(module, "config", None)
+        name = self.original.get(id(config), "sdpa")
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        if isinstance(mask, _MaskRecipe):
+            mask = mask.build(name)
+        return function(module, q, k, v, mask, scaling=scale, **kwargs)  # type: ignore[misc]
+
+
+_ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, _Interceptor] = weakref.WeakKeyDictionary()
+
+
+def _attention_forward(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: Any, scaling: float | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    return _ACTIVE[module].forward(module, query, key, value, attention_mask, scaling, kwargs)
+
+
+def _mask_recipe(**kwargs: Any) -> _MaskRecipe:
+    return _MaskRecipe(kwargs)
+
+
+def _requests(
+    q: torch.Tensor, k: torch.Tensor, mask: _MaskRecipe
+) -> Iterator[tuple[slice, slice, slice, int, int]]:
+    """Cuts a batch into calls of equal length: batch slice, rows, keys, kv_start, position of the first row.
+
+    Positions of a padded request count from its first valid token, as they would without the batch.
+    """
+    spans = mask.spans()
+    assert spans is not None
+    if all(span == (0, mask.kv_len) for span in spans):
+        keys = slice(0, mask.kv_len - mask.kv_offset)
+        yield slice(0, q.shape[0]), slice(0, q.shape[2]), keys, mask.kv_offset, mask.q_offset
+        return
+    for b, (first, last) in enumerate(spans):
+        rows = slice(max(first - mask.q_offset, 0), max(last - mask.q_offset, 0))
+        if rows.start >= rows.stop:
+            continue
+        start = max(first, mask.kv_offset)
+        keys = slice(start - mask.kv_offset, last - mask.kv_offset)
+        position = max(mask.q_offset - first, 0)
+        yield slice(b, b + 1), rows, keys, start - first, position
+
+
+def _attend(call: Call, factor: torch.Tensor, thresholds: Thresholds, backend: Backend) -> tuple[torch.Tensor, Any]:
+    if call.phase == "decode":
+        tiles = thresholds.geometry.decode
+        return decode_attention(
+            call.q, call.k, call.v, scale_factor=factor, scale=call.scale, window=call.window,
+            kv_start=call.kv_start, backend=backend, return_stats=True,
+            **({} if tiles is None else {"tile_kv": tiles.tile_kv, "running_max": tiles.running_max}),
+        )
+    shape = thresholds.geometry.prefill
+    return attention(
+        call.q, call.k, call.v, scale_factor=factor, causal=call.causal, scale=call.scale,
+        window=call.window, kv_start=call.kv_start, backend=backend, return_stats=True,
+        **({} if shape is None else {"tile_q": shape.tile_q, "tile_kv": shape.tile_kv}),
+    )
+
+
+def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]]:
+    """Parts of a call with whether they run dense because their KV length is below `min_kv_len`."""
+    if call.phase == "prefill" or floor is None:
+        yield call, floor is not None and call.kv_len < floor
+        return
+    first = call.kv_len - call.q.shape[2] + 1  # KV length of the first token
+    short = min(max(floor - first, 0), call.q.shape[2])
+    if short:
+        seen = first + short - 1 - call.kv_start
+        yield _replace(call, call.q[:, :, :short], call.k[:, :, :seen], call.v[:, :, :seen]), True
+    if short < call.q.shape[2]:
+        yield _replace(call, call.q[:, :, short:], call.k, call.v), False
+
+
+def _replace(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
+    return Call(call.layer, call.phase, q, k, v, call.scale, call.causal, call.window, call.kv_start)
+
+
+def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    found = (config.num_hidden_layers, heads, kv_heads, head_dim)
+    wanted = thresholds.model
+    made_for = (wanted.layers, wanted.q_heads, wanted.kv_heads, wanted.head_dim)
+    if found != made_for:
+        raise ValueError(
+            "(layers, q_heads, kv_heads, head_dim) of file and model must agree, but the file is for "
+            f"{wanted.name} with {made_for} and the model has {found}; calibrate this model"
+        )
+
+
+def _most_common(values: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+    return max(set(values), key=values.count) if values else (0, 0, 0)
+
+
+def _fields(layer: Layer) -> tuple[int, str, int, int, int, int | None]:
+    return layer.index, layer.name, layer.q_heads, layer.kv_heads, layer.head_dim, layer.window

@@ -32,7 +32,7 @@ from skip_softmax import histogram
 from skip_softmax.histogram import TileHistogram
 
 # Scores held at once [elements]; bounds memory, large enough to keep the matrix products busy.
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 21
 
 RunningMax = Literal["ascending", "seeded"]
 
@@ -77,6 +77,7 @@ class Block:
         scores: masked scores [q_heads, rows, tiles * tile_kv].
         visited: bool [votes, tiles]; a vote is a query tile (prefill) or a query token (decode).
         gaps: [vote_heads, votes, tiles] nats; +inf first visited tile, -inf not visited.
+        blind: some row sees no key at all.
     """
 
     rows: slice
@@ -84,8 +85,10 @@ class Block:
     scores: torch.Tensor
     visited: torch.Tensor
     gaps: torch.Tensor
+    blind: bool
 
 
+@torch.no_grad()
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, request: Request, scale: float, scale_factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,6 +131,7 @@ def gaps(q: torch.Tensor, k: torch.Tensor, request: Request, scale: float) -> to
     return result
 
 
+@torch.no_grad()
 def statistics(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, request: Request, scale: float
 ) -> tuple[torch.Tensor, TileHistogram]:
@@ -165,7 +169,8 @@ def blocks(q: torch.Tensor, k: torch.Tensor, request: Request, scale: float) -> 
         visible = _visible(rows, tiles, request, q.device)
         scores.masked_fill_(~visible, -torch.inf)
         visited = _row_to_vote(visible.view(len(visible), -1, request.tile_kv).any(-1), request).any(1)
-        yield Block(rows, tiles.start, scores, visited, _vote_gaps(scores, visited, k.shape[0], request))
+        votes = _vote_gaps(scores, visited, k.shape[0], request)
+        yield Block(rows, tiles.start, scores, visited, votes, not bool(visible.any(1).all()))
 
 
 def _vote_gaps(scores: torch.Tensor, visited: torch.Tensor, kv_heads: int, request: Request) -> torch.Tensor:
@@ -202,11 +207,10 @@ def _skips(block: Block, request: Request, scale_factor: torch.Tensor) -> torch.
 
 
 def _softmax_times_v(block: Block, v: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output rows, and the probabilities as [q_heads, rows, tiles, tile_kv]."""
-    top = block.scores.amax(-1, keepdim=True)
-    # A row that sees no key at all gives zeros, not NaN.
-    weights = torch.exp(block.scores - torch.where(torch.isneginf(top), 0.0, top))
-    weights /= weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    """Output rows, and the probabilities as [q_heads, rows, tiles, tile_kv]; overwrites the scores."""
+    weights = torch.softmax(block.scores, dim=-1, out=block.scores)
+    if block.blind:
+        weights.nan_to_num_(nan=0.0)  # a row that sees no key at all gives zeros
     tiles = range(block.first_tile, block.first_tile + block.visited.shape[1])
     values = _padded_keys(v.to(weights.dtype), tiles, request)
     return _grouped_product(weights, values), _tiles(weights, request)

@@ -1,0 +1,444 @@
+"""A whole run: the stages in order, each from what the run folder already holds.
+
+Everything finished is on disk the moment it is finished, so a run can be stopped at any point and the same
+command goes on: no prompt is captured twice, no layer measured twice, no trial repeated.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import yaml
+from skip_softmax.strict_yaml import parse, read_mapping, write_text_atomically
+from skip_softmax.thresholds import Phase, Thresholds
+
+from calibrate import provenance
+from calibrate.capture import capture, empty_statistics
+from calibrate.cost import Cost, load_curves
+from calibrate.emit import emit
+from calibrate.errors import UserError, WorkFailed
+from calibrate.fit import fit_phase
+from calibrate.measure import Outcome, Setting, compare, dense_logits, thresholds_for
+from calibrate.models import LoadedModel, load
+from calibrate.prompts import Prompt, Split, build
+from calibrate.schema import RunConfig
+from calibrate.search import Point, best_uniform, candidates, open_study, points, search
+from calibrate.sensitivity import Row, loss_model, measure_layers, plan
+from calibrate.space import Space, build_space
+from calibrate.stats import Statistics
+from calibrate.validate import Validation, validate
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Progress(Protocol):
+    """Who watches a run; the library itself prints nothing."""
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        """A stage starts, with `done` of `total` steps already on disk."""
+
+    def step(self, note: str) -> None:
+        """One step of the current stage is finished."""
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        """Says nothing."""
+
+    def step(self, note: str) -> None:
+        """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        config: the run config.
+        thresholds: what was emitted.
+        stats: tile statistics of the calibration prompts.
+        study: the Optuna study.
+        validation: content of `validation.json`.
+    """
+
+    folder: Path
+    config: RunConfig
+    thresholds: Thresholds
+    stats: Statistics
+    study: optuna.Study
+    validation: dict[str, Any]
+
+
+def run(config: RunConfig, folder: str | os.PathLike[str], progress: Progress | None = None) -> Run:
+    """Runs all stages that are not on disk yet.
+
+    Args:
+        config: the run config.
+        folder: the run folder; made if missing.
+        progress: who watches.
+
+    Returns:
+        The finished run, whatever its verdict.
+
+    Raises:
+        UserError: config, model, prompts or folder are wrong.
+        WorkFailed: nothing can be skipped within the budget.
+    """
+    with _locked(_prepared(Path(folder), config)) as path:
+        work = _Work(config, path, progress or Silent())
+        work.capture()
+        work.fit()
+        work.sensitivity()
+        work.search()
+        work.validate()
+        return work.emitted()
+
+
+def search_again(folder: str | os.PathLike[str], trials: int | None = None, progress: Progress | None = None) -> Path:
+    """Continues the search of a run, to a larger number of trials if given.
+
+    Args:
+        folder: a run folder that has its statistics and sensitivities.
+        trials: new number of trials; stored in the run's config.
+        progress: who watches.
+
+    Returns:
+        The folder. The validation is out of date then; `validate_again` makes it anew.
+    """
+    path, config = open_run(folder)
+    if trials is not None:
+        config = config.model_copy(update={"search": config.search.model_copy(update={"trials": trials})})
+        _write_config(path, config)
+    with _locked(path):
+        work = _Work(config, path, progress or Silent())
+        work.search()
+        work.forget_verdict()
+    return path
+
+
+def validate_again(folder: str | os.PathLike[str], progress: Progress | None = None) -> Run:
+    """Chooses and proves again, from the trials of a run.
+
+    Args:
+        folder: a run folder with a finished search.
+        progress: who watches.
+
+    Returns:
+        The run with its new verdict.
+    """
+    path, config = open_run(folder)
+    with _locked(path):
+        work = _Work(config, path, progress or Silent())
+        work.forget_verdict()
+        work.validate()
+        return work.emitted()
+
+
+def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
+    """Path and config of an existing run folder.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+    path = Path(folder)
+    if not (path / "config.yaml").exists():
+        raise UserError(f"`{folder}` is no run folder: it has no config.yaml; give the folder of a `calibrate run`")
+    data, text = read_mapping(path / "config.yaml")
+    return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
+
+
+class _Work:
+    """The stages of one run over its folder. Each stage reads what earlier ones left on disk."""
+
+    def __init__(self, config: RunConfig, folder: Path, progress: Progress) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self._started = time.monotonic()
+
+    # What the stages share; loaded when first needed, so that a finished run never loads the model.
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        self.progress.stage("load model", 1, 0)
+        loaded = load(self.config.model)
+        self.progress.step(loaded.name)
+        self._note_once("model", {"name": loaded.name, "sha256": loaded.sha256})
+        return loaded
+
+    @cached_property
+    def prompts(self) -> dict[Split, list[Prompt]]:
+        path = self.folder / "prompts.json"
+        if not path.exists():
+            sets = build(
+                self.config.prompts, self.loaded.tokenizer, seed=self.config.seed,
+                max_context=self.loaded.max_context,
+            )
+            rows = {split: [asdict(prompt) for prompt in prompts] for split, prompts in sets.items()}
+            write_text_atomically(path, json.dumps(rows))
+        rows = _read_json(path)
+        return {split: [_prompt(row) for row in rows[split]] for split in rows}
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        path = self.folder / "stats.safetensors"
+        if path.exists():
+            return Statistics.load(path)
+        return empty_statistics(self.loaded, self.config.geometry, self.config.prompts.lengths)
+
+    @cached_property
+    def cost(self) -> Cost:
+        return load_curves(
+            self.config.cost, max(self.config.prompts.lengths), self.loaded.calibratable[0].head_dim
+        )
+
+    @cached_property
+    def space(self) -> Space:
+        rows = [Row(**row) for row in self._sensitivity_rows()]
+        layers = self.statistics.counts["prefill"].shape[0]
+        losses = loss_model(rows, layers, self.config.target.phases)
+        usable = tuple(layer.index for layer in self.loaded.calibratable)
+        return build_space(self.statistics, self.cost, losses, self.config, usable)
+
+    @cached_property
+    def study(self) -> optuna.Study:
+        return open_study(self.config, self.folder)
+
+    # The stages.
+
+    def capture(self) -> None:
+        total = self.prompts["calibration"]
+        missing = [prompt for prompt in total if prompt.key not in set(self.statistics.prompts)]
+        if not missing:
+            return
+        statistics = self.statistics if self.statistics.prompts else None
+        self.progress.stage("capture", len(total), len(total) - len(missing))
+        statistics = statistics or self.statistics
+        for prompt in capture(self.loaded, total, statistics, self.config.geometry):
+            statistics.save(self.folder / "stats.safetensors")
+            self.progress.step(f"{prompt.task}, {prompt.length} tokens")
+        self._note_time("capture")
+
+    def fit(self) -> None:
+        fits = {
+            phase: fit_phase(self.statistics, phase, self.config.fit) for phase in self.config.target.phases
+        }
+        write_text_atomically(self.folder / "fit.json", json.dumps(fits, indent=1))
+
+    def sensitivity(self) -> None:
+        rows = self._sensitivity_rows()
+        if self._noted("sensitivity"):
+            return
+        todo = plan(self.loaded, self.statistics, self.config)
+        self.progress.stage("sensitivity", len(todo), len(rows))
+        shortest = sorted(self.prompts["search"], key=lambda prompt: len(prompt.ids))
+        measured = measure_layers(
+            self.loaded, self.config, self.statistics, shortest[: self.config.sensitivity.prompts],
+            self._dense, rows,
+        )
+        for row in measured:
+            rows.append(asdict(row))
+            write_text_atomically(self.folder / "sensitivity.json", json.dumps(rows, indent=1))
+            self.progress.step(f"{row.phase} layer {row.layer}: KL {row.kl:.2g}")
+        self._note_time("sensitivity")
+
+    def search(self) -> None:
+        finished = len(points(self.study))
+        if self._noted("search"):
+            return
+        self.progress.stage("search", self.config.search.trials, finished)
+        trials = search(self.study, self.space, self.config, self.prompts["search"], self._evaluate)
+        best: Point | None = None
+        for point in trials:
+            if point is not None and point.kl <= self.config.budget.kl and (
+                best is None or point.relative_time < best.relative_time
+            ):
+                best = point
+            self.progress.step("no trial within the budget yet" if best is None else _describe(best))
+        self._note_time("search")
+
+    def validate(self) -> None:
+        if self._noted("validation"):
+            return
+        heldout = self.prompts["heldout"]
+        chosen = candidates(points(self.study), self.config)
+        # The best single number is picked as the winner is: within the same share of the budget.
+        baseline = best_uniform(points(self.study), 0.7 * self.config.budget.kl)
+        self.progress.stage("validation", len(heldout) * (2 if baseline else 1), 0)
+
+        def evaluate(setting: Setting, prompt: Prompt) -> Outcome:
+            outcome = self._evaluate_once(setting, prompt)
+            self.progress.step(f"{prompt.task}, {prompt.length} tokens: KL {outcome.kl:.2g}")
+            return outcome
+
+        result = validate(
+            chosen, baseline, heldout, evaluate, self.statistics, self.config, self._short_prompt()
+        )
+        write_text_atomically(self.folder / "validation.json", json.dumps(result.to_json(), indent=1))
+        self._write_thresholds(result)
+        self._note_time("validation")
+
+    def emitted(self) -> Run:
+        return Run(
+            folder=self.folder,
+            config=self.config,
+            thresholds=Thresholds.load(self.folder / "thresholds.yaml"),
+            stats=self.statistics,
+            study=self.study,
+            validation=_read_json(self.folder / "validation.json"),
+        )
+
+    def forget_verdict(self) -> None:
+        """Marks search and validation as open again; what they measured stays."""
+        notes = self._notes()
+        for stage in ("search", "validation"):
+            notes.get("seconds", {}).pop(stage, None)
+        self._write_notes(notes)
+
+    # How prompts are run.
+
+    def _dense(self, prompt: Prompt) -> Any:
+        return dense_logits(self.loaded, prompt, self.folder / "dense")
+
+    def _evaluate(self, setting: Setting, prompt: Prompt) -> Outcome:
+        thresholds = thresholds_for(self.loaded, self.config, setting)
+        return compare(self.loaded, thresholds, prompt, self._dense(prompt))
+
+    def _evaluate_once(self, setting: Setting, prompt: Prompt) -> Outcome:
+        """Like `_evaluate`, but what an interrupted validation measured is taken from disk."""
+        path = self.folder / "heldout.json"
+        known: dict[str, Any] = _read_json(path) if path.exists() else {}
+        key = f"{provenance.digest(setting)}:{prompt.key}"
+        if key not in known:
+            known[key] = asdict(self._evaluate(setting, prompt))
+            write_text_atomically(path, json.dumps(known))
+        return Outcome(**known[key])
+
+    def _short_prompt(self) -> Prompt | None:
+        tokens = self.config.validation.short_prompt
+        floors = [self.config.target.min_kv_len[phase] for phase in self.config.target.phases]
+        if tokens is None or tokens + self.config.prompts.decode_tokens >= min(floors):
+            return None
+        longest = max(self.prompts["heldout"], key=lambda prompt: len(prompt.ids))
+        return Prompt(
+            "short", "heldout", min(self.config.prompts.lengths), longest.ids[:tokens],
+            longest.continuation, has_answer=False,
+        )
+
+    def _write_thresholds(self, result: Validation) -> None:
+        winner: Setting = result.attempts[-1].setting
+        template = thresholds_for(self.loaded, self.config, winner)
+        times: dict[Phase, float] = self.space.phase_times(winner)
+        sources = provenance.of_results(self.config, self.prompts)
+        thresholds = emit(
+            template, result, _read_json(self.folder / "fit.json"), times, self.cost, self.config, sources
+        )
+        thresholds.save(self.folder / "thresholds.yaml")
+
+    def _sensitivity_rows(self) -> list[dict[str, Any]]:
+        path = self.folder / "sensitivity.json"
+        return list(_read_json(path)) if path.exists() else []
+
+    # run.json: versions, device, and how long each stage took.
+
+    def _notes(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        return dict(_read_json(path)) if path.exists() else dict(provenance.of_run(self.config))
+
+    def _write_notes(self, notes: dict[str, Any]) -> None:
+        write_text_atomically(self.folder / "run.json", json.dumps(notes, indent=1))
+
+    def _note_once(self, key: str, value: Any) -> None:
+        notes = self._notes()
+        if key in notes and notes[key] != value:
+            raise UserError(
+                f"`{self.folder}` was made with another model file ({notes[key]} before, {value} now); "
+                "use another output folder"
+            )
+        self._write_notes({**notes, key: value})
+
+    def _note_time(self, stage: str) -> None:
+        """Marks a stage as finished, with the seconds this process spent since the last mark."""
+        notes = self._notes()
+        now = time.monotonic()
+        notes.setdefault("seconds", {})[stage] = round(now - self._started, 1)
+        self._started = now
+        self._write_notes(notes)
+
+    def _noted(self, stage: str) -> bool:
+        return stage in self._notes().get("seconds", {})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """Two processes in one run folder would mix their results."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"`{folder}` is in use by another `calibrate` process; wait for it or use another output folder"
+            ) from None
+        yield folder
+
+
+def _prepared(folder: Path, config: RunConfig) -> Path:
+    """Makes the folder, or checks that it belongs to this config."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").exists():
+            _write_config(folder, config)
+    except OSError as error:
+        raise UserError(f"output: `{folder}` cannot be written ({error}); choose a writable folder") from None
+    _, before = open_run(folder)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output: `{folder}` cannot be written; choose a writable folder")
+    ours, theirs = _comparable(config), _comparable(before)
+    if ours != theirs:
+        keys = [key for key in ours if ours[key] != theirs[key]]
+        raise UserError(
+            f"output: `{folder}` belongs to another config (different: {', '.join(keys)}); use another "
+            "output folder, or `calibrate search` for more trials of the same run"
+        )
+    return folder
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    return {k: v for k, v in config.model_dump(mode="json").items() if k != "output"}
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_text_atomically(folder / "config.yaml", text)
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    return Prompt(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"`{path}` cannot be read ({error}); delete it and run again") from None
+
+
+def _describe(point: Point) -> str:
+    shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in point.sparsity.items())
+    return f"best: {1 / point.relative_time:.2f}x, KL {point.kl:.2g}, skips {shares}"
+
+
+__all__ = ["Progress", "Run", "Silent", "WorkFailed", "open_run", "run", "search_again", "validate_again"]

@@ -1,0 +1,444 @@
+"""Prompts by task and length: three sets of token ids that never share a prompt.
+
+Every prompt is a cloze: a text that stops where a reference answer, or the text's own continuation,
+comes next. Chat templates are not applied, so that a base model and its chat version see the same tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
+
+from calibrate.errors import UserError
+from calibrate.generators import TASKS, Codec, generate, manual
+from calibrate.schema import PromptsConfig, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["calibration", "search", "heldout"]
+
+_SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
+# How many rows of a source are looked at, at most; and how many per prompt before lengths may be uneven.
+_MAX_ROWS = 100_000
+_PATIENCE = 20
+# What readers of `datasets` raise for a broken file, a missing set, or no network.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError)
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids, and what comes after it."""
+
+    task: str
+    """`Source.task`."""
+    split: Split
+    length: int
+    """Its length bin, one of `PromptsConfig.lengths` [tokens]."""
+    ids: Tokens
+    """The prompt, with the tokens that the tokenizer puts in front (BOS)."""
+    continuation: Tokens
+    """Teacher-forced tokens after the prompt, 1 to `decode_tokens` of them."""
+    has_answer: bool
+    """Whether `continuation` is a reference answer; else it is the text's own."""
+
+    @property
+    def key(self) -> str:
+        """Identity of the prompt: SHA-256 over ids and continuation, in hex."""
+        return _digest((self.ids, self.continuation))
+
+
+def build(
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_context: int | None,
+) -> dict[Split, list[Prompt]]:
+    """Builds the calibration, search and held-out prompts.
+
+    The prompts of a set are shared out over sources by weight and over lengths evenly, so that any
+    first part of a list is balanced too. Generators and `text` give exactly the lengths asked; rows
+    of `file` and `hub` keep their own length and go to the nearest bin (log2), within a factor √2.
+    An answer longer than `decode_tokens` is cut; a prompt never is. A generated prompt depends on
+    the seed, its source's position, its set and its position in it, never on the size of a set.
+    The sets share no prompt, window or row; generated prompts of all sets are written into sentences
+    of the same manual.
+
+    Args:
+        config: sources, lengths and counts.
+        tokenizer: the model's tokenizer.
+        seed: of every random choice, at least 0.
+        max_context: longest prompt plus continuation that the model takes [tokens]; None: no limit.
+
+    Returns:
+        The prompts of each set, exactly as many as `config` says.
+
+    Raises:
+        UserError: a source is missing, broken, too short or too long; the message says where.
+    """
+    work = _Work(config, Codec(tokenizer), seed, max_context)
+    _check_sources(work)
+    counts = (config.calibration, config.search, config.heldout)
+    plan = {split: _shares(config, count) for split, count in zip(_SPLITS, counts, strict=True)}
+    made = {
+        index: iter(_MAKERS.get(source.task, _generated)(work, index, _slots(plan, index)))
+        for index, source in enumerate(config.sources)
+    }
+    sets = {split: [next(made[index]) for index, _ in plan[split]] for split in _SPLITS}
+    _check_distinct(sets)
+    return sets
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A prompt to be made by one source: the `number`-th of that source in its set."""
+
+    split: Split
+    number: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    config: PromptsConfig
+    codec: Codec
+    seed: int
+    max_context: int | None
+
+    def prompt(
+        self, index: int, slot: _Slot, ids: Iterable[int], after: Iterable[int], has_answer: bool
+    ) -> Prompt:
+        task, after = self.config.sources[index].task, islice(after, self.config.decode_tokens)
+        return Prompt(task, slot.split, slot.length, tuple(ids), tuple(after), has_answer)
+
+
+def _shares(config: PromptsConfig, count: int) -> list[tuple[int, int]]:
+    """Source and length of each prompt of a set: always whichever is furthest behind its share."""
+    weights = [source.weight for source in config.sources]
+    taken: Counter[int] = Counter()
+    lengths: Counter[int] = Counter()
+    cells: Counter[tuple[int, int]] = Counter()
+    plan = []
+    for made in range(1, count + 1):
+        behind = [w / sum(weights) * made - taken[i] for i, w in enumerate(weights)]
+        index = behind.index(max(behind))
+        length = min(config.lengths, key=lambda n: (cells[index, n], lengths[n]))
+        taken[index] += 1
+        lengths[length] += 1
+        cells[index, length] += 1
+        plan.append((index, length))
+    return plan
+
+
+def _slots(plan: dict[Split, list[tuple[int, int]]], index: int) -> list[_Slot]:
+    return [
+        _Slot(split, number, length)
+        for split, shares in plan.items()
+        for number, length in enumerate(length for i, length in shares if i == index)
+    ]
+
+
+def _check_sources(work: _Work) -> None:
+    config, read = work.config, Counter[tuple[str | None, ...]]()
+    for source in config.sources:
+        if source.task not in ("file", "hub"):
+            _check_context(config, work.max_context)
+        if source.task not in TASKS:
+            read[source.task, source.path, source.dataset, source.subset, source.split] += 1
+    for (task, path, dataset, *_), times in read.items():
+        if times > 1:
+            raise UserError(
+                f"no two sources may read the same text, but {times} sources of `task: {task}` read "
+                f"{path or dataset or 'the manual'}; give that source once, with a larger `weight`"
+            )
+
+
+def _check_context(config: PromptsConfig, max_context: int | None) -> None:
+    length, after = max(config.lengths), config.decode_tokens
+    if max_context is not None and length + after > max_context:
+        raise UserError(
+            "`length + decode_tokens <= context` must hold, but got "
+            f"{length} + {after} > {max_context} for model context; lower `prompts.lengths`"
+        )
+
+
+def _check_distinct(sets: dict[Split, list[Prompt]]) -> None:
+    seen: dict[str, Prompt] = {}
+    for prompt in (prompt for split in _SPLITS for prompt in sets[split]):
+        # Equal ids are one prompt for us, whatever comes after, so this also proves the keys distinct.
+        other = seen.setdefault(_digest(prompt.ids), prompt)
+        if other is not prompt:
+            raise UserError(
+                f"prompts must differ from each other, but `{other.task}` in the {other.split} set and "
+                f"`{prompt.task}` in the {prompt.split} set made the same {len(prompt.ids)} tokens; "
+                "give sources that do not repeat themselves, or raise `prompts.lengths`"
+            )
+
+
+def _digest(tokens: Tokens | tuple[Tokens, ...]) -> str:
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+
+def _generated(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+    """One random stream per prompt, so that no prompt depends on another."""
+    task = work.config.sources[index].task
+    for slot in slots:
+        stream = f"{work.seed}/{index}/{slot.split}/{slot.number}"
+        ids, after = generate(task, stream, slot.length, work.codec)
+        yield work.prompt(index, slot, ids, after, has_answer=True)
+
+
+def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+    """Disjoint windows of a text, in random order and with random gaps."""
+    path = work.config.sources[index].path
+    tokens = work.codec.encode(manual() if path is None else _read_text(path))
+    prefix, decode = work.codec.prefix, work.config.decode_tokens
+    sizes = [slot.length - len(prefix) + decode for slot in slots]
+    spare = len(tokens) - sum(sizes)
+    if spare < 0:
+        raise UserError(
+            f"{path or 'pydoc_data.topics'}: {len(slots)} windows that do not overlap need "
+            f"{sum(sizes)} tokens, but the text has {len(tokens)}; give a longer text, "
+            "or lower `prompts.lengths` or the number of prompts"
+        )
+    rng = Random(f"{work.seed}/{index}/windows")
+    gaps = sorted(rng.randrange(spare + 1) for _ in slots)
+    starts, used = {}, 0
+    for place, gap in zip(rng.sample(range(len(slots)), len(slots)), gaps, strict=True):
+        starts[place] = used + gap
+        used += sizes[place]
+    for place, slot in enumerate(slots):
+        window = tokens[starts[place] : starts[place] + sizes[place]]
+        yield work.prompt(index, slot, (*prefix, *window[:-decode]), window[-decode:], False)
+
+
+def _read_text(path: str) -> str:
+    _check_file(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty; give a text")
+    return text
+
+
+def _check_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; set `path` to a file (relative to the config file)")
+
+
+def _from_rows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+    """Rows of a file or a hub dataset; a slot gets a row of its length as long as there is one."""
+    pools = _pools(work, index, slots)
+    rng = Random(f"{work.seed}/{index}/rows")
+    for length in work.config.lengths:
+        rng.shuffle(pools[length])
+    for slot in slots:
+        length = slot.length if pools[slot.length] else max(pools, key=lambda n: len(pools[n]))
+        ids, after = pools[length].pop()
+        has_answer = work.config.sources[index].answer_field is not None
+        yield work.prompt(index, replace(slot, length=length), ids, after, has_answer)
+
+
+def _pools(
+    work: _Work, index: int, slots: list[_Slot]
+) -> dict[int, list[tuple[list[int], list[int]]]]:
+    """Different rows by length bin: enough for every slot, of the lengths wanted if they exist."""
+    source, lengths = work.config.sources[index], work.config.lengths
+    wanted = Counter(slot.length for slot in slots)
+    pools: dict[int, list[tuple[list[int], list[int]]]] = {length: [] for length in lengths}
+    seen: set[str] = set()
+    read = outside = repeated = 0
+    full = False
+    for where, row in islice(_rows(source), _MAX_ROWS):
+        if full and source.task == "hub":
+            break
+        read += 1
+        prompt, answer = _texts(source, where, row)
+        if full:
+            # A broken row is an error wherever it stands in a user's own file.
+            continue
+        ids, after = _row_tokens(work, where, prompt, answer)
+        length = _bin(lengths, len(ids)) if after else None
+        if length is None:
+            outside += 1
+        elif _digest(tuple(ids)) in seen:
+            repeated += 1
+        else:
+            seen.add(_digest(tuple(ids)))
+            pools[length].append((ids, after))
+            found = len(seen)
+            balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
+            full = balanced or (found >= len(slots) and read >= _PATIENCE * len(slots))
+    if not read:
+        raise UserError(f"{_name(source)}: there are no rows; give a file or a split with rows")
+    if len(seen) < len(slots):
+        raise UserError(
+            f"{_name(source)}: {len(slots)} different prompts are needed, but only {len(seen)} of "
+            f"{read} rows can be used: {outside} lie outside the length bins {list(lengths)} "
+            f"(each reaches a factor √2), {repeated} repeat another; "
+            "give more rows, change `prompts.lengths`, or lower the number of prompts"
+        )
+    return pools
+
+
+def _bin(lengths: tuple[int, ...], tokens: int) -> int | None:
+    if not min(lengths) / math.sqrt(2) <= tokens <= max(lengths) * math.sqrt(2):
+        return None
+    return min(lengths, key=lambda length: abs(math.log2(tokens / length)))
+
+
+def _row_tokens(
+    work: _Work, where: str, prompt: str, answer: str | None
+) -> tuple[list[int], list[int]]:
+    """Prompt and continuation of a row; a text too short to have both has no continuation."""
+    codec, decode = work.codec, work.config.decode_tokens
+    if answer is None:
+        tokens = codec.encode(prompt)
+        ids, after = tokens[:-decode], tokens[-decode:] if len(tokens) > decode else []
+    else:
+        apart = prompt[-1].isspace() or answer[0].isspace()
+        ids, after = codec.split(prompt, answer if apart else f" {answer}")
+        if not after:
+            raise UserError(f"{where}: the answer {answer!r} has no tokens; give a longer answer")
+    ids, after = [*codec.prefix, *ids], after[:decode]
+    if work.max_context is not None and len(ids) + len(after) > work.max_context:
+        raise UserError(
+            f"{where}: `prompt + continuation <= context` must hold, but got "
+            f"{len(ids)} + {len(after)} > {work.max_context} tokens; shorten the row or remove it"
+        )
+    return ids, after
+
+
+def _texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | None]:
+    """The row's prompt and, if the source has answers, its answer."""
+    # pandas takes a first column without a name for an index, and the names would stand one off.
+    if "__index_level_0__" in row:
+        raise UserError(f"{where}: the row has more cells than the header; name every column")
+    prompt = _cell(where, row, source.prompt_field)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _bad_cell(where, source.prompt_field, "text", prompt)
+    if source.answer_field is None:
+        return prompt, None
+    answer = _cell(where, row, source.answer_field)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise _bad_cell(where, source.answer_field, "text or a number", answer)
+    return prompt, answer
+
+
+def _cell(where: str, row: dict[str, Any], field: str) -> Any:
+    if field in row:
+        return row[field]
+    near = difflib.get_close_matches(field, row, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    raise UserError(
+        f"{where}: there is no column `{field}`, only {', '.join(f'`{name}`' for name in row)}; "
+        f"{hint}set `prompt_field` and `answer_field`"
+    )
+
+
+def _bad_cell(where: str, field: str, law: str, value: object) -> UserError:
+    got = "nothing" if value is None or value == "" else repr(value)[:60]
+    return UserError(
+        f"{where}: `{field}` must be {law}, but got {got}; fill it in or remove the row"
+    )
+
+
+def _name(source: Source) -> str:
+    return f"dataset `{source.dataset}`" if source.task == "hub" else str(source.path)
+
+
+def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a `file` or `hub` source, each with its place for messages."""
+    if source.task == "hub":
+        return _loaded(source, source.dataset, name=source.subset, split=source.split)
+    path = str(source.path)
+    _check_file(path)
+    kind = Path(path).suffix.lower()
+    if kind in (".jsonl", ".json"):
+        return _json_rows(path)
+    if kind == ".csv":
+        # Cells are kept as they stand in the file: pandas would read 007 as 7, and NA as nothing.
+        as_text = {field: str for field in (source.prompt_field, source.answer_field) if field}
+        options = {"keep_default_na": False, "converters": as_text}
+        return _loaded(source, "csv", data_files=path, split="train", **options)
+    if kind == ".parquet":
+        return _loaded(source, "parquet", data_files=path, split="train")
+    raise UserError(
+        f"{path}: the name must end in .jsonl, .json, .csv or .parquet, but it ends in `{kind}`; "
+        "convert the file, or use `task: text` for plain text"
+    )
+
+
+def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Streams rows through `datasets`, so that a large set is neither downloaded nor held whole."""
+    name, number = _name(source), 0
+    try:
+        import datasets
+
+        for number, row in enumerate(datasets.load_dataset(*args, streaming=True, **options), 1):
+            yield f"{name}: row {number}", row
+    except _READ_ERRORS as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        cure = (
+            "check `dataset`, `subset`, `split` and the network"
+            if source.task == "hub"
+            else "mend the file"
+        )
+        raise UserError(f"{name}: cannot be read after row {number}: {cause}; {cure}") from error
+
+
+def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a JSON array or of JSON lines.
+
+    Read here and not through `datasets`, which turns a text like 2020-01-01 into a date, and refuses
+    files whose other columns change their type; neither would leave us the line number.
+    """
+    if path.lower().endswith(".json"):
+        text = _read_text(path)
+        if text.lstrip()[0] == "[":
+            for number, row in enumerate(_parsed(path, 1, text), start=1):
+                yield f"{path}: row {number}", _object(f"{path}: row {number}", row)
+            return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _object(f"{path}:{number}", _parsed(path, number, line))
+
+
+def _parsed(path: str, line: int, text: str | bytes) -> Any:
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise UserError(
+            f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{line}: not UTF-8: {error.reason}; save the file as UTF-8"
+        ) from None
+
+
+def _object(where: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be a JSON object, but this is {repr(row)[:60]}")
+    return row
+
+
+_MAKERS = {"text": _windows, "file": _from_rows, "hub": _from_rows}

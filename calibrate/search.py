@@ -1,0 +1,226 @@
+"""Optuna over the search space: measured loss against predicted attention time.
+
+The study is Optuna's own, so `optuna-dashboard` and `optuna.visualization` read it. Every trial draws from a
+sampler seeded by how many trials have finished: an interrupted search continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from skip_softmax.thresholds import PHASES, Phase
+
+from calibrate.errors import UserError, WorkFailed
+from calibrate.measure import Outcome, Setting, sparsity
+from calibrate.prompts import Prompt
+from calibrate.schema import RunConfig
+from calibrate.space import Space
+
+Evaluate = Callable[[Setting, Prompt], Outcome]
+
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
+
+
+@dataclass(frozen=True)
+class Point:
+    """A finished trial.
+
+    Attributes:
+        name: `analytic`, `uniform` (warm starts) or `search`.
+        setting: scale factors per phase and layer.
+        kl: mean over the search prompts [nats/token].
+        relative_time: predicted attention time relative to dense.
+        sparsity: achieved on the search prompts, per phase.
+    """
+
+    name: str
+    setting: Setting
+    kl: float
+    relative_time: float
+    sparsity: dict[Phase, float]
+
+
+def open_study(config: RunConfig, folder: Path) -> optuna.Study:
+    """Creates or reopens the study.
+
+    Args:
+        config: the run config.
+        folder: the run folder; holds `study.db` unless `search.storage` is set.
+
+    Raises:
+        UserError: the storage URL cannot be used.
+    """
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    shared = config.search.storage is not None
+    url = config.search.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    try:
+        storage = optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT if shared else None)
+        study = optuna.create_study(
+            study_name=config.search.study_name, storage=storage, load_if_exists=True,
+            directions=["minimize", "minimize"],
+        )
+    except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
+        raise UserError(f"search.storage: `{url}` cannot be used by Optuna: {error}") from error
+    study.set_metric_names(["loss [nats/token]", "predicted attention time"])
+    return study
+
+
+def search(
+    study: optuna.Study, space: Space, config: RunConfig, prompts: Sequence[Prompt], evaluate: Evaluate
+) -> Iterator[Point | None]:
+    """Runs the trials that are still missing.
+
+    Args:
+        study: from `open_study`.
+        space: the search space with its warm starts.
+        config: trials, sampler, seed, pruning.
+        prompts: search prompts; a trial sees them in this order.
+        evaluate: runs one prompt with a setting.
+
+    Yields:
+        Each finished trial's point, or None for a pruned one.
+    """
+    _drop_unfinished(study, shared=config.search.storage is not None)
+    seeds = space.seeds()
+    bounds = space.bounds()
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        params = {key: trial.suggest_float(key, low, high) for key, (low, high) in bounds.items()}
+        setting = space.setting(params)
+        trial.set_user_attr("setting", {phase: list(factors) for phase, factors in setting.items()})
+        outcomes: list[Outcome] = []
+        for prompt in prompts:
+            outcomes.append(evaluate(setting, prompt))
+            so_far = sum(outcome.kl for outcome in outcomes) / len(prompts)
+            trial.set_user_attr("constraint", so_far - config.budget.kl)
+            if so_far > config.search.prune_factor * config.budget.kl:
+                trial.set_user_attr("kl_at_least", so_far)
+                raise optuna.TrialPruned
+        trial.set_user_attr("kl", [outcome.kl for outcome in outcomes])
+        trial.set_user_attr("sparsity", {phase: sparsity(outcomes, phase) for phase in PHASES})
+        return so_far, space.relative_time(setting)
+
+    while (finished := _finished(study)) < config.search.trials:
+        # A fresh sampler per trial: its state is a function of seed and history, so a resumed search goes the same way.
+        study.sampler = _sampler(config, finished)
+        if finished < len(seeds):
+            name, params = seeds[finished]
+            study.enqueue_trial(_inside(params, bounds), user_attrs={"name": name})
+        study.optimize(objective, n_trials=1)
+        last = study.get_trials(deepcopy=False)[-1]
+        yield _point(last) if last.state == TrialState.COMPLETE else None
+
+
+def points(study: optuna.Study) -> list[Point]:
+    """All completed trials, in the order they were made."""
+    return [_point(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+
+
+def front(candidates: Sequence[Point]) -> list[Point]:
+    """Points that no other point beats in both loss and time, fastest first."""
+    best: list[Point] = []
+    for point in sorted(candidates, key=lambda p: (p.relative_time, p.kl)):
+        if not best or point.kl < best[-1].kl:
+            best.append(point)
+    return best
+
+
+def candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
+    """What the validation should try: the fastest points within shrinking shares of the budget.
+
+    The search prompts are few, and the winner was chosen on them, so its loss there is too good: the first
+    candidate already keeps a margin.
+
+    Args:
+        all_points: completed trials.
+        config: budget, phases, number of attempts.
+
+    Returns:
+        At most `validation.attempts` points, the fastest first.
+
+    Raises:
+        WorkFailed: no point skips anything in every phase within the budget.
+    """
+    useful = [p for p in all_points if all(p.sparsity[phase] > 0 for phase in config.target.phases)]
+    chosen: list[Point] = []
+    for attempt in range(config.validation.attempts):
+        share = 0.7 * 0.5**attempt
+        within = [p for p in useful if p.kl <= share * config.budget.kl and p not in chosen]
+        if within:
+            chosen.append(min(within, key=lambda p: (p.relative_time, p.kl)))
+    if not chosen:
+        least = min((p.kl for p in useful), default=None)
+        raise WorkFailed(
+            "no trial skips tiles in every phase within the budget: the smallest loss of one that skips is "
+            f"{'unknown (none skips)' if least is None else f'{least:.3g} nats/token'}, the budget is "
+            f"{config.budget.kl:g}; raise `budget.kl`, or give the search more trials"
+        )
+    return chosen
+
+
+def best_uniform(all_points: Sequence[Point], limit: float) -> Point | None:
+    """The fastest point with one number per phase and a loss within `limit` [nats/token]."""
+    uniform = [p for p in all_points if p.name == "uniform" and p.kl <= limit]
+    return min(uniform, key=lambda p: (p.relative_time, p.kl), default=None)
+
+
+def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
+    seed = config.seed * 100_003 + finished
+    startup = min(10, max(1, config.search.trials // 4))
+    match config.search.sampler:
+        case "tpe":
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, n_startup_trials=startup, constraints_func=_constraint,
+                constant_liar=True,
+            )
+        case "gp":
+            return optuna.samplers.GPSampler(
+                seed=seed, n_startup_trials=startup, constraints_func=_constraint, deterministic_objective=True
+            )
+        case "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, constraints_func=_constraint)
+        case "qmc":
+            # One low-discrepancy sequence: the study counts its points, the seed must not change.
+            return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _constraint(trial: FrozenTrial) -> tuple[float]:
+    return (float(trial.user_attrs.get("constraint", 1.0)),)
+
+
+def _drop_unfinished(study: optuna.Study, *, shared: bool) -> None:
+    """Trials that a killed process left running or waiting are failed; their points are drawn again."""
+    if shared:
+        # Other workers may be alive; only those without a heartbeat are dead.
+        optuna.storages.fail_stale_trials(study)
+        return
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _finished(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=_FINISHED))
+
+
+def _inside(params: dict[str, float], bounds: dict[str, tuple[float, float]]) -> dict[str, float]:
+    return {key: min(max(value, bounds[key][0]), bounds[key][1]) for key, value in params.items()}
+
+
+def _point(trial: FrozenTrial) -> Point:
+    attributes: dict[str, Any] = trial.user_attrs
+    return Point(
+        name=attributes.get("name", "search"),
+        setting={phase: tuple(factors) for phase, factors in attributes["setting"].items()},
+        kl=trial.values[0],
+        relative_time=trial.values[1],
+        sparsity=attributes["sparsity"],
+    )

@@ -1,0 +1,213 @@
+"""The search space: few numbers that stand for one scale factor per layer and phase.
+
+Per phase: a global scale, how far layers follow the analytic allocation (0: one number for all, 1: the
+allocation), one offset per sensitivity group, and the sparsity under which a layer is left dense. Uniform
+scale factors and the analytic optimum are both points of this space, so the search starts from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from skip_softmax.thresholds import Phase
+
+from calibrate.cost import Cost
+from calibrate.measure import Setting
+from calibrate.schema import RunConfig
+from calibrate.sensitivity import LossModel, largest_scale_factor
+from calibrate.stats import Statistics
+
+Params = dict[str, float]
+
+_FLOOR_LOG2 = -2.0  # scale factors below 1/4 skip nothing in any model seen
+_OPTIONS_PER_OCTAVE = 2
+_GROUP_RANGE = 2.0  # octaves
+_OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
+_DENSE_BELOW = 0.3
+
+
+@dataclass(frozen=True)
+class Space:
+    """Maps a point of the search space to a setting.
+
+    Attributes:
+        statistics: of the calibration prompts.
+        cost: measured kernel curves.
+        losses: predicted loss per layer.
+        config: the run config.
+        layers: indices of the layers that can be calibrated.
+        offsets: per phase and layer, log2 distance from the phase's scale in the analytic allocation.
+        groups: per phase and layer, its sensitivity group.
+    """
+
+    statistics: Statistics
+    cost: Cost
+    losses: LossModel
+    config: RunConfig
+    layers: tuple[int, ...]
+    offsets: dict[Phase, tuple[float, ...]]
+    groups: dict[Phase, tuple[int, ...]]
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Lower and upper end of every parameter."""
+        bounds: dict[str, tuple[float, float]] = {}
+        for phase in self.config.target.phases:
+            bounds[f"{phase}.log2_scale"] = (_FLOOR_LOG2, self._top(phase))
+            bounds[f"{phase}.tilt"] = (0.0, 1.5)
+            for group in range(self.config.search.groups):
+                bounds[f"{phase}.group{group}"] = (-_GROUP_RANGE, _GROUP_RANGE)
+            bounds[f"{phase}.dense_below"] = (0.0, _DENSE_BELOW)
+        return bounds
+
+    def setting(self, params: Params) -> Setting:
+        """One scale factor per phase and layer; layers that cannot be calibrated are 0."""
+        return {phase: self._phase_setting(phase, params) for phase in self.config.target.phases}
+
+    def relative_time(self, setting: Setting) -> float:
+        """Predicted attention time relative to dense, weighted over phases."""
+        weights = self.config.target.phase_weight
+        times = self.phase_times(setting)
+        return sum(weights[p] * t for p, t in times.items()) / sum(weights[p] for p in times)
+
+    def phase_times(self, setting: Setting) -> dict[Phase, float]:
+        """Predicted attention time of each phase relative to dense."""
+        times: dict[Phase, float] = {}
+        for phase, factors in setting.items():
+            share = self.statistics.layer_sparsity(phase, factors).tolist()
+            times[phase] = self.cost.relative_time(phase, share, [factor > 0 for factor in factors])
+        return times
+
+    def predicted_loss(self, setting: Setting) -> dict[Phase, float]:
+        """Sum of the layers' predicted losses per phase [nats/token]; interactions are left to the search."""
+        losses: dict[Phase, float] = {}
+        for phase, factors in setting.items():
+            mass = self.statistics.dropped_mass(phase, factors).tolist()
+            losses[phase] = sum(self.losses.loss(phase, layer, mass[layer]) for layer in self.layers)
+        return losses
+
+    def seeds(self) -> list[tuple[str, Params]]:
+        """Warm starts: the analytic allocation and one number per phase, at several shares of the budget."""
+        points: list[tuple[str, Params]] = []
+        for share in (1.0, 0.3, 3.0):
+            allowed = {
+                phase: share * self.config.budget.kl / len(self.config.target.phases)
+                for phase in self.config.target.phases
+            }
+            for name, tilt in (("analytic", 1.0), ("uniform", 0.0)):
+                params: Params = {}
+                for phase in self.config.target.phases:
+                    params |= self._seed(phase, tilt, allowed[phase])
+                points.append((name, params))
+        return points
+
+    def _seed(self, phase: Phase, tilt: float, allowed: float) -> Params:
+        """Point with no group offsets whose predicted loss in this phase is `allowed`."""
+        def point(log2_scale: float) -> Params:
+            zero = {f"{phase}.group{group}": 0.0 for group in range(self.config.search.groups)}
+            dense_below = min(self.cost.curves[phase].break_even, _DENSE_BELOW) if tilt else 0.0
+            return {
+                f"{phase}.log2_scale": log2_scale, f"{phase}.tilt": tilt, **zero,
+                f"{phase}.dense_below": dense_below,
+            }
+
+        def loss(log2_scale: float) -> float:
+            setting: Setting = {phase: self._phase_setting(phase, point(log2_scale))}
+            return self.predicted_loss(setting)[phase]
+
+        return point(_bisect(loss, allowed, _FLOOR_LOG2, self._top(phase)))
+
+    def _phase_setting(self, phase: Phase, params: Params) -> tuple[float, ...]:
+        scale, tilt = params[f"{phase}.log2_scale"], params[f"{phase}.tilt"]
+        top = self._top(phase)
+        factors = [0.0] * self.statistics.counts[phase].shape[0]
+        for layer in self.layers:
+            exponent = scale + tilt * self.offsets[phase][layer]
+            exponent += params[f"{phase}.group{self.groups[phase][layer]}"]
+            factors[layer] = 2.0 ** min(max(exponent, _FLOOR_LOG2), top)
+        share = self.statistics.layer_sparsity(phase, factors).tolist()
+        floor = params[f"{phase}.dense_below"]
+        return tuple(
+            float(f"{factor:.5g}") if share[layer] > floor else 0.0 for layer, factor in enumerate(factors)
+        )
+
+    def _top(self, phase: Phase) -> float:
+        return math.log2(largest_scale_factor(self.config, phase))
+
+
+def build_space(
+    statistics: Statistics, cost: Cost, losses: LossModel, config: RunConfig, layers: tuple[int, ...]
+) -> Space:
+    """Computes the analytic allocation and the sensitivity groups.
+
+    The allocation minimises predicted time plus a price times predicted loss, layer by layer: for every
+    price that is the exact optimum of the knapsack. The price is the one that spends half the budget.
+    """
+    phases = config.target.phases
+    options = {phase: _options(statistics, cost, losses, config, phase, layers) for phase in phases}
+
+    def spent(log2_price: float) -> float:
+        return -sum(
+            options[phase][layer][_cheapest(options[phase][layer], log2_price, config, phase)][2]
+            for phase in phases
+            for layer in layers
+        )
+
+    price = _bisect(spent, -0.5 * config.budget.kl, -30.0, 60.0)
+    offsets: dict[Phase, tuple[float, ...]] = {}
+    groups: dict[Phase, tuple[int, ...]] = {}
+    for phase in phases:
+        size = statistics.counts[phase].shape[0]
+        chosen = {
+            layer: options[phase][layer][_cheapest(options[phase][layer], price, config, phase)][0]
+            for layer in layers
+        }
+        armed = [log2_factor for log2_factor in chosen.values() if log2_factor is not None]
+        centre = sum(armed) / len(armed) if armed else 0.0
+        low, high = _OFFSET_RANGE
+        offsets[phase] = tuple(
+            low if chosen.get(layer) is None else min(max(float(chosen[layer] or 0.0) - centre, low), high)
+            for layer in range(size)
+        )
+        order = sorted(layers, key=lambda layer: losses.weights[phase][layer])
+        rank = {layer: position for position, layer in enumerate(order)}
+        groups[phase] = tuple(
+            rank.get(layer, 0) * config.search.groups // max(len(order), 1) for layer in range(size)
+        )
+    return Space(statistics, cost, losses, config, layers, offsets, groups)
+
+
+_Option = tuple[float | None, float, float]
+"""log2 of a scale factor (None: dense), predicted relative time, predicted loss [nats/token]."""
+
+
+def _options(
+    statistics: Statistics, cost: Cost, losses: LossModel, config: RunConfig, phase: Phase, layers: tuple[int, ...]
+) -> dict[int, list[_Option]]:
+    top = math.log2(largest_scale_factor(config, phase))
+    steps = int((top - _FLOOR_LOG2) * _OPTIONS_PER_OCTAVE)
+    grid = [top - step / _OPTIONS_PER_OCTAVE for step in range(steps + 1)][::-1]
+    table: dict[int, list[_Option]] = {layer: [(None, 1.0, 0.0)] for layer in layers}
+    for log2_factor in grid:
+        share = statistics.layer_sparsity(phase, 2.0**log2_factor)
+        mass = statistics.dropped_mass(phase, 2.0**log2_factor)
+        for layer in layers:
+            time = cost.curves[phase].at(float(share[layer]))
+            table[layer].append((log2_factor, time, losses.loss(phase, layer, float(mass[layer]))))
+    return table
+
+
+def _cheapest(options: list[_Option], log2_price: float, config: RunConfig, phase: Phase) -> int:
+    weight = config.target.phase_weight[phase]
+    totals = torch.tensor([weight * time + 2.0**log2_price * loss for _, time, loss in options])
+    return int(totals.argmin())
+
+
+def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Largest x in [low, high] with a rising function(x) <= target; `low` when there is none."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) <= target else (low, middle)
+    return low

@@ -1,0 +1,67 @@
+"""Inputs whose tiles skip as asked: random scores skip nothing, so structure is planted.
+
+Both kinds hold a sink in the first tile, as causal language models do. `blocks` gives every KV tile a level:
+loud tiles are kept and quiet ones skipped, whatever the rows. `sink` plants the sink alone: which tiles fall
+below the threshold is then noise, independent from vote to vote, the hardest case for a kernel whose block
+holds several votes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+Kind = Literal["blocks", "sink"]
+
+QUIET, LOUD, CUT = -13.0, -2.5, -8.0  # level of quiet and loud tiles, and the threshold [nats]
+SINK = 6.0  # how far the sink stands above the mean score of `sink` inputs [nats]
+
+
+def planted(
+    kind: Kind, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, tile_kv: int,
+    sparsity: float, dtype: torch.dtype, device: str, seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Queries, keys, values, and (for `blocks`) the scale factor that skips the quiet tiles.
+
+    Args:
+        kind: `blocks` or `sink`.
+        batch: requests.
+        heads: query heads.
+        kv_heads: KV heads.
+        q_len: query rows per request.
+        kv_len: keys per request [tokens].
+        head_dim: columns.
+        tile_kv: keys per tile [tokens].
+        sparsity: share of quiet tiles, in [0, 1]; `sink` takes any and is set by its scale factor.
+        dtype: of all three.
+        device: where.
+        seed: of the random numbers.
+
+    Returns:
+        q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D], scale factor [tokens].
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+
+    noise = 0.6 if kind == "blocks" else 1.0  # scores of N(0, noise**4) [nats]
+    q = normal(batch, heads, q_len, head_dim).mul_(noise)
+    k = normal(batch, kv_heads, kv_len, head_dim).mul_(noise)
+    v = normal(batch, kv_heads, kv_len, head_dim)
+    strength = 4.0  # of the planted channel in q; the key's part carries the level
+    q[..., 0] = strength
+    tiles = -(-kv_len // tile_kv)
+    if kind == "blocks":
+        # Tile 0 holds the sink, the last tiles the diagonal: quiet tiles are spread evenly between.
+        shuffled = torch.rand(batch, kv_heads, tiles, device=device, generator=generator)
+        level = torch.where(shuffled < sparsity, QUIET, LOUD)
+        level[..., 0] = 0.0
+        keys = level.repeat_interleave(tile_kv, -1)[..., :kv_len]
+    else:
+        keys = torch.zeros(batch, kv_heads, kv_len, device=device)
+        keys[..., 0] = SINK
+    k[..., 0] = (keys * math.sqrt(head_dim) / strength).to(dtype)
+    return q, k, v, kv_len * math.exp(CUT)

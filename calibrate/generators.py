@@ -1,7 +1,7 @@
-"""Seeded prompts in the style of RULER (arXiv 2404.06654), as cloze text: the answer is what comes next.
+"""Seeded prompts in the style of RULER (arXiv 2404.06654), as cloze: the answer is what comes next.
 
-A task is written at any size (units of filler), so that whoever counts tokens can fit it to a length.
-One random stream gives one prompt: sizes differ only in how much filler they hold.
+A task can be written at any size (units of filler), so that it can be fitted to a number of tokens.
+One random stream is one prompt: its sizes differ only in how much filler they hold.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from random import Random
+from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING
 
 from calibrate.errors import UserError
@@ -24,27 +25,25 @@ _ENOUGH = 32
 # The seam between lead and body may tokenise a little differently than the body alone [tokens].
 _SEAM = 4
 _LEAD_SENTENCES = 16
-# RULER's word counts are made for 4K tokens and more; below, they shrink with the length.
+# RULER's counts of common words need 4K tokens; shorter lists have fewer of each [tokens].
 _RULER_LENGTH = 4096
-# Above, they grow only when the manual runs out of different words.
+# The manual's words last for lists of this length; longer ones have more of each [tokens].
 _WORDS_LAST = 16384
 _CODE_WORDS_ASKED = 3
 
-_ADJECTIVES = (
-    "amber ancient bitter brisk broken calm clever copper crimson crooked dusty eager early faint "
-    "frosty gentle golden hollow humble icy idle ivory jolly keen late lively lonely lucky mellow "
-    "misty narrow noble odd pale plain polite proud quick quiet rapid rusty scarlet secret shallow "
-    "sharp silent silver simple sleepy smooth solid spare steady stormy sunny sweet tidy tiny velvet "
-    "warm wild wise wooden young"
-).split()
-_NOUNS = (
-    "acorn anchor anvil apple arrow badger basket beacon bottle bridge button cabin candle canyon "
-    "castle cherry cloud comet compass cradle crane dagger desert dolphin drum eagle ember falcon "
-    "feather fiddle forest fountain garden glacier guitar hammer harbor island jacket kettle ladder "
-    "lantern lemon lizard marble meadow mirror monkey needle orchard otter paddle parrot pebble "
-    "pepper pillow planet pocket rabbit ribbon river saddle sparrow spider teapot thunder tiger "
-    "tunnel turtle valley violin walnut whistle window"
-).split()
+_ADJECTIVES = """
+amber ancient bitter brisk broken calm clever copper crimson crooked dusty eager early faint frosty
+gentle golden hollow humble icy idle ivory jolly keen late lively lonely lucky mellow misty narrow
+noble odd pale plain polite proud quick quiet rapid rusty scarlet secret shallow sharp silent silver
+simple sleepy smooth solid spare steady stormy sunny sweet tidy tiny velvet warm wild wise wooden
+"""
+_NOUNS = """
+acorn anchor anvil apple arrow badger basket beacon bottle bridge button cabin candle canyon castle
+cherry cloud comet compass cradle crane dagger desert dolphin drum eagle ember falcon feather fiddle
+forest fountain garden glacier guitar hammer harbor island jacket kettle ladder lantern lemon lizard
+marble meadow mirror monkey needle orchard otter paddle parrot pebble pepper pillow planet pocket
+rabbit ribbon river saddle sparrow spider teapot thunder tiger tunnel turtle valley violin walnut
+"""
 
 
 class Codec:
@@ -79,7 +78,7 @@ class Cloze:
     """One prompt as text, not yet cut to a number of tokens."""
 
     lead: str
-    """Filler in front of `body`, ends in white space; a length is reached by cutting its beginning."""
+    """Filler in front of `body`, ends in white space; its beginning is cut to reach a length."""
     body: str
     """All that the answer needs; ends just before the answer, without white space."""
     answer: str
@@ -162,11 +161,15 @@ def manual() -> str:
 
 @cache
 def _sentences() -> tuple[str, ...]:
-    """The manual's plain sentences, in order, each once; code, tables and headings are left out."""
-    plain = re.compile(r"[A-Z][A-Za-z0-9 ,;:'’“”\"()\-]{40,240}\.")
-    paragraphs = re.split(r"\n\s*\n", manual())
-    split = (re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(part.split())) for part in paragraphs)
-    return tuple(dict.fromkeys(text for part in split for text in part if plain.fullmatch(text)))
+    """The manual's sentences, in order, each once; code, tables and headings are left out."""
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", manual()))
+    texts = (text for part in paragraphs for text in re.split(r"(?<=[.!?:])\s+(?=[A-Z\"])", part))
+    whole = re.compile(r"[A-Z\"].{40,240}\.")
+    return tuple(dict.fromkeys(text for text in texts if whole.fullmatch(text) and _is_prose(text)))
+
+
+def _is_prose(text: str) -> bool:
+    return sum(c.isalpha() or c == " " for c in text) > 0.88 * len(text)
 
 
 @cache
@@ -193,8 +196,8 @@ def _hidden(rng: Random, size: int, statements: list[str]) -> tuple[str, str]:
 
 
 def _names(rng: Random, count: int) -> list[str]:
-    pairs = rng.sample(range(len(_ADJECTIVES) * len(_NOUNS)), count)
-    return [f"{_ADJECTIVES[p // len(_NOUNS)]}-{_NOUNS[p % len(_NOUNS)]}" for p in pairs]
+    pairs = [f"{first}-{second}" for first in _ADJECTIVES.split() for second in _NOUNS.split()]
+    return rng.sample(pairs, count)
 
 
 def _numbers(rng: Random, count: int, digits: int) -> list[str]:
@@ -231,8 +234,8 @@ def _needle_values(rng: Random, size: int, *, values: int) -> Cloze:
 
 def _variable_tracking(rng: Random, size: int, *, hops: int) -> Cloze:
     """A chain of assignments; every variable that ends up with the first value is asked."""
-    letters = [chr(ord("A") + i) for i in range(26)]
-    names = ["".join(rng.sample(letters, 3)) + str(i) for i in rng.sample(range(10), hops + 1)]
+    digits = rng.sample("0123456789", hops + 1)
+    names = ["".join(rng.choices(ascii_uppercase, k=3)) + digit for digit in digits]
     (value,) = _numbers(rng, 1, 5)
     sources = [value, *names[:-1]]
     statements = [f"VAR {name} = {it}." for name, it in zip(names, sources, strict=True)]
@@ -249,7 +252,7 @@ def _common_words(rng: Random, length: int, size: int) -> Cloze:
     often = max(4, round(30 * share))
     words = rng.sample(_words(), len(_words()))
     common, others = words[:count], words[count:]
-    entries = common * often + [others[i // rare] for i in range(size)]
+    entries = common * often + [others[i // rare % len(others)] for i in range(size)]
     rng.shuffle(entries)
     common.sort(key=entries.index)
     lines = " ".join(f"{i}. {word}" for i, word in enumerate(entries, start=1))
@@ -258,14 +261,11 @@ def _common_words(rng: Random, length: int, size: int) -> Cloze:
 
 
 def _frequent_words(rng: Random, length: int, size: int) -> Cloze:
-    """Coded words with Zipf counts (exponent 2); the most frequent is noise, the next three are asked."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [
-        "...",
-        *{"".join(rng.choices(letters, k=6)): None for _ in range(max(8, length // 50))},
-    ]
-    # Fewer words than this would leave the three without different counts.
-    total = 42 + size
+    """Coded words with Zipf counts (exponent 2); the first is noise, the next three are asked."""
+    codes = ("".join(rng.choices(ascii_lowercase, k=6)) for _ in range(max(8, length // 50)))
+    words = ["...", *dict.fromkeys(codes)]
+    # Shorter texts would leave two of the three with equal counts.
+    total = 30 + size
     counts = [int(total / (math.pi**2 / 6) / rank**2) for rank in range(1, len(words) + 1)]
     counts[0] += total - sum(counts)
     last = _CODE_WORDS_ASKED

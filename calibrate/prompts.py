@@ -1,7 +1,7 @@
 """Prompts by task and length: three sets of token ids that never share a prompt.
 
 Every prompt is a cloze: a text that stops where a reference answer, or the text's own continuation,
-comes next. Chat templates are not applied, so that a base model and its chat version see the same tokens.
+comes next. Chat templates are not applied: a base model and its chat version see the same tokens.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 Split = Literal["calibration", "search", "heldout"]
 
 _SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
-# How many rows of a source are looked at, at most; and how many per prompt before lengths may be uneven.
+# How many rows are looked at, at most; and how many per prompt before lengths may be uneven.
 _MAX_ROWS = 100_000
 _PATIENCE = 20
 # What readers of `datasets` raise for a broken file, a missing set, or no network.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError)
 
-Tokens = tuple[int, ...]
+_Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Prompt:
     split: Split
     length: int
     """Its length bin, one of `PromptsConfig.lengths` [tokens]."""
-    ids: Tokens
+    ids: _Tokens
     """The prompt, with the tokens that the tokenizer puts in front (BOS)."""
-    continuation: Tokens
+    continuation: _Tokens
     """Teacher-forced tokens after the prompt, 1 to `decode_tokens` of them."""
     has_answer: bool
     """Whether `continuation` is a reference answer; else it is the text's own."""
@@ -73,8 +73,7 @@ def build(
     of `file` and `hub` keep their own length and go to the nearest bin (log2), within a factor √2.
     An answer longer than `decode_tokens` is cut; a prompt never is. A generated prompt depends on
     the seed, its source's position, its set and its position in it, never on the size of a set.
-    The sets share no prompt, window or row; generated prompts of all sets are written into sentences
-    of the same manual.
+    The sets share no prompt, window or row; all generated haystacks are sentences of one manual.
 
     Args:
         config: sources, lengths and counts.
@@ -112,16 +111,12 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Work:
+    """What every source needs to know."""
+
     config: PromptsConfig
     codec: Codec
     seed: int
     max_context: int | None
-
-    def prompt(
-        self, index: int, slot: _Slot, ids: Iterable[int], after: Iterable[int], has_answer: bool
-    ) -> Prompt:
-        task, after = self.config.sources[index].task, islice(after, self.config.decode_tokens)
-        return Prompt(task, slot.split, slot.length, tuple(ids), tuple(after), has_answer)
 
 
 def _shares(config: PromptsConfig, count: int) -> list[tuple[int, int]]:
@@ -160,7 +155,7 @@ def _check_sources(work: _Work) -> None:
     for (task, path, dataset, *_), times in read.items():
         if times > 1:
             raise UserError(
-                f"no two sources may read the same text, but {times} sources of `task: {task}` read "
+                f"no two sources may read the same text, but {times} of `task: {task}` read "
                 f"{path or dataset or 'the manual'}; give that source once, with a larger `weight`"
             )
 
@@ -177,17 +172,17 @@ def _check_context(config: PromptsConfig, max_context: int | None) -> None:
 def _check_distinct(sets: dict[Split, list[Prompt]]) -> None:
     seen: dict[str, Prompt] = {}
     for prompt in (prompt for split in _SPLITS for prompt in sets[split]):
-        # Equal ids are one prompt for us, whatever comes after, so this also proves the keys distinct.
+        # Equal ids are one prompt, whatever comes after; so the keys are distinct too.
         other = seen.setdefault(_digest(prompt.ids), prompt)
         if other is not prompt:
             raise UserError(
-                f"prompts must differ from each other, but `{other.task}` in the {other.split} set and "
-                f"`{prompt.task}` in the {prompt.split} set made the same {len(prompt.ids)} tokens; "
+                f"prompts must differ from each other, but `{other.task}` ({other.split}) and "
+                f"`{prompt.task}` ({prompt.split}) gave the same {len(prompt.ids)} tokens; "
                 "give sources that do not repeat themselves, or raise `prompts.lengths`"
             )
 
 
-def _digest(tokens: Tokens | tuple[Tokens, ...]) -> str:
+def _digest(tokens: _Tokens | tuple[_Tokens, ...]) -> str:
     return hashlib.sha256(repr(tokens).encode()).hexdigest()
 
 
@@ -197,12 +192,13 @@ def _generated(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     for slot in slots:
         stream = f"{work.seed}/{index}/{slot.split}/{slot.number}"
         ids, after = generate(task, stream, slot.length, work.codec)
-        yield work.prompt(index, slot, ids, after, has_answer=True)
+        after = after[: work.config.decode_tokens]
+        yield Prompt(task, slot.split, slot.length, ids, after, has_answer=True)
 
 
 def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     """Disjoint windows of a text, in random order and with random gaps."""
-    path = work.config.sources[index].path
+    task, path = work.config.sources[index].task, work.config.sources[index].path
     tokens = work.codec.encode(manual() if path is None else _read_text(path))
     prefix, decode = work.codec.prefix, work.config.decode_tokens
     sizes = [slot.length - len(prefix) + decode for slot in slots]
@@ -220,16 +216,17 @@ def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
         starts[place] = used + gap
         used += sizes[place]
     for place, slot in enumerate(slots):
-        window = tokens[starts[place] : starts[place] + sizes[place]]
-        yield work.prompt(index, slot, (*prefix, *window[:-decode]), window[-decode:], False)
+        window = tuple(tokens[starts[place] : starts[place] + sizes[place]])
+        ids, after = prefix + window[:-decode], window[-decode:]
+        yield Prompt(task, slot.split, slot.length, ids, after, has_answer=False)
 
 
 def _read_text(path: str) -> str:
     _check_file(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); mend the file") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text")
     return text
@@ -242,24 +239,24 @@ def _check_file(path: str) -> None:
 
 def _from_rows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     """Rows of a file or a hub dataset; a slot gets a row of its length as long as there is one."""
-    pools = _pools(work, index, slots)
+    source = work.config.sources[index]
+    pools = _pools(work, source, slots)
     rng = Random(f"{work.seed}/{index}/rows")
-    for length in work.config.lengths:
-        rng.shuffle(pools[length])
+    for pool in pools.values():
+        rng.shuffle(pool)
     for slot in slots:
         length = slot.length if pools[slot.length] else max(pools, key=lambda n: len(pools[n]))
         ids, after = pools[length].pop()
-        has_answer = work.config.sources[index].answer_field is not None
-        yield work.prompt(index, replace(slot, length=length), ids, after, has_answer)
+        has_answer = source.answer_field is not None
+        yield Prompt(source.task, slot.split, length, ids, after, has_answer)
 
 
 def _pools(
-    work: _Work, index: int, slots: list[_Slot]
-) -> dict[int, list[tuple[list[int], list[int]]]]:
+    work: _Work, source: Source, slots: list[_Slot]
+) -> dict[int, list[tuple[_Tokens, _Tokens]]]:
     """Different rows by length bin: enough for every slot, of the lengths wanted if they exist."""
-    source, lengths = work.config.sources[index], work.config.lengths
-    wanted = Counter(slot.length for slot in slots)
-    pools: dict[int, list[tuple[list[int], list[int]]]] = {length: [] for length in lengths}
+    lengths, wanted = work.config.lengths, Counter(slot.length for slot in slots)
+    pools: dict[int, list[tuple[_Tokens, _Tokens]]] = {length: [] for length in lengths}
     seen: set[str] = set()
     read = outside = repeated = 0
     full = False
@@ -275,14 +272,14 @@ def _pools(
         length = _bin(lengths, len(ids)) if after else None
         if length is None:
             outside += 1
-        elif _digest(tuple(ids)) in seen:
+        elif (digest := _digest(ids)) in seen:
             repeated += 1
         else:
-            seen.add(_digest(tuple(ids)))
+            seen.add(digest)
             pools[length].append((ids, after))
-            found = len(seen)
-            balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
-            full = balanced or (found >= len(slots) and read >= _PATIENCE * len(slots))
+        enough = len(seen) >= len(slots)
+        balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
+        full = enough and (balanced or read >= _PATIENCE * len(slots))
     if not read:
         raise UserError(f"{_name(source)}: there are no rows; give a file or a split with rows")
     if len(seen) < len(slots):
@@ -303,7 +300,7 @@ def _bin(lengths: tuple[int, ...], tokens: int) -> int | None:
 
 def _row_tokens(
     work: _Work, where: str, prompt: str, answer: str | None
-) -> tuple[list[int], list[int]]:
+) -> tuple[_Tokens, _Tokens]:
     """Prompt and continuation of a row; a text too short to have both has no continuation."""
     codec, decode = work.codec, work.config.decode_tokens
     if answer is None:
@@ -320,7 +317,7 @@ def _row_tokens(
             f"{where}: `prompt + continuation <= context` must hold, but got "
             f"{len(ids)} + {len(after)} > {work.max_context} tokens; shorten the row or remove it"
         )
-    return ids, after
+    return tuple(ids), tuple(after)
 
 
 def _texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | None]:
@@ -406,8 +403,8 @@ def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, d
 def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a JSON array or of JSON lines.
 
-    Read here and not through `datasets`, which turns a text like 2020-01-01 into a date, and refuses
-    files whose other columns change their type; neither would leave us the line number.
+    Not read through `datasets`: that turns a text like 2020-01-01 into a date, refuses files whose
+    other columns change their type, and does not tell the line.
     """
     if path.lower().endswith(".json"):
         text = _read_text(path)
@@ -417,7 +414,7 @@ def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line := line.strip():
                 yield f"{path}:{number}", _object(f"{path}:{number}", _parsed(path, number, line))
 
 
@@ -427,7 +424,8 @@ def _parsed(path: str, line: int, text: str | bytes) -> Any:
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise UserError(
-            f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno})"
+            f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}); "
+            "a file must hold one object per line, or one array of objects (.json)"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
@@ -437,7 +435,10 @@ def _parsed(path: str, line: int, text: str | bytes) -> Any:
 
 def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, but this is {repr(row)[:60]}")
+        raise UserError(
+            f"{where}: a row must be a JSON object, but got {repr(row)[:60]}; "
+            'write it as {"prompt": ...}'
+        )
     return row
 
 

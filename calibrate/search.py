@@ -7,6 +7,7 @@ sampler seeded by how many trials have finished: an interrupted search continues
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
         UserError: the storage URL cannot be used.
     """
     logging.getLogger("optuna").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     shared = config.search.storage is not None
     url = config.search.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
     try:
@@ -99,10 +101,11 @@ def search(
         for prompt in prompts:
             outcomes.append(evaluate(setting, prompt))
             so_far = sum(outcome.kl for outcome in outcomes) / len(prompts)
-            trial.set_user_attr("constraint", so_far - config.budget.kl)
             if so_far > config.search.prune_factor * config.budget.kl:
                 trial.set_user_attr("kl_at_least", so_far)
+                trial.set_constraint("budget", so_far - config.budget.kl)
                 raise optuna.TrialPruned
+        trial.set_constraint("budget", so_far - config.budget.kl)
         trial.set_user_attr("kl", [outcome.kl for outcome in outcomes])
         trial.set_user_attr("sparsity", {phase: sparsity(outcomes, phase) for phase in PHASES})
         return so_far, space.relative_time(setting)
@@ -177,24 +180,19 @@ def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
     match config.search.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, n_startup_trials=startup, constraints_func=_constraint,
-                constant_liar=True,
+                seed=seed, multivariate=True, n_startup_trials=startup, constant_liar=True
             )
         case "gp":
             return optuna.samplers.GPSampler(
-                seed=seed, n_startup_trials=startup, constraints_func=_constraint, deterministic_objective=True
+                seed=seed, n_startup_trials=startup, deterministic_objective=True
             )
         case "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed, constraints_func=_constraint)
+            return optuna.samplers.NSGAIISampler(seed=seed)
         case "qmc":
             # One low-discrepancy sequence: the study counts its points, the seed must not change.
             return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
         case "random":
             return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _constraint(trial: FrozenTrial) -> tuple[float]:
-    return (float(trial.user_attrs.get("constraint", 1.0)),)
 
 
 def _drop_unfinished(study: optuna.Study, *, shared: bool) -> None:

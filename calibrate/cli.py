@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _stderr = Console(stderr=True)
+_RUNS_MODELS = ("transformers", "gguf", "accelerate")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a `calibrate run`.")]
@@ -59,7 +60,7 @@ def search(
 
     with _Watch() as watch:
         search_again(folder, trials, watch)
-    _stderr.print(f"searched; now prove the winner: calibrate validate {folder}")
+    _say(f"searched; now prove the winner: calibrate validate {folder}")
 
 
 @app.command()
@@ -79,11 +80,11 @@ def show(file: ThresholdsFile, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
-    console = Console()
+    console = _stdout()
     for table in (_phase_table(thresholds), _layer_table(thresholds)):
         console.print(table)
     for entry in thresholds.uncalibrated:
-        console.print(f"layer {entry.layer} is dense: {entry.reason}")
+        console.print(f"layer {entry.layer} is dense: {entry.reason}", markup=False, highlight=False)
 
 
 @app.command()
@@ -113,6 +114,14 @@ def main() -> None:
         _fail(str(error), 2)
     except WorkFailed as error:
         _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        if error.name not in _RUNS_MODELS:
+            raise
+        _fail(
+            f"`{error.name}` must be installed to run models; install it with the extra [hf]: "
+            "pip install 'skip-softmax-calibrate[hf]'",
+            2,
+        )
 
 
 class _Watch:
@@ -130,14 +139,16 @@ class _Watch:
         self._bars.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bars.stop()
+        if kind is KeyboardInterrupt:
+            _say("interrupted: the same command goes on from here")
 
     def stage(self, name: str, total: int, done: int) -> None:
         """Starts a bar."""
         self._task = self._bars.add_task(name, total=total, completed=done, note="")
         if not _stderr.is_terminal:
-            _stderr.print(f"{name}: {done} of {total} done")
+            _say(f"{name}: {done} of {total} done")
 
     def step(self, note: str) -> None:
         """Moves the bar."""
@@ -150,13 +161,13 @@ def _finish(finished: Any, as_json: bool) -> None:
     if as_json:
         _print_json({"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence})
     else:
-        Console().print(_tradeoff_table(finished.validation))
+        _stdout().print(_tradeoff_table(finished.validation))
     if evidence["verdict"] != "passed":
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "
             f"`{path}` says dense. Raise the budget, or give the search more trials"
         )
-    _stderr.print(f"passed: {path}")
+    _say(f"passed: {path}")
 
 
 def _tradeoff_table(validation: dict[str, Any]) -> Table:
@@ -222,6 +233,16 @@ def _layer_table(thresholds: Thresholds) -> Table:
             cells.append(f"{values[0]:g}" if same else f"{min(values):g} to {max(values):g}")
         table.add_row(str(layer), *cells)
     return table
+
+
+def _stdout() -> Console:
+    # A pipe or a file has no width: rich would cut tables at 80 columns there.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _say(message: str) -> None:
+    # A path in the message must not be taken for markup or wrapped.
+    _stderr.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

@@ -60,6 +60,7 @@ def load(config: ModelConfig) -> LoadedModel:
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
     from skip_softmax.transformers import inspect_layers
 
     location = locate(config.path)
@@ -75,7 +76,7 @@ def load(config: ModelConfig) -> LoadedModel:
             *_arguments(location)[0], **_arguments(location)[1], **options,
             dtype=getattr(torch, config.dtype),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model.path: `{config.path}` must be a hub id, a model folder, a .gguf file or "
@@ -140,7 +141,10 @@ def _inside_package(path: str) -> Path:
     for folder in folders:
         if (Path(folder) / name).exists():
             return Path(folder) / name
-    raise UserError(f"model.path: package `{package}` is installed but holds no `{name}`")
+    raise UserError(
+        f"model.path: `{path}` must name a file of the package, but `{package}` is installed and holds no "
+        f"`{name}`; check the name"
+    )
 
 
 def _check_gguf(path: Path) -> None:

@@ -121,11 +121,12 @@ def search_again(folder: str | os.PathLike[str], trials: int | None = None, prog
     path, config = open_run(folder)
     if trials is not None:
         config = config.model_copy(update={"search": config.search.model_copy(update={"trials": trials})})
-        _write_config(path, config)
     with _locked(path):
         work = _Work(config, path, progress or Silent())
+        work.require("sensitivity")
+        _write_config(path, config)
+        work.forget("search", "validation")
         work.search()
-        work.forget_verdict()
     return path
 
 
@@ -142,7 +143,8 @@ def validate_again(folder: str | os.PathLike[str], progress: Progress | None = N
     path, config = open_run(folder)
     with _locked(path):
         work = _Work(config, path, progress or Silent())
-        work.forget_verdict()
+        work.require("search")
+        work.forget("validation")
         work.validate()
         return work.emitted()
 
@@ -196,7 +198,7 @@ class _Work:
     def statistics(self) -> Statistics:
         path = self.folder / "stats.safetensors"
         if path.exists():
-            return Statistics.load(path)
+            return self._ours(Statistics.load(path), path)
         return empty_statistics(self.loaded, self.config.geometry, self.config.prompts.lengths)
 
     @cached_property
@@ -224,6 +226,8 @@ class _Work:
         missing = [prompt for prompt in total if prompt.key not in set(self.statistics.prompts)]
         if not missing:
             return
+        # What else the config can get wrong is said before the long work, not after it.
+        _ = self.study, self.cost
         statistics = self.statistics if self.statistics.prompts else None
         self.progress.stage("capture", len(total), len(total) - len(missing))
         statistics = statistics or self.statistics
@@ -301,12 +305,35 @@ class _Work:
             validation=_read_json(self.folder / "validation.json"),
         )
 
-    def forget_verdict(self) -> None:
-        """Marks search and validation as open again; what they measured stays."""
+    def forget(self, *stages: str) -> None:
+        """Marks stages as open again; what they measured stays."""
         notes = self._notes()
-        for stage in ("search", "validation"):
+        for stage in stages:
             notes.get("seconds", {}).pop(stage, None)
         self._write_notes(notes)
+
+    def require(self, stage: str) -> None:
+        """Refuses a run whose earlier stage is not finished."""
+        if not self._noted(stage):
+            raise UserError(
+                f"`{self.folder}`: its {stage} is not finished; finish it with `calibrate run` "
+                "(`calibrate search` if you asked for more trials)"
+            )
+
+    def _ours(self, statistics: Statistics, path: Path) -> Statistics:
+        """Tiles that were counted at another geometry, or in another model, say nothing about this run."""
+        ours: dict[str, Any] = {
+            "geometry": self.config.geometry.model_dump(mode="json"),
+            "lengths": list(self.config.prompts.lengths),
+            "model": self._notes().get("model", {}).get("sha256"),
+        }
+        different = [k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v]
+        if different:
+            raise UserError(
+                f"`{path}` was counted with another {' and '.join(different)} than this run's; "
+                "use another output folder, or delete the file to capture again"
+            )
+        return statistics
 
     # How prompts are run.
 
@@ -385,7 +412,11 @@ class _Work:
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
     """Two processes in one run folder would mix their results."""
-    with (folder / ".lock").open("w") as file:
+    try:
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"output: `{folder}` cannot be written ({error}); choose a writable folder") from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

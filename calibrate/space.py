@@ -25,7 +25,8 @@ Params = dict[str, float]
 _FLOOR_LOG2 = -2.0  # scale factors below 1/4 skip nothing in any model seen
 _OPTIONS_PER_OCTAVE = 4
 _PRICES = (-30.0, 60.0)  # log2 of relative time per nat; wide enough for any loss
-_GROUP_RANGE = 2.0  # octaves
+_SCALE_RANGE = 2.0  # octaves
+_GROUP_RANGE = 1.0  # octaves
 _OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
 _DENSE_BELOW = 0.3
 
@@ -53,10 +54,14 @@ class Space:
     groups: dict[Phase, tuple[int, ...]]
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Lower and upper end of every parameter."""
+        """Lower and upper end of every parameter; a scale lies within two octaves of the warm starts."""
         bounds: dict[str, tuple[float, float]] = {}
+        seeds = [params for _, params in self.seeds()]
         for phase in self.config.target.phases:
-            bounds[f"{phase}.log2_scale"] = (_FLOOR_LOG2, self._top(phase))
+            scales = [params[f"{phase}.log2_scale"] for params in seeds]
+            bounds[f"{phase}.log2_scale"] = (
+                max(min(scales) - _SCALE_RANGE, _FLOOR_LOG2), min(max(scales) + _SCALE_RANGE, self._top(phase))
+            )
             bounds[f"{phase}.tilt"] = (0.0, 1.5)
             for group in range(self.config.search.groups):
                 bounds[f"{phase}.group{group}"] = (-_GROUP_RANGE, _GROUP_RANGE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +29,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
-            if key in seen:
+            # YAML allows a list as a key; the base class refuses it, with its line.
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
-            seen.add(key)
+            if isinstance(key, Hashable):
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -84,7 +87,7 @@ def parse(model: type[Model], data: Any, *, source: str, text: str | None = None
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_complaint(model, item, source, text) for item in error.errors()]
+        lines = [_complaint(model, item, source, text) for item in _one_per_mistake(error.errors())]
         raise FileError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -115,8 +118,33 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+def _one_per_mistake(items: list[Any]) -> list[Any]:
+    """Drops what pydantic adds to the real complaint.
+
+    A union complains once per member: about the whole value, and about the wrong part of it. A misspelt
+    required key is also a missing one.
+    """
+    places = [tuple(_location(item)) for item in items]
+    unknown = {
+        place[:-1]: str(place[-1]) for item, place in zip(items, places, strict=True)
+        if item["type"] == "extra_forbidden"
+    }
+    kept: dict[tuple[Any, ...], Any] = {}
+    for item, place in zip(items, places, strict=True):
+        deeper = any(len(other) > len(place) and other[: len(place)] == place for other in places)
+        misspelt = item["type"] == "missing" and difflib.get_close_matches(
+            unknown.get(place[:-1], ""), [str(place[-1])], cutoff=0.5
+        )
+        if deeper or misspelt:
+            continue
+        # Of several members, the one that took the value's type knows what is wrong with it.
+        if place not in kept or kept[place]["type"].endswith("_type"):
+            kept[place] = item
+    return list(kept.values())
+
+
 def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None) -> str:
-    location = [part for part in item["loc"] if not _is_tag(part)]
+    location = _location(item)
     key = ".".join(str(part) for part in location) or "(the whole file)"
     line = _line_of(text, location) if text is not None else None
     where = f"{source}:{line}: {key}" if line is not None else f"{source}: {key}"
@@ -133,10 +161,20 @@ def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None)
     return f"{where}: {message[0].lower()}{message[1:]}, but got {item['input']!r}"
 
 
+def _location(item: Any) -> list[Any]:
+    location = list(item["loc"])
+    # An unknown key is the user's own word, whatever it looks like.
+    last = [location.pop()] if item["type"] == "extra_forbidden" else []
+    return [part for part in location if not _is_tag(part)] + last
+
+
 def _is_tag(part: Any) -> bool:
     # Union members put their own names in the location ("float", "function-after[...]").
     return isinstance(part, str) and (
-        part in {"float", "int", "bool", "str", "none"} or "[" in part or part[:1].isupper()
+        part in {"float", "int", "bool", "str", "none"}
+        or "[" in part
+        or part.startswith("constrained-")
+        or part[:1].isupper()
     )
 
 

@@ -7,19 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from skip_softmax.api import tile_statistics
-from skip_softmax.transformers import Call, intercepted
 
 from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from calibrate.schema import GeometryConfig
 from calibrate.stats import Statistics
+from skip_softmax.api import tile_statistics
+from skip_softmax.transformers import Call, intercepted
 
 if TYPE_CHECKING:
     from skip_softmax.thresholds import Phase
 
 
-def empty_statistics(loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int]) -> Statistics:
+def empty_statistics(
+    loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int]
+) -> Statistics:
     """Statistics for this model and geometry, with nothing counted yet."""
     layer = loaded.calibratable[0]
     identity = {
@@ -37,7 +39,8 @@ def capture(
 ) -> Iterator[Prompt]:
     """Counts the tiles of prompts that the statistics do not hold yet.
 
-    The prompt's rows are prefill tiles. The continuation is teacher-forced in the same pass, and each of its
+    The prompt's rows are prefill tiles. The continuation is teacher-forced in the same pass, and
+    each of its
     tokens is one decode step. A prompt is added whole or, after an interruption, not at all.
 
     Args:
@@ -53,9 +56,7 @@ def capture(
     for prompt in prompts:
         if prompt.key in counted:
             continue
-        one = Statistics.empty(
-            {}, *_shape(statistics), statistics.lengths
-        )
+        one = Statistics.empty({}, *_shape(statistics), statistics.lengths)
         observe(loaded, prompt, one, geometry)
         for name in ("counts", "mass", "rows", "kv_tokens", "calls"):
             for phase, value in getattr(one, name).items():
@@ -77,13 +78,23 @@ def observe(
 
     def handler(call: Call) -> torch.Tensor:
         tiles = (
-            {"decode": True, "tile_kv": geometry.decode.tile_kv, "running_max": geometry.decode.running_max}
+            {
+                "decode": True,
+                "tile_kv": geometry.decode.tile_kv,
+                "running_max": geometry.decode.running_max,
+            }
             if call.phase == "decode"
             else {"tile_q": geometry.prefill.tile_q, "tile_kv": geometry.prefill.tile_kv}
         )
         out, histogram = tile_statistics(
-            call.q, call.k, call.v, causal=call.causal, scale=call.scale, window=call.window,
-            kv_start=call.kv_start, **tiles,
+            call.q,
+            call.k,
+            call.v,
+            causal=call.causal,
+            scale=call.scale,
+            window=call.window,
+            kv_start=call.kv_start,
+            **tiles,
         )
         statistics.add(call.layer, call.phase, length_bin, histogram)
         return out
@@ -105,12 +116,15 @@ def forward(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
     """Runs prompt and continuation in one pass, with whatever attention the model has now.
 
     Returns:
-        Logits [continuation + 1, vocabulary]: of the last prompt token and of every continuation token.
+        Logits [continuation + 1, vocabulary]: of the last prompt token and of every continuation
+        token.
     """
     tokens = torch.tensor([[*prompt.ids, *prompt.continuation]], device=loaded.model.device)
     keep = len(prompt.continuation) + 1
     with torch.no_grad():
-        return loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=keep).logits[0, -keep:]
+        out = loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=keep)
+    logits: torch.Tensor = out.logits[0, -keep:]
+    return logits
 
 
 def nearest_bin(length: int, lengths: Sequence[int]) -> int:

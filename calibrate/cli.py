@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
-from skip_softmax.strict_yaml import FileError
-from skip_softmax.thresholds import PHASES, Thresholds
 
 from calibrate.errors import UserError, WorkFailed
+from skip_softmax.strict_yaml import FileError
+from skip_softmax.thresholds import PHASES, Thresholds
 
 app = typer.Typer(
     name="calibrate",
@@ -84,14 +91,18 @@ def show(file: ThresholdsFile, as_json: AsJson = False) -> None:
     for table in (_phase_table(thresholds), _layer_table(thresholds)):
         console.print(table)
     for entry in thresholds.uncalibrated:
-        console.print(f"layer {entry.layer} is dense: {entry.reason}", markup=False, highlight=False)
+        console.print(
+            f"layer {entry.layer} is dense: {entry.reason}", markup=False, highlight=False
+        )
 
 
 @app.command()
 def export(
     file: ThresholdsFile,
     engine: Annotated[str, typer.Option(help="Which engine's artefact to write.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Target file; unset: stdout.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Target file; unset: stdout.")
+    ] = None,
 ) -> None:
     """Write what an engine reads."""
     if engine != "native":
@@ -103,11 +114,14 @@ def export(
     try:
         thresholds.save(output)
     except OSError as error:
-        raise UserError(f"--output: `{output}` cannot be written ({error}); choose another file") from None
+        raise UserError(
+            f"--output: `{output}` cannot be written ({error}); choose another file"
+        ) from None
 
 
 def main() -> None:
     """Entry point: turns the project's two kinds of failure into exit codes 1 and 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars are ours; libraries' would cut through them
     try:
         app()
     except (UserError, FileError) as error:
@@ -129,8 +143,13 @@ class _Watch:
 
     def __init__(self) -> None:
         self._bars = RichProgress(
-            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=_stderr,
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=_stderr,
             disable=not _stderr.is_terminal,
         )
         self._task: Any = None
@@ -172,8 +191,15 @@ def _finish(finished: Any, as_json: bool) -> None:
 
 def _tradeoff_table(validation: dict[str, Any]) -> Table:
     table = Table(title="Held-out prompts: loss against sparsity", title_justify="left")
-    for column in ("setting", "KL [nats/token]", "upper bound", "score drop [points]", "upper bound",
-                   *(f"{phase} skipped" for phase in PHASES), "predicted speed-up"):
+    for column in (
+        "setting",
+        "KL [nats/token]",
+        "upper bound",
+        "score drop [points]",
+        "upper bound",
+        *(f"{phase} skipped" for phase in PHASES),
+        "predicted speed-up",
+    ):
         table.add_column(column, justify="left" if column == "setting" else "right")
     rows = [("searched", attempt) for attempt in validation["attempts"]]
     if validation["baseline"] is not None:
@@ -182,8 +208,10 @@ def _tradeoff_table(validation: dict[str, Any]) -> Table:
         shares = [row["sparsity"].get(phase) for phase in PHASES]
         table.add_row(
             f"{name}{'' if row['passed'] else ' (failed)'}",
-            f"{row['kl']['mean']:.2e}", f"{row['kl']['upper']:.2e}",
-            f"{row['score_drop']['mean']:.2f}", f"{row['score_drop']['upper']:.2f}",
+            f"{row['kl']['mean']:.2e}",
+            f"{row['kl']['upper']:.2e}",
+            f"{row['score_drop']['mean']:.2f}",
+            f"{row['score_drop']['upper']:.2f}",
             *("–" if share is None else f"{100 * share:.1f} %" for share in shares),
             f"{1 / row['relative_time']:.2f}×",
         )
@@ -193,13 +221,24 @@ def _tradeoff_table(validation: dict[str, Any]) -> Table:
 def _phase_table(thresholds: Thresholds) -> Table:
     evidence = thresholds.evidence
     table = Table(
-        title=f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}", title_justify="left"
+        title=f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}",
+        title_justify="left",
     )
-    for column in ("phase", "tiles", "min KV length", "one number", "layers skipping", "sparsity", "speed-up"):
+    for column in (
+        "phase",
+        "tiles",
+        "min KV length",
+        "one number",
+        "layers skipping",
+        "sparsity",
+        "speed-up",
+    ):
         table.add_column(column)
     for phase in PHASES:
         tiles = getattr(thresholds.geometry, phase)
-        skipping = sum(max(thresholds.per_head(layer, phase)) > 0 for layer in range(thresholds.model.layers))
+        skipping = sum(
+            max(thresholds.per_head(layer, phase)) > 0 for layer in range(thresholds.model.layers)
+        )
         share = evidence.get("sparsity", {}).get(phase, {}).get("achieved")
         speed = evidence.get("predicted_speedup", {}).get(phase)
         table.add_row(

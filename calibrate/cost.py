@@ -1,4 +1,4 @@
-"""Predicted attention time, from measured kernel curves: time relative to the own dense kernel by sparsity."""
+"""Predicted attention time relative to dense, from measured kernel curves."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skip_softmax.thresholds import PHASES, Phase
 
 from calibrate.errors import UserError
 from calibrate.schema import CostConfig
+from skip_softmax.thresholds import PHASES, Phase
 
 # Beside the package in a wheel, in the source tree otherwise.
 _BUNDLED = (
@@ -60,7 +60,9 @@ class Cost:
     curves: dict[Phase, Curve]
     source: dict[str, Any]
 
-    def relative_time(self, phase: Phase, layer_sparsity: Sequence[float], armed: Sequence[bool]) -> float:
+    def relative_time(
+        self, phase: Phase, layer_sparsity: Sequence[float], armed: Sequence[bool]
+    ) -> float:
         """Predicted attention time of a phase relative to dense, mean over layers.
 
         Args:
@@ -104,7 +106,11 @@ def load_curves(config: CostConfig, kv_len: int, head_dim: int) -> Cost:
         size = min({row["head_dim"] for row in mine}, key=lambda d: abs(d - head_dim))
         mine = [row for row in mine if row["head_dim"] == size]
         length = min({row["kv_len"] for row in mine}, key=lambda n: abs(np.log(n / max(kv_len, 1))))
-        points = sorted((row["sparsity"], row["ms"] / row["dense_ms"]) for row in mine if row["kv_len"] == length)
+        points = sorted(
+            (row["sparsity"], row["ms"] / row["dense_ms"])
+            for row in mine
+            if row["kv_len"] == length
+        )
         curves[phase] = Curve(tuple(p[0] for p in points), tuple(p[1] for p in points), int(length))
     source = {
         "device": config.device,

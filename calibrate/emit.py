@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from skip_softmax.thresholds import LayerOverride, Phase, ScaleFactors, Thresholds
-
 from calibrate.cost import Cost
 from calibrate.schema import RunConfig
 from calibrate.validate import Attempt, Bound, Validation
+from skip_softmax.thresholds import LayerOverride, Phase, ScaleFactors, Thresholds
 
 
 def emit(
@@ -22,7 +21,8 @@ def emit(
 ) -> Thresholds:
     """Builds the file.
 
-    Every layer is listed with its own number. The model-wide numbers are the best single scale factors
+    Every layer is listed with its own number. The model-wide numbers are the best single scale
+    factors
     that met the budget on the held-out prompts too; they are 0 when none did.
 
     Args:
@@ -38,14 +38,25 @@ def emit(
         Thresholds that hold the validated setting, or 0 everywhere.
     """
     winner = validation.attempts[-1] if validation.passed else None
-    baseline = validation.baseline if validation.baseline is not None and validation.baseline.passed else None
+    baseline = (
+        validation.baseline
+        if validation.baseline is not None and validation.baseline.passed
+        else None
+    )
     uniform = {
-        phase: max(baseline.setting[phase]) if baseline and winner else 0.0 for phase in config.target.phases
+        phase: max(baseline.setting[phase]) if baseline and winner else 0.0
+        for phase in config.target.phases
     }
-    layers = tuple(
-        LayerOverride(layer=index, **{phase: factors[index] for phase, factors in winner.setting.items()})
-        for index in range(template.model.layers)
-    ) if winner else ()
+    layers = (
+        tuple(
+            LayerOverride(
+                layer=index, **{phase: factors[index] for phase, factors in winner.setting.items()}
+            )
+            for index in range(template.model.layers)
+        )
+        if winner
+        else ()
+    )
     return template.model_copy(
         update={
             "scale_factor": ScaleFactors(**uniform),
@@ -68,7 +79,11 @@ def _evidence(
         last = validation.attempts[-1]
         if last.reason is not None:
             evidence["reason"] = last.reason
-        evidence |= {"loss": _loss(last), "sparsity": _sparsity(last), "attempts": len(validation.attempts)}
+        evidence |= {
+            "loss": _loss(last),
+            "sparsity": _sparsity(last),
+            "attempts": len(validation.attempts),
+        }
     if validation.passed:
         weighted = validation.attempts[-1].relative_time
         evidence["predicted_speedup"] = {
@@ -93,7 +108,9 @@ def _loss(attempt: Attempt) -> dict[str, Any]:
         "kl": _bound(attempt.kl),
         "score_drop": _bound(attempt.score_drop),
         "heldout_prompts": attempt.prompts,
-        "by_task": {task: {k: _round(v) for k, v in row.items()} for task, row in attempt.by_task.items()},
+        "by_task": {
+            task: {k: _round(v) for k, v in row.items()} for task, row in attempt.by_task.items()
+        },
     }
 
 
@@ -122,7 +139,11 @@ def _curve(curve: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bound(bound: Bound) -> dict[str, float]:
-    return {"mean": _round(bound.mean), "upper": _round(bound.upper), "confidence": _round(bound.confidence)}
+    return {
+        "mean": _round(bound.mean),
+        "upper": _round(bound.upper),
+        "confidence": _round(bound.confidence),
+    }
 
 
 def _round(value: float) -> float:

@@ -1,7 +1,9 @@
 """Curves `scale_factor = a * exp(b * sparsity)` per layer and phase, with their error.
 
-This is the form that TensorRT-LLM and Model-Optimizer read. It is fitted in log space: a fit of the raw
-values would follow the largest scale factors only. The 1/length law behind a scale factor is tested, not assumed:
+This is the form that TensorRT-LLM and Model-Optimizer read. It is fitted in log space: a fit of the
+raw
+values would follow the largest scale factors only. The 1/length law behind a scale factor is
+tested, not assumed:
 a second fit frees the length exponent.
 """
 
@@ -15,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats as scipy_stats
-from skip_softmax.histogram import EDGES, NEVER, edges
-from skip_softmax.thresholds import Phase
 
 from calibrate.schema import FitConfig
 from calibrate.stats import Statistics
+from skip_softmax.histogram import EDGES, NEVER, edges
+from skip_softmax.thresholds import Phase
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Curve:
         points: how many (sparsity, scale factor) pairs were used.
         sparsity_range: smallest and largest sparsity of those pairs.
         kv_len_range: smallest and largest mean KV length of those pairs [tokens].
-        length_exponent: gamma of threshold ~ kv_len^-gamma; 1 is the law that scale factors assume; None: one length.
+        length_exponent: gamma of threshold ~ kv_len^-gamma; 1 is the law that scale factors assume;
+            None: one length.
         refused: why the curve must not be used; None: it may.
     """
 
@@ -88,9 +91,12 @@ def fit_points(
         min_r2: below this the curve is refused.
 
     Returns:
-        The curve; refused when there are under three distinct sparsities, it does not rise, or R² is too low.
+        The curve; refused when there are under three distinct sparsities, it does not rise, or R²
+        is too low.
     """
-    s, x, length = (np.asarray(values, dtype=np.float64) for values in (sparsity, scale_factor, kv_len))
+    s, x, length = (
+        np.asarray(values, dtype=np.float64) for values in (sparsity, scale_factor, kv_len)
+    )
     if len(np.unique(s)) < 3:
         return Curve(None, None, None, len(s), None, None, None, f"only {len(s)} usable points")
     line = scipy_stats.linregress(s, np.log(x))
@@ -101,8 +107,14 @@ def fit_points(
     elif r2 < min_r2:
         refused = f"`R² >= {min_r2:g}` must hold, but the fit reaches {r2:.3f}"
     return Curve(
-        math.exp(intercept), slope, r2, len(s), (float(s.min()), float(s.max())),
-        (float(length.min()), float(length.max())), _length_exponent(s, x, length), refused,
+        math.exp(intercept),
+        slope,
+        r2,
+        len(s),
+        (float(s.min()), float(s.max())),
+        (float(length.min()), float(length.max())),
+        _length_exponent(s, x, length),
+        refused,
     )
 
 
@@ -117,14 +129,20 @@ def _fit(counts: torch.Tensor, kv_len: torch.Tensor, config: FitConfig) -> Curve
         cumulative = histogram[:NEVER].cumsum(0).tolist()
         for i in range(EDGES):
             share = cumulative[i] / visited if visited else 0.0
-            # Near its ceiling sparsity stops answering to the scale factor; such points only bend the line.
+            # Near its ceiling sparsity stops answering to the scale factor; such points only bend
+            # the line.
             if reachable and low <= share / reachable <= high and grid[i] < length:
                 points.append((share, grid[i], length))
-    return fit_points(*(zip(*points, strict=True) if points else ((), (), ())), min_r2=config.min_r2)
+    shares = [point[0] for point in points]
+    factors = [point[1] for point in points]
+    lengths = [point[2] for point in points]
+    return fit_points(shares, factors, lengths, config.min_r2)
 
 
 def _length_exponent(s: np.ndarray, x: np.ndarray, length: np.ndarray) -> float | None:
-    if np.ptp(np.log(length)) < 0.3:  # lengths within a third of each other say nothing about growth
+    if (
+        np.ptp(np.log(length)) < 0.3
+    ):  # lengths within a third of each other say nothing about growth
         return None
     design = np.stack([np.ones_like(s), s, np.log(length)], axis=1)
     coefficients = np.linalg.lstsq(design, np.log(x), rcond=None)[0]

@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from calibrate.capture import forward
+from calibrate.models import LoadedModel
+from calibrate.prompts import Prompt
+from calibrate.schema import RunConfig
+from calibrate.stats import save_atomically
 from skip_softmax.thresholds import (
     PHASES,
     Geometry,
@@ -20,12 +26,6 @@ from skip_softmax.thresholds import (
     UncalibratedLayer,
 )
 from skip_softmax.transformers import applied
-
-from calibrate.capture import forward
-from calibrate.models import LoadedModel
-from calibrate.prompts import Prompt
-from calibrate.schema import RunConfig
-from calibrate.stats import save_atomically
 
 Setting = dict[Phase, tuple[float, ...]]
 """Per phase one scale factor per layer [tokens]; 0 is dense."""
@@ -39,7 +39,8 @@ class Outcome:
         key: the prompt's key.
         task: its task.
         length: its length bin [tokens].
-        kl: mean KL(dense || sparse) over the positions that predict the continuation and after [nats/token].
+        kl: mean KL(dense || sparse) over the positions that predict the continuation and after
+            [nats/token].
         score: share of reference tokens ranked first [points].
         dense_score: the same of the dense run.
         visited: tiles per phase and layer.
@@ -52,8 +53,8 @@ class Outcome:
     kl: float
     score: float
     dense_score: float
-    visited: dict[str, list[int]]
-    skipped: dict[str, list[int]]
+    visited: dict[Phase, list[int]]
+    skipped: dict[Phase, list[int]]
 
 
 def thresholds_for(loaded: LoadedModel, config: RunConfig, setting: Setting) -> Thresholds:
@@ -85,12 +86,13 @@ def thresholds_for(loaded: LoadedModel, config: RunConfig, setting: Setting) -> 
 
 
 def dense_logits(loaded: LoadedModel, prompt: Prompt, folder: Path) -> torch.Tensor:
-    """Logits of the dense model [continuation + 1, vocabulary], float32, kept in `folder` for the next time."""
+    """Dense logits [continuation + 1, vocabulary], float32, kept in `folder` for the next time."""
     path = folder / f"{prompt.key}.safetensors"
     if path.exists():
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("logits")
+                kept: torch.Tensor = file.get_tensor("logits")
+                return kept
         except (SafetensorError, OSError):
             path.unlink()  # damaged: computed again
     logits = forward(loaded, prompt).float().cpu()
@@ -104,7 +106,8 @@ def compare(
 ) -> Outcome:
     """Runs one prompt as it will be served and compares it with its dense run.
 
-    The continuation is teacher-forced in one pass; its tokens are decode steps. By `decode_attention`'s
+    The continuation is teacher-forced in one pass; its tokens are decode steps. By
+    `decode_attention`'s
     rule this equals sending them one by one.
 
     Args:
@@ -121,8 +124,14 @@ def compare(
     visited = {phase: tiles.visited[phase].sum(1).tolist() for phase in PHASES}
     skipped = {phase: tiles.skipped[phase].sum(1).tolist() for phase in PHASES}
     return Outcome(
-        prompt.key, prompt.task, prompt.length, kl_divergence(dense, sparse), score(sparse, prompt),
-        score(dense, prompt), visited, skipped,
+        prompt.key,
+        prompt.task,
+        prompt.length,
+        kl_divergence(dense, sparse),
+        score(sparse, prompt),
+        score(dense, prompt),
+        visited,
+        skipped,
     )
 
 

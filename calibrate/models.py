@@ -61,6 +61,7 @@ def load(config: ModelConfig) -> LoadedModel:
     import torch
     import transformers
     from safetensors import SafetensorError
+
     from skip_softmax.transformers import inspect_layers
 
     location = locate(config.path)
@@ -73,7 +74,9 @@ def load(config: ModelConfig) -> LoadedModel:
             *_arguments(tokenizer_at)[0], **_arguments(tokenizer_at)[1], **options
         )
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            *_arguments(location)[0], **_arguments(location)[1], **options,
+            *_arguments(location)[0],
+            **_arguments(location)[1],
+            **options,
             dtype=getattr(torch, config.dtype),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -185,11 +188,15 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device: `{name}` needs a CUDA device, but torch sees none; use `auto` or `cpu`")
+        raise UserError(
+            f"model.device: `{name}` needs a CUDA device, but torch sees none; use `auto` or `cpu`"
+        )
     try:
         return str(torch.device(name))
     except RuntimeError:
-        raise UserError(f"model.device: `{name}` is no device of torch; use `auto`, `cpu` or `cuda`") from None
+        raise UserError(
+            f"model.device: `{name}` is no device of torch; use `auto`, `cpu` or `cuda`"
+        ) from None
 
 
 def _name(location: str | Path) -> str:
@@ -201,13 +208,22 @@ def _name(location: str | Path) -> str:
 def _hash(location: str | Path, model: Any) -> str:
     digest = hashlib.sha256()
     if isinstance(location, Path):
-        files = [location] if location.is_file() else sorted(
-            path for path in location.iterdir() if path.suffix in {".json", ".safetensors", ".bin", ".gguf"}
+        files = (
+            [location]
+            if location.is_file()
+            else sorted(
+                path
+                for path in location.iterdir()
+                if path.suffix in {".json", ".safetensors", ".bin", ".gguf"}
+            )
         )
         for file in files:
             with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest() if hasattr(hashlib, "file_digest")
-                              else hashlib.sha256(stream.read()).digest())
+                digest.update(
+                    hashlib.file_digest(stream, "sha256").digest()
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(stream.read()).digest()
+                )
         return digest.hexdigest()
     # A hub id names a moving target; the commit it resolved to does not.
     commit = getattr(model.config, "_commit_hash", None) or ""

@@ -1,7 +1,9 @@
 """Optuna over the search space: measured loss against predicted attention time.
 
-The study is Optuna's own, so `optuna-dashboard` and `optuna.visualization` read it. Every trial draws from a
-sampler seeded by how many trials have finished: an interrupted search continues as if it had not been.
+The study is Optuna's own, so `optuna-dashboard` and `optuna.visualization` read it. Every trial
+draws from a
+sampler seeded by how many trials have finished: an interrupted search continues as if it had not
+been.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from skip_softmax.thresholds import PHASES, Phase
 
 from calibrate.errors import UserError, WorkFailed
 from calibrate.measure import Outcome, Setting, sparsity
 from calibrate.prompts import Prompt
 from calibrate.schema import RunConfig
 from calibrate.space import Space
+from skip_softmax.thresholds import PHASES, Phase
 
 Evaluate = Callable[[Setting, Prompt], Outcome]
 
@@ -65,7 +67,9 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
     try:
         storage = optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT if shared else None)
         study = optuna.create_study(
-            study_name=config.search.study_name, storage=storage, load_if_exists=True,
+            study_name=config.search.study_name,
+            storage=storage,
+            load_if_exists=True,
             directions=["minimize", "minimize"],
         )
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
@@ -75,7 +79,11 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
 
 
 def search(
-    study: optuna.Study, space: Space, config: RunConfig, prompts: Sequence[Prompt], evaluate: Evaluate
+    study: optuna.Study,
+    space: Space,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    evaluate: Evaluate,
 ) -> Iterator[Point | None]:
     """Runs the trials that are still missing.
 
@@ -111,7 +119,8 @@ def search(
         return so_far, space.relative_time(setting)
 
     while (finished := _finished(study)) < config.search.trials:
-        # A fresh sampler per trial: its state is a function of seed and history, so a resumed search goes the same way.
+        # A fresh sampler per trial: its state is a function of seed and history, so a resumed
+        # search goes the same way.
         study.sampler = _sampler(config, finished)
         if finished < len(seeds):
             name, params = seeds[finished]
@@ -123,7 +132,9 @@ def search(
 
 def points(study: optuna.Study) -> list[Point]:
     """All completed trials, in the order they were made."""
-    return [_point(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    return [
+        _point(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
 
 
 def front(candidates: Sequence[Point]) -> list[Point]:
@@ -138,7 +149,8 @@ def front(candidates: Sequence[Point]) -> list[Point]:
 def candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
     """What the validation should try: the fastest points within shrinking shares of the budget.
 
-    The search prompts are few, and the winner was chosen on them, so its loss there is too good: the first
+    The search prompts are few, and the winner was chosen on them, so its loss there is too good:
+    the first
     candidate already keeps a margin.
 
     Args:

@@ -1,6 +1,7 @@
 """Loss as a function of each layer's scale factor, one layer at a time.
 
-Only one layer skips in each measurement, so everything before it is the dense run: those layers are not
+Only one layer skips in each measurement, so everything before it is the dense run: those layers are
+not
 computed again. For decode the prompt itself is dense, so its keys and values are computed once.
 """
 
@@ -14,8 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from skip_softmax.thresholds import Phase, Thresholds
-from skip_softmax.transformers import applied
 
 from calibrate.capture import forward
 from calibrate.measure import Setting, kl_divergence, thresholds_for
@@ -23,12 +22,17 @@ from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from calibrate.schema import RunConfig
 from calibrate.stats import Statistics, scale_factor_at
+from skip_softmax.thresholds import Phase, Thresholds
+from skip_softmax.transformers import applied
 
-# Outputs of all layers of one prompt are kept up to this size [bytes]; above it every layer is computed again.
+# Outputs of all layers of one prompt are kept up to this size [bytes]; above it every layer is
+# computed again.
 _REPLAY_LIMIT = 2 << 30
 
-# Loss grows faster than the dropped mass: a perturbation of the output moves the logits in proportion, and
-# KL is quadratic in small changes of the logits. Rows that lose much dominate, which lowers the power from 2.
+# Loss grows faster than the dropped mass: a perturbation of the output moves the logits in
+# proportion, and
+# KL is quadratic in small changes of the logits. Rows that lose much dominate, which lowers the
+# power from 2.
 LOSS_POWER = 1.5
 
 
@@ -61,10 +65,12 @@ class LossModel:
 
     def loss(self, phase: Phase, layer: int, dropped_mass: float) -> float:
         """Predicted KL when only this layer skips [nats/token]."""
-        return self.weights[phase][layer] * dropped_mass**LOSS_POWER
+        return float(self.weights[phase][layer] * dropped_mass**LOSS_POWER)
 
 
-def plan(loaded: LoadedModel, statistics: Statistics, config: RunConfig) -> list[tuple[Phase, int, float]]:
+def plan(
+    loaded: LoadedModel, statistics: Statistics, config: RunConfig
+) -> list[tuple[Phase, int, float]]:
     """Which (phase, layer, scale factor) to measure; layers that cannot skip a percent are left out."""
     todo: list[tuple[Phase, int, float]] = []
     for phase in config.target.phases:
@@ -112,15 +118,21 @@ def measure_layers(
     for phase, layer, factor in todo:
         if phase not in probes:
             probes = {phase: [_PROBES[phase](loaded, prompt) for prompt in prompts]}
-        setting: Setting = {phase: tuple(factor if i == layer else 0.0 for i in range(len(loaded.layers)))}
+        setting: Setting = {
+            phase: tuple(factor if i == layer else 0.0 for i in range(len(loaded.layers)))
+        }
         thresholds = thresholds_for(loaded, config, setting)
         losses = [
             kl_divergence(dense(prompt), probe(layer, thresholds))
             for prompt, probe in zip(prompts, probes[phase], strict=True)
         ]
         yield Row(
-            phase, layer, factor, float(statistics.layer_sparsity(phase, factor)[layer]),
-            float(statistics.dropped_mass(phase, factor)[layer]), sum(losses) / len(losses),
+            phase,
+            layer,
+            factor,
+            float(statistics.layer_sparsity(phase, factor)[layer]),
+            float(statistics.dropped_mass(phase, factor)[layer]),
+            sum(losses) / len(losses),
         )
 
 
@@ -138,7 +150,9 @@ def loss_model(rows: Sequence[Row], layers: int, phases: Sequence[Phase]) -> Los
         for row in rows:
             if row.phase == phase and row.dropped_mass > 0:
                 # The floor keeps a layer whose loss drowns in rounding from counting as free.
-                found.setdefault(row.layer, []).append(max(row.kl, 1e-9) / row.dropped_mass**LOSS_POWER)
+                found.setdefault(row.layer, []).append(
+                    max(row.kl, 1e-9) / row.dropped_mass**LOSS_POWER
+                )
         means = {layer: math.exp(sum(map(math.log, ws)) / len(ws)) for layer, ws in found.items()}
         worst = max(means.values(), default=1.0)
         weights[phase] = tuple(means.get(layer, worst) for layer in range(layers))
@@ -150,13 +164,16 @@ def as_row(data: dict[str, Any]) -> Row:
     return Row(**data)
 
 
-def _prefill_probe(loaded: LoadedModel, prompt: Prompt) -> Callable[[int, Thresholds], torch.Tensor]:
+def _prefill_probe(
+    loaded: LoadedModel, prompt: Prompt
+) -> Callable[[int, Thresholds], torch.Tensor]:
     blocks = _blocks(loaded)
     recorded = _record(loaded, prompt, blocks)
 
     def run(layer: int, thresholds: Thresholds) -> torch.Tensor:
-        with _replayed(blocks, recorded, layer), applied(
-            loaded.model, thresholds, decode_from=len(prompt.ids)
+        with (
+            _replayed(blocks, recorded, layer),
+            applied(loaded.model, thresholds, decode_from=len(prompt.ids)),
         ):
             return forward(loaded, prompt).float().cpu()
 
@@ -175,7 +192,9 @@ def _decode_probe(loaded: LoadedModel, prompt: Prompt) -> Callable[[int, Thresho
         del layer  # the cache already leaves out everything that cannot change
         with torch.no_grad(), applied(loaded.model, thresholds, decode_from=len(prompt.ids)):
             out = loaded.model(
-                input_ids=steps, past_key_values=copy.deepcopy(start.past_key_values), use_cache=True
+                input_ids=steps,
+                past_key_values=copy.deepcopy(start.past_key_values),
+                use_cache=True,
             )
         return torch.cat([start.logits[0, -1:], out.logits[0]]).float().cpu()
 
@@ -197,7 +216,9 @@ def _blocks(loaded: LoadedModel) -> dict[int, torch.nn.Module]:
     }
 
 
-def _record(loaded: LoadedModel, prompt: Prompt, blocks: dict[int, torch.nn.Module]) -> dict[int, Any]:
+def _record(
+    loaded: LoadedModel, prompt: Prompt, blocks: dict[int, torch.nn.Module]
+) -> dict[int, Any]:
     """Outputs of all blocks in the dense run; empty when they would take too much memory."""
     tokens = len(prompt.ids) + len(prompt.continuation)
     hidden = loaded.model.config.get_text_config().hidden_size
@@ -205,7 +226,9 @@ def _record(loaded: LoadedModel, prompt: Prompt, blocks: dict[int, torch.nn.Modu
         return {}
     recorded: dict[int, Any] = {}
     hooks = [
-        block.register_forward_hook(lambda _m, _i, output, index=index: recorded.update({index: output}))
+        block.register_forward_hook(
+            lambda _m, _i, output, index=index: recorded.update({index: output})
+        )
         for index, block in blocks.items()
     ]
     try:
@@ -217,17 +240,29 @@ def _record(loaded: LoadedModel, prompt: Prompt, blocks: dict[int, torch.nn.Modu
 
 
 @contextmanager
-def _replayed(blocks: dict[int, torch.nn.Module], recorded: dict[int, Any], layer: int) -> Iterator[None]:
+def _replayed(
+    blocks: dict[int, torch.nn.Module], recorded: dict[int, Any], layer: int
+) -> Iterator[None]:
     """Blocks before `layer` return what they returned in the dense run."""
     patched = [index for index in recorded if index < layer]
     try:
         for index in patched:
             output = recorded[index]
-            blocks[index].forward = lambda *_args, _output=output, **_kwargs: _output  # type: ignore[method-assign]
+            blocks[index].forward = lambda *_args, _output=output, **_kwargs: _output
         yield
     finally:
         for index in patched:
             del blocks[index].forward
 
 
-__all__ = ["LOSS_POWER", "LossModel", "Row", "as_row", "asdict", "largest_scale_factor", "loss_model", "measure_layers", "plan"]
+__all__ = [
+    "LOSS_POWER",
+    "LossModel",
+    "Row",
+    "as_row",
+    "asdict",
+    "largest_scale_factor",
+    "loss_model",
+    "measure_layers",
+    "plan",
+]

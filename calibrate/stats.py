@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from skip_softmax.histogram import BINS, EDGES, LOW, NEVER, PER_OCTAVE, TileHistogram
-from skip_softmax.thresholds import PHASES, Phase
 
 from calibrate.errors import UserError
+from skip_softmax.histogram import BINS, EDGES, LOW, NEVER, PER_OCTAVE, TileHistogram
+from skip_softmax.thresholds import PHASES, Phase
 
 ScaleFactors = float | Sequence[float] | torch.Tensor
 
@@ -28,7 +28,8 @@ class Statistics:
     """Histograms of log2(critical scale factor) for a model.
 
     Attributes:
-        identity: what two sets of statistics must share to be added: model hash, geometry, lengths, shape.
+        identity: what two sets of statistics must share to be added: model hash, geometry, lengths,
+            shape.
         counts: per phase int64 [layers, heads, lengths, BINS]; KV heads in decode.
         mass: per phase float64, like `counts`: softmax probability summed over rows.
         rows: per phase int64 [layers, lengths]: softmax rows per head.
@@ -47,7 +48,12 @@ class Statistics:
 
     @classmethod
     def empty(
-        cls, identity: dict[str, Any], layers: int, q_heads: int, kv_heads: int, lengths: Sequence[int]
+        cls,
+        identity: dict[str, Any],
+        layers: int,
+        q_heads: int,
+        kv_heads: int,
+        lengths: Sequence[int],
     ) -> Statistics:
         """Statistics of nothing, ready to be added to."""
         heads: dict[Phase, int] = {"prefill": q_heads, "decode": kv_heads}
@@ -86,11 +92,14 @@ class Statistics:
         if self.identity != other.identity:
             differing = [k for k in self.identity if self.identity[k] != other.identity.get(k)]
             raise UserError(
-                f"statistics can be added only if they share model, geometry and lengths, but {differing} differ"
+                f"statistics can be added only if they share model, geometry and lengths, "
+                f"but {differing} differ"
             )
         common = set(self.prompts) & set(other.prompts)
         if common:
-            raise UserError(f"both statistics count the same {len(common)} prompts; count each prompt once")
+            raise UserError(
+                f"both statistics count the same {len(common)} prompts; count each prompt once"
+            )
         both = {
             name: {p: getattr(self, name)[p] + getattr(other, name)[p] for p in PHASES}
             for name in ("counts", "mass", "rows", "kv_tokens", "calls")
@@ -110,7 +119,9 @@ class Statistics:
         """
         return _below(self.counts[phase].double(), self._factors(phase, scale_factor))
 
-    def sparsity(self, phase: Phase, scale_factor: ScaleFactors, length_bin: int | None = None) -> float:
+    def sparsity(
+        self, phase: Phase, scale_factor: ScaleFactors, length_bin: int | None = None
+    ) -> float:
         """Skipped / visited tiles over layers and heads, of one length bin or all."""
         pick = slice(None) if length_bin is None else slice(length_bin, length_bin + 1)
         visited = self.visited(phase)[..., pick].sum()
@@ -169,19 +180,26 @@ class Statistics:
             }
             identity, prompts = json.loads(metadata["identity"]), json.loads(metadata["prompts"])
         except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: no readable statistics file ({error}); run the capture again") from None
+            raise UserError(
+                f"{path}: no readable statistics file ({error}); run the capture again"
+            ) from None
         if parts["counts"]["prefill"].shape[-1] != BINS:
-            raise UserError(f"{path}: the file has another bin layout than this version; capture again")
+            raise UserError(
+                f"{path}: the file has another bin layout than this version; capture again"
+            )
         return cls(identity, **parts, prompts=prompts)
 
 
-def scale_factor_at(statistics: Statistics, phase: Phase, sparsity: float, layer: int | None = None) -> float:
+def scale_factor_at(
+    statistics: Statistics, phase: Phase, sparsity: float, layer: int | None = None
+) -> float:
     """The scale factor that skips a given share of the tiles of a layer (or of all layers).
 
     Args:
         statistics: the histograms.
         phase: `prefill` or `decode`.
-        sparsity: wanted skipped / visited, in [0, 1]; above what can be reached gives the largest edge.
+        sparsity: wanted skipped / visited, in [0, 1]; above what can be reached gives the largest
+            edge.
         layer: one layer, or None for the whole model.
 
     Returns:
@@ -199,7 +217,9 @@ def scale_factor_at(statistics: Statistics, phase: Phase, sparsity: float, layer
     return float(2.0 ** (LOW + (index - 1 + fraction) / PER_OCTAVE))
 
 
-def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_atomically(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file so that a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -214,7 +234,8 @@ def _below(histogram: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     cumulative = histogram[..., :NEVER].cumsum(-1)  # [..., EDGES], at the edges
     position = (torch.log2(factors.clamp_min(2.0**LOW)) - LOW) * PER_OCTAVE
     position = position.clamp(0, EDGES - 1)
-    # Scale factors at an edge must hit it exactly: log2 of a power of two's eighth is off by an ulp.
+    # Scale factors at an edge must hit it exactly: log2 of a power of two's eighth is off by an
+    # ulp.
     nearest = position.round()
     position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
     low = position.floor().long()

@@ -1,7 +1,9 @@
 """The proof on held-out prompts: is the loss of a setting, run as it will be served, within the budget?
 
-Non-inferiority, paired: every prompt is its own control, prompts are the unit that is resampled, and the
-upper confidence bound must stay within the budget, not the mean. When several candidates are tried, each is
+Non-inferiority, paired: every prompt is its own control, prompts are the unit that is resampled,
+and the
+upper confidence bound must stay within the budget, not the mean. When several candidates are tried,
+each is
 held to a stricter level (Bonferroni), so that trying more does not make a false pass more likely.
 """
 
@@ -13,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from scipy import stats as scipy_stats
-from skip_softmax.thresholds import Phase
 
 from calibrate.measure import Outcome, Setting, sparsity
 from calibrate.prompts import Prompt
 from calibrate.schema import BudgetConfig, RunConfig
 from calibrate.search import Point
 from calibrate.stats import Statistics
+from skip_softmax.thresholds import Phase
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class Validation:
 
     Attributes:
         attempts: candidates in the order they were tried; at most the last one passed.
-        baseline: the best single scale factor per phase on the same prompts, or None if no such trial fits.
-        short_prompt: the check that requests below `min_kv_len` run dense, or None if it was not asked for.
+        baseline: the best single scale factor per phase on the same prompts, or None if no such
+            trial fits.
+        short_prompt: the check that requests below `min_kv_len` run dense, or None if it was not
+            asked for.
     """
 
     attempts: tuple[Attempt, ...]
@@ -127,22 +131,31 @@ def validate(
         outcome = evaluate(attempts[-1].setting, short)
         skipped = sum(sum(layers) for layers in outcome.skipped.values())
         checked = {
-            "tokens": len(short.ids), "skipped_tiles": skipped, "kl": outcome.kl,
+            "tokens": len(short.ids),
+            "skipped_tiles": skipped,
+            "kl": outcome.kl,
             "dense": skipped == 0 and outcome.kl < 1e-6,
         }
     return Validation(tuple(attempts), compared, checked)
 
 
 def judge(
-    point: Point, outcomes: Sequence[Outcome], statistics: Statistics, config: RunConfig, confidence: float
+    point: Point,
+    outcomes: Sequence[Outcome],
+    statistics: Statistics,
+    config: RunConfig,
+    confidence: float,
 ) -> Attempt:
     """Turns outcomes on held-out prompts into a verdict."""
     drops = [outcome.dense_score - outcome.score for outcome in outcomes]
     kl = upper_bound([outcome.kl for outcome in outcomes], confidence, config)
-    # A sample without any change still proves only so much: one more prompt, one token worse, is assumed.
+    # A sample without any change still proves only so much: one more prompt, one token worse, is
+    # assumed.
     drop = upper_bound([*drops, 100.0 / config.prompts.decode_tokens], confidence, config)
     drop = Bound(float(np.mean(drops)), drop.upper, confidence)
-    achieved: dict[Phase, float] = {phase: sparsity(outcomes, phase) for phase in config.target.phases}
+    achieved: dict[Phase, float] = {
+        phase: sparsity(outcomes, phase) for phase in config.target.phases
+    }
     reason = _why_not(kl, drop, achieved, config.budget)
     tasks = sorted({outcome.task for outcome in outcomes})
     return Attempt(
@@ -188,25 +201,36 @@ def upper_bound(values: Sequence[float], confidence: float, config: RunConfig) -
         config: resamples and seed.
 
     Returns:
-        Mean and bound; a sample whose values are all equal has no spread to resample, its bound is its mean.
+        Mean and bound; a sample whose values are all equal has no spread to resample, its bound is
+        its mean.
     """
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
     if np.ptp(sample) == 0:
         return Bound(mean, mean, confidence)
     result = scipy_stats.bootstrap(
-        (sample,), np.mean, confidence_level=confidence, alternative="less", method="BCa",
-        n_resamples=config.validation.bootstrap, rng=np.random.default_rng(config.seed),
+        (sample,),
+        np.mean,
+        confidence_level=confidence,
+        alternative="less",
+        method="BCa",
+        n_resamples=config.validation.bootstrap,
+        rng=np.random.default_rng(config.seed),
     )
     return Bound(mean, float(result.confidence_interval.high), confidence)
 
 
-def _why_not(kl: Bound, drop: Bound, achieved: dict[Phase, float], budget: BudgetConfig) -> str | None:
+def _why_not(
+    kl: Bound, drop: Bound, achieved: dict[Phase, float], budget: BudgetConfig
+) -> str | None:
     dense = [phase for phase, share in achieved.items() if share <= 0]
     if dense:
         return f"nothing was skipped in {' and '.join(dense)}"
     if kl.upper > budget.kl:
         return f"KL {kl.mean:.3g}, upper bound {kl.upper:.3g} above the budget of {budget.kl:g} nats/token"
     if budget.score_drop is not None and drop.upper > budget.score_drop:
-        return f"score drop {drop.mean:.2f}, upper bound {drop.upper:.2f} above the budget of {budget.score_drop:g} points"
+        return (
+            f"score drop {drop.mean:.2f}, upper bound {drop.upper:.2f} "
+            f"above the budget of {budget.score_drop:g} points"
+        )
     return None

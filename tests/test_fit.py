@@ -7,13 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from calibrate.fit import fit_phase, fit_points
 from calibrate.schema import FitConfig
 from calibrate.stats import Statistics
 from skip_softmax.histogram import LOW, NEVER, PER_OCTAVE
 
 
-def points(exponent: float = 1.0, noise: float = 0.0) -> tuple[list[float], list[float], list[float]]:
+def points(
+    exponent: float = 1.0, noise: float = 0.0
+) -> tuple[list[float], list[float], list[float]]:
     """Points of scale_factor = 0.5 exp(8 s), where threshold ~ kv_len^-exponent around 4096 tokens."""
     random = np.random.default_rng(0)
     s, x, length = [], [], []
@@ -21,7 +24,11 @@ def points(exponent: float = 1.0, noise: float = 0.0) -> tuple[list[float], list
         for share in np.linspace(0.1, 0.8, 20):
             s.append(float(share))
             length.append(kv_len)
-            x.append(0.5 * math.exp(8 * share + noise * random.normal()) * (kv_len / 4096) ** (1 - exponent))
+            x.append(
+                0.5
+                * math.exp(8 * share + noise * random.normal())
+                * (kv_len / 4096) ** (1 - exponent)
+            )
     return s, x, length
 
 
@@ -55,7 +62,9 @@ def test_a_falling_curve_and_too_few_points_are_refused() -> None:
     falling = fit_points([0.1, 0.2, 0.3], [3.0, 2.0, 1.0], [9.0] * 3, min_r2=0.0)
     assert falling.refused is not None
     assert "does not grow" in falling.refused
-    assert fit_points([0.1, 0.1], [1.0, 2.0], [9.0] * 2, min_r2=0.0).refused == "only 2 usable points"
+    assert (
+        fit_points([0.1, 0.1], [1.0, 2.0], [9.0] * 2, min_r2=0.0).refused == "only 2 usable points"
+    )
 
 
 def test_saturated_points_are_dropped() -> None:

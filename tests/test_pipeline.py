@@ -6,16 +6,17 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import calibrate
 import pytest
 import tiny
 import torch
+from conftest import ROOT
+
+import calibrate
 from calibrate import capture, pipeline, sensitivity
 from calibrate.measure import dense_logits, kl_divergence, thresholds_for
 from calibrate.models import LoadedModel, load
 from calibrate.prompts import Prompt
 from calibrate.schema import ModelConfig, RunConfig, load_config
-from conftest import ROOT
 from skip_softmax import Thresholds, applied
 from skip_softmax.transformers import inspect_layers
 
@@ -29,29 +30,43 @@ def finished(smoke_model: Path, tmp_path_factory: pytest.TempPathFactory) -> pip
 def test_a_run_leaves_its_whole_folder(finished: pipeline.Run) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     assert {
-        "config.yaml", "stats.safetensors", "fit.json", "sensitivity.json", "study.db", "validation.json",
-        "thresholds.yaml", "run.json",
+        "config.yaml",
+        "stats.safetensors",
+        "fit.json",
+        "sensitivity.json",
+        "study.db",
+        "validation.json",
+        "thresholds.yaml",
+        "run.json",
     } <= names
     notes = json.loads((finished.folder / "run.json").read_text())
-    assert {"versions", "commit", "device", "seed", "config_sha256", "model", "seconds"} <= set(notes)
+    assert {"versions", "commit", "device", "seed", "config_sha256", "model", "seconds"} <= set(
+        notes
+    )
     assert finished.thresholds.evidence["verdict"] == "passed"
     assert len(finished.study.trials) == finished.config.search.trials
 
 
-def test_the_file_reproduces_the_validated_loss_and_sparsity(finished: pipeline.Run, smoke_model: Path) -> None:
+def test_the_file_reproduces_the_validated_loss_and_sparsity(
+    finished: pipeline.Run, smoke_model: Path
+) -> None:
     """The saved file, applied to a freshly loaded model that is served token by token."""
     loaded = load(ModelConfig(path=str(smoke_model)))
     thresholds = Thresholds.load(finished.folder / "thresholds.yaml")
     rows = json.loads((finished.folder / "prompts.json").read_text())["heldout"]
     losses, visited, skipped = [], {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
     for row in rows:
-        prompt = Prompt(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
+        prompt = Prompt(
+            **{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])}
+        )
         dense = capture.forward(loaded, prompt)
         with torch.no_grad(), applied(loaded.model, thresholds) as tiles:
             out = loaded.model(torch.tensor([prompt.ids]), use_cache=True)
             logits = [out.logits[0, -1]]
             for token in prompt.continuation:
-                out = loaded.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+                out = loaded.model(
+                    torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True
+                )
                 logits.append(out.logits[0, -1])
         losses.append(kl_divergence(dense, torch.stack(logits)))
         for phase in visited:
@@ -61,7 +76,9 @@ def test_the_file_reproduces_the_validated_loss_and_sparsity(finished: pipeline.
     assert sum(losses) / len(losses) == pytest.approx(claimed["kl"]["mean"], rel=1e-3)
     for phase in visited:
         assert skipped[phase] > 0
-        assert skipped[phase] / visited[phase] == pytest.approx(claimed["sparsity"][phase], abs=1e-3)
+        assert skipped[phase] / visited[phase] == pytest.approx(
+            claimed["sparsity"][phase], abs=1e-3
+        )
 
 
 def test_target_and_achieved_sparsity_agree(finished: pipeline.Run) -> None:
@@ -71,10 +88,15 @@ def test_target_and_achieved_sparsity_agree(finished: pipeline.Run) -> None:
             assert row["achieved"] == pytest.approx(row["target"], abs=0.15)
 
 
-def test_one_capture_over_all_prompts_equals_two_that_are_merged(finished: pipeline.Run, smoke_model: Path) -> None:
+def test_one_capture_over_all_prompts_equals_two_that_are_merged(
+    finished: pipeline.Run, smoke_model: Path
+) -> None:
     loaded = load(ModelConfig(path=str(smoke_model)))
     rows = json.loads((finished.folder / "prompts.json").read_text())["calibration"]
-    prompts = [Prompt(**{**r, "ids": tuple(r["ids"]), "continuation": tuple(r["continuation"])}) for r in rows]
+    prompts = [
+        Prompt(**{**r, "ids": tuple(r["ids"]), "continuation": tuple(r["continuation"])})
+        for r in rows
+    ]
     geometry, lengths = finished.config.geometry, finished.config.prompts.lengths
     halves = []
     for part in (prompts[:1], prompts[1:]):
@@ -83,7 +105,9 @@ def test_one_capture_over_all_prompts_equals_two_that_are_merged(finished: pipel
     merged = halves[0].merge(halves[1])
     for phase in ("prefill", "decode"):
         assert torch.equal(merged.counts[phase], finished.stats.counts[phase])
-        torch.testing.assert_close(merged.mass[phase], finished.stats.mass[phase], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            merged.mass[phase], finished.stats.mass[phase], rtol=1e-12, atol=0
+        )
 
 
 def test_a_finished_run_returns_at_once_without_the_model(
@@ -103,14 +127,22 @@ def one_model(family: str) -> LoadedModel:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_measuring_one_layer_by_replay_equals_running_everything(family: str, phase: str, tmp_path: Path) -> None:
+def test_measuring_one_layer_by_replay_equals_running_everything(
+    family: str, phase: str, tmp_path: Path
+) -> None:
     loaded = one_model(family)
-    tokens = torch.randint(2, tiny.VOCABULARY, (158,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(
+        2, tiny.VOCABULARY, (158,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     prompt = Prompt("text", "search", 150, tuple(tokens[:150]), tuple(tokens[150:]), False)
     config = RunConfig.model_validate(
-        {"model": {"path": "unused"}, "prompts": {"lengths": [150]}, "sensitivity": {"prompts": 1},
-         "geometry": {"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}},
-         "target": {"min_kv_len": {"prefill": 150, "decode": 150}, "phases": [phase]}}
+        {
+            "model": {"path": "unused"},
+            "prompts": {"lengths": [150]},
+            "sensitivity": {"prompts": 1},
+            "geometry": {"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}},
+            "target": {"min_kv_len": {"prefill": 150, "decode": 150}, "phases": [phase]},
+        }
     )
     statistics = capture.empty_statistics(loaded, config.geometry, [150])
     list(capture.capture(loaded, [prompt], statistics, config.geometry))
@@ -122,7 +154,9 @@ def test_measuring_one_layer_by_replay_equals_running_everything(family: str, ph
     assert rows, "no layer can skip: this test shows nothing"
     for row in rows:
         setting = {row.phase: tuple(row.scale_factor if i == row.layer else 0.0 for i in range(3))}
-        with applied(loaded.model, thresholds_for(loaded, config, setting), decode_from=150) as tiles:
+        with applied(
+            loaded.model, thresholds_for(loaded, config, setting), decode_from=150
+        ) as tiles:
             whole = capture.forward(loaded, prompt)
         expected = kl_divergence(capture.forward(loaded, prompt), whole)
         assert row.kl == pytest.approx(expected, rel=1e-2, abs=1e-7)
@@ -130,7 +164,11 @@ def test_measuring_one_layer_by_replay_equals_running_everything(family: str, ph
         assert row.sparsity > 0
     # An interrupted measurement goes on with what is missing.
     rest = sensitivity.measure_layers(
-        loaded, config, statistics, [prompt], lambda p: dense_logits(loaded, p, tmp_path),
+        loaded,
+        config,
+        statistics,
+        [prompt],
+        lambda p: dense_logits(loaded, p, tmp_path),
         [asdict(row) for row in rows[:-1]],
     )
     assert [row.layer for row in rest] == [rows[-1].layer]
@@ -143,11 +181,21 @@ def test_the_real_model_skips_in_both_phases_at_little_loss(smollm2: LoadedModel
     from calibrate.schema import PromptsConfig, Source
 
     sets = build(
-        PromptsConfig(sources=(Source(task="needle_single"),), lengths=(512,), calibration=1, search=1, heldout=2),
-        smollm2.tokenizer, seed=0, max_context=smollm2.max_context,
+        PromptsConfig(
+            sources=(Source(task="needle_single"),),
+            lengths=(512,),
+            calibration=1,
+            search=1,
+            heldout=2,
+        ),
+        smollm2.tokenizer,
+        seed=0,
+        max_context=smollm2.max_context,
     )
     prompt = sets["heldout"][0]
-    config = RunConfig.model_validate({"model": {"path": "unused"}, "target": {"min_kv_len": {"prefill": 512, "decode": 512}}})
+    config = RunConfig.model_validate(
+        {"model": {"path": "unused"}, "target": {"min_kv_len": {"prefill": 512, "decode": 512}}}
+    )
     setting = {"prefill": (100.0,) * 30, "decode": (16.0,) * 30}
     dense = capture.forward(smollm2, prompt)
     with applied(smollm2.model, thresholds_for(smollm2, config, setting), decode_from=512) as tiles:

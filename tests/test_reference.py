@@ -6,14 +6,21 @@ import math
 import warnings
 
 import pytest
-import skip_softmax as ss
 import torch
+
+import skip_softmax as ss
 
 LENGTHS = [1, 63, 127, 129, 200, 1000]
 
 
 def planted(
-    heads: int, kv_heads: int, q_len: int, kv_len: int, dim: int = 16, dtype: torch.dtype = torch.float64, seed: int = 0
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    dim: int = 16,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs whose tiles differ: ever weaker keys that every query likes, among keys of different size."""
     generator = torch.Generator().manual_seed(seed)
@@ -29,8 +36,17 @@ def planted(
 
 
 def loop(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale_factor: float, *, causal: bool, window: int | None,
-    tile_q: int, tile_kv: int, decode: bool = False, seeded: bool = False,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_factor: float,
+    *,
+    causal: bool,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    decode: bool = False,
+    seeded: bool = False,
 ) -> tuple[torch.Tensor, int, int, list[float]]:
     """Section by section what the thresholds mean, one request, written without tensors' help.
 
@@ -45,36 +61,46 @@ def loop(
     if decode:
         votes = [
             ([(h * group + g, t) for g in range(group)], h, offset + t + 1)
-            for h in range(kv_heads) for t in range(q_len)
+            for h in range(kv_heads)
+            for t in range(q_len)
         ]
     else:
         votes = [
             ([(h, r) for r in range(start, min(start + tile_q, q_len))], h // group, kv_len)
-            for h in range(heads) for start in range(0, q_len, tile_q)
+            for h in range(heads)
+            for start in range(0, q_len, tile_q)
         ]
     for rows, kv_head, length in votes:
         scores = {}
         for h, r in rows:
             s = (q[h, r].double() @ k[kv_head].double().T) / math.sqrt(dim)
             for c in range(kv_len):
-                hidden = (causal and c > offset + r) or (window is not None and c <= offset + r - window)
+                hidden = (causal and c > offset + r) or (
+                    window is not None and c <= offset + r - window
+                )
                 if hidden:
                     s[c] = -math.inf
             scores[h, r] = s
         tiles = [
-            j for j in range(-(-kv_len // tile_kv))
+            j
+            for j in range(-(-kv_len // tile_kv))
             if any(scores[row][j * tile_kv : (j + 1) * tile_kv].max() > -math.inf for row in rows)
         ]
         threshold = scale_factor / length if scale_factor < length else 0.0
         running = dict.fromkeys(rows, -math.inf)
         if seeded and tiles:
             ends = [tiles[0], tiles[-1]]
-            running = {row: max(float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for j in ends) for row in rows}
+            running = {
+                row: max(float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for j in ends)
+                for row in rows
+            }
         kept = []
         for j in tiles:
             top = {row: float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for row in rows}
             never = j == tiles[0] or (seeded and j == tiles[-1])
-            gap = max(-math.inf if top[row] == -math.inf else top[row] - running[row] for row in rows)
+            gap = max(
+                -math.inf if top[row] == -math.inf else top[row] - running[row] for row in rows
+            )
             critical.append(math.inf if never or gap >= 0 else length * math.exp(gap))
             visited += 1
             if not never and math.exp(min(gap, 700)) < threshold:
@@ -99,7 +125,9 @@ def loop(
 def test_prefill_equals_the_loop(length: int, heads: tuple[int, int], window: int | None) -> None:
     q, k, v = planted(*heads, length, length)
     factor = min(20.0, 0.9 * length)
-    expected, visited, skipped, _ = loop(q[0], k[0], v[0], factor, causal=True, window=window, tile_q=16, tile_kv=32)
+    expected, visited, skipped, _ = loop(
+        q[0], k[0], v[0], factor, causal=True, window=window, tile_q=16, tile_kv=32
+    )
     out, stats = ss.attention(
         q, k, v, scale_factor=factor, window=window, tile_q=16, tile_kv=32, return_stats=True
     )
@@ -113,8 +141,12 @@ def test_prefill_equals_the_loop(length: int, heads: tuple[int, int], window: in
 @pytest.mark.parametrize("shape", [(1, 200), (65, 129), (63, 64), (130, 130)])
 def test_prefill_with_queries_shorter_than_keys(shape: tuple[int, int], causal: bool) -> None:
     q, k, v = planted(4, 2, *shape)
-    expected, visited, skipped, _ = loop(q[0], k[0], v[0], 15.0, causal=causal, window=None, tile_q=32, tile_kv=16)
-    out, stats = ss.attention(q, k, v, scale_factor=15.0, causal=causal, tile_q=32, tile_kv=16, return_stats=True)
+    expected, visited, skipped, _ = loop(
+        q[0], k[0], v[0], 15.0, causal=causal, window=None, tile_q=32, tile_kv=16
+    )
+    out, stats = ss.attention(
+        q, k, v, scale_factor=15.0, causal=causal, tile_q=32, tile_kv=16, return_stats=True
+    )
     torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
     assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
 
@@ -129,11 +161,26 @@ def test_decode_equals_the_loop(
     q, k, v = planted(*heads, tokens, length)
     factor = min(20.0, 0.9 * (length - tokens + 1))
     expected, visited, skipped, _ = loop(
-        q[0], k[0], v[0], factor, causal=True, window=window, tile_q=1, tile_kv=16, decode=True,
+        q[0],
+        k[0],
+        v[0],
+        factor,
+        causal=True,
+        window=window,
+        tile_q=1,
+        tile_kv=16,
+        decode=True,
         seeded=running_max == "seeded",
     )
     out, stats = ss.decode_attention(
-        q, k, v, scale_factor=factor, window=window, tile_kv=16, running_max=running_max, return_stats=True
+        q,
+        k,
+        v,
+        scale_factor=factor,
+        window=window,
+        tile_kv=16,
+        running_max=running_max,
+        return_stats=True,
     )
     torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
     assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
@@ -146,7 +193,12 @@ def test_a_run_of_tokens_equals_one_token_at_a_time() -> None:
     for t in range(5):
         seen = 150 - 5 + t + 1
         alone, one = ss.decode_attention(
-            q[:, :, t], k[:, :, :seen], v[:, :, :seen], scale_factor=30.0, tile_kv=16, return_stats=True
+            q[:, :, t],
+            k[:, :, :seen],
+            v[:, :, :seen],
+            scale_factor=30.0,
+            tile_kv=16,
+            return_stats=True,
         )
         torch.testing.assert_close(alone, together[:, :, t], atol=1e-12, rtol=0)
         skipped += one.skipped
@@ -162,7 +214,9 @@ def test_paged_cache_equals_contiguous() -> None:
         cache[pages] = whole[0].view(2, 10, 16, 16).transpose(0, 1)
     expected = ss.decode_attention(q[:, :, 0], k, v, [150], scale_factor=40.0, tile_kv=16)
     table = torch.cat([pages, torch.tensor([-1])])[None]
-    got = ss.decode_attention(q[:, :, 0], *paged, [150], block_table=table, scale_factor=40.0, tile_kv=16)
+    got = ss.decode_attention(
+        q[:, :, 0], *paged, [150], block_table=table, scale_factor=40.0, tile_kv=16
+    )
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
@@ -170,12 +224,25 @@ def test_ragged_batch_equals_one_request_at_a_time() -> None:
     q, k, v = (torch.cat([t, t.flip(2)]) for t in planted(4, 2, 100, 120))
     q_lens, kv_lens = [100, 37], [120, 90]
     out, stats = ss.attention(
-        q, k, v, scale_factor=25.0, tile_q=16, tile_kv=16, q_lens=q_lens, kv_lens=kv_lens, return_stats=True
+        q,
+        k,
+        v,
+        scale_factor=25.0,
+        tile_q=16,
+        tile_kv=16,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        return_stats=True,
     )
     for b, (nq, nk) in enumerate(zip(q_lens, kv_lens, strict=True)):
         alone, one = ss.attention(
-            q[b : b + 1, :, :nq], k[b : b + 1, :, :nk], v[b : b + 1, :, :nk], scale_factor=25.0, tile_q=16,
-            tile_kv=16, return_stats=True,
+            q[b : b + 1, :, :nq],
+            k[b : b + 1, :, :nk],
+            v[b : b + 1, :, :nk],
+            scale_factor=25.0,
+            tile_q=16,
+            tile_kv=16,
+            return_stats=True,
         )
         torch.testing.assert_close(out[b : b + 1, :, :nq], alone, atol=1e-12, rtol=0)
         assert torch.equal(stats.skipped[b], one.skipped[0])
@@ -189,7 +256,14 @@ def test_a_cache_without_its_first_keys_keeps_absolute_tiles() -> None:
         q, k, v, scale_factor=30.0, window=70, tile_kv=16, return_stats=True
     )
     held, fewer = ss.decode_attention(
-        q, k[:, :, 125:], v[:, :, 125:], scale_factor=30.0, window=70, tile_kv=16, kv_start=125, return_stats=True
+        q,
+        k[:, :, 125:],
+        v[:, :, 125:],
+        scale_factor=30.0,
+        window=70,
+        tile_kv=16,
+        kv_start=125,
+        return_stats=True,
     )
     torch.testing.assert_close(held, whole, atol=1e-12, rtol=0)
     assert torch.equal(stats.visited, fewer.visited)
@@ -200,14 +274,18 @@ def test_a_cache_without_its_first_keys_keeps_absolute_tiles() -> None:
 def test_error_is_at_most_twice_that_of_low_precision_pytorch(dtype: torch.dtype) -> None:
     q, k, v = planted(4, 2, 129, 129, dtype=dtype)
     exact, *_ = loop(q[0], k[0], v[0], 0.0, causal=True, window=None, tile_q=16, tile_kv=16)
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
     theirs = (plain[0].double() - exact).abs().max()
     ours = (ss.attention(q, k, v)[0].double() - exact).abs().max()
     rounding = torch.finfo(dtype).eps * exact.abs().max()
     assert ours <= 2 * theirs + rounding
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_zero_is_bit_identical_to_dense(dtype: torch.dtype) -> None:
     q, k, v = planted(4, 2, 200, 200, dtype=dtype)
     dense = ss.attention(q, k, v, tile_q=16, tile_kv=16)
@@ -260,7 +338,11 @@ def test_no_probability_reaches_a_future_token(factor: float) -> None:
 def test_skipped_tiles_grow_with_the_scale_factor() -> None:
     q, k, v = planted(4, 2, 300, 300)
     counts = [
-        int(ss.attention(q, k, v, scale_factor=f, tile_q=16, tile_kv=16, return_stats=True)[1].skipped.sum())
+        int(
+            ss.attention(q, k, v, scale_factor=f, tile_q=16, tile_kv=16, return_stats=True)[
+                1
+            ].skipped.sum()
+        )
         for f in (0.0, 10.0, 25.0, 50.0, 100.0, 299.0)
     ]
     assert counts == sorted(counts)
@@ -280,7 +362,9 @@ def test_tile_gaps_are_the_loops() -> None:
     *_, critical = loop(q[0], k[0], k[0], 0.0, causal=True, window=None, tile_q=32, tile_kv=16)
     visited = gaps[0] > -torch.inf
     ours = torch.where(gaps[0][visited] >= 0, torch.inf, 130 * torch.exp(gaps[0][visited]))
-    torch.testing.assert_close(ours, torch.tensor(critical, dtype=torch.float64), atol=0, rtol=1e-12)
+    torch.testing.assert_close(
+        ours, torch.tensor(critical, dtype=torch.float64), atol=0, rtol=1e-12
+    )
     assert bool((gaps[0, :, :, 0] == torch.inf).all())
 
 
@@ -304,7 +388,9 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     q, k, v = planted(4, 2, 20, 20)
-    with pytest.raises(ValueError, match="query heads must be a multiple of KV heads, but got 3 and 2"):
+    with pytest.raises(
+        ValueError, match="query heads must be a multiple of KV heads, but got 3 and 2"
+    ):
         ss.attention(q[:, :3], k, v)
     with pytest.raises(ValueError, match="must share one floating dtype"):
         ss.attention(q.float(), k, v)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from calibrate.cost import Cost, Curve
 from calibrate.errors import WorkFailed
 from calibrate.measure import Outcome
@@ -35,7 +36,7 @@ def config(**search_changes: object) -> RunConfig:
 
 
 def statistics() -> Statistics:
-    """Every layer: 40 tiles, one critical scale factor per quarter octave from 1 to 1024, dropped mass growing."""
+    """Every layer: 40 tiles from critical scale factor 1 to 1024, a quarter octave apart."""
     result = Statistics.empty({}, LAYERS, 2, 2, [4096])
     for phase in ("prefill", "decode"):
         bins = torch.arange(40) * PER_OCTAVE // 4 - LOW * PER_OCTAVE + 1
@@ -50,7 +51,9 @@ def statistics() -> Statistics:
 def space(chosen: RunConfig, layers: tuple[int, ...] = tuple(range(LAYERS))) -> Space:
     line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
     losses = LossModel({"prefill": WEIGHTS, "decode": WEIGHTS})
-    return build_space(statistics(), Cost({"prefill": line, "decode": line}, {}), losses, chosen, layers)
+    return build_space(
+        statistics(), Cost({"prefill": line, "decode": line}, {}), losses, chosen, layers
+    )
 
 
 def planted_loss(of: Space, setting: dict) -> float:
@@ -59,10 +62,13 @@ def planted_loss(of: Space, setting: dict) -> float:
 
 def outcome(of: Space, setting: dict, prompt: Prompt) -> Outcome:
     skipped = {
-        phase: (10 * of.statistics.layer_sparsity(phase, factors)).int().tolist() for phase, factors in setting.items()
+        phase: (10 * of.statistics.layer_sparsity(phase, factors)).int().tolist()
+        for phase, factors in setting.items()
     }
     visited = {phase: [10] * LAYERS for phase in setting}
-    return Outcome(prompt.key, prompt.task, 4096, planted_loss(of, setting), 100.0, 100.0, visited, skipped)
+    return Outcome(
+        prompt.key, prompt.task, 4096, planted_loss(of, setting), 100.0, 100.0, visited, skipped
+    )
 
 
 def test_uniform_and_analytic_warm_starts_are_points_of_the_space() -> None:
@@ -93,7 +99,9 @@ def test_the_analytic_seed_beats_the_uniform_one_at_the_same_loss() -> None:
 def test_the_allocation_is_the_best_of_all_combinations() -> None:
     """Brute force over three levels per layer of one phase, at the loss that the allocation spends."""
     chosen = config()
-    chosen = chosen.model_copy(update={"target": chosen.target.model_copy(update={"phases": ("prefill",)})})
+    chosen = chosen.model_copy(
+        update={"target": chosen.target.model_copy(update={"phases": ("prefill",)})}
+    )
     here = space(chosen)
     setting = here.setting(next(params for name, params in here.seeds() if name == "analytic"))
     spent, time = planted_loss(here, setting), here.relative_time(setting)
@@ -129,7 +137,9 @@ def test_every_sampler_searches_and_starts_from_the_seeds(tmp_path, sampler: str
     chosen = config(sampler=sampler, trials=10, prune_factor=1000.0)
     here = space(chosen)
     study = open_study(chosen, tmp_path)
-    found = list(search(study, here, chosen, PROMPTS, lambda setting, prompt: outcome(here, setting, prompt)))
+    found = list(
+        search(study, here, chosen, PROMPTS, lambda setting, prompt: outcome(here, setting, prompt))
+    )
     assert len(found) == 10
     names = [point.name for point in found if point is not None]
     assert names == ["analytic", "uniform"] * 3 + ["search"] * 4
@@ -146,7 +156,9 @@ def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
         here = space(chosen)
         calls = 0
 
-        def evaluate(setting: dict, prompt: Prompt, here: Space = here, stop: int | None = stop) -> Outcome:
+        def evaluate(
+            setting: dict, prompt: Prompt, here: Space = here, stop: int | None = stop
+        ) -> Outcome:
             nonlocal calls
             calls += 1
             if stop is not None and calls == 3 * stop + 2:  # in the middle of a trial
@@ -179,22 +191,35 @@ def test_hopeless_trials_stop_after_the_first_prompts(tmp_path) -> None:
 
 
 def point(kl: float, time: float, name: str = "search", share: float = 0.5) -> Point:
-    return Point(name, {"prefill": (1.0,), "decode": (1.0,)}, kl, time, {"prefill": share, "decode": share})
+    return Point(
+        name, {"prefill": (1.0,), "decode": (1.0,)}, kl, time, {"prefill": share, "decode": share}
+    )
 
 
 def test_the_front_and_the_candidates() -> None:
-    slow, good, wild, beaten = point(0.001, 0.9), point(0.004, 0.7), point(0.02, 0.5), point(0.005, 0.8)
+    slow, good, wild, beaten = (
+        point(0.001, 0.9),
+        point(0.004, 0.7),
+        point(0.02, 0.5),
+        point(0.005, 0.8),
+    )
     assert front([slow, good, wild, beaten]) == [wild, good, slow]
     chosen = config()
     assert candidates([slow, good, wild, beaten], chosen) == [good, slow]
-    assert best_uniform([slow, point(0.003, 0.8, "uniform"), point(0.05, 0.1, "uniform")], 0.01) == point(0.003, 0.8, "uniform")
+    assert best_uniform(
+        [slow, point(0.003, 0.8, "uniform"), point(0.05, 0.1, "uniform")], 0.01
+    ) == point(0.003, 0.8, "uniform")
     assert best_uniform([slow], 0.01) is None
 
 
 def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
-    with pytest.raises(WorkFailed, match="no trial skips tiles in every phase within the budget.*none skips"):
+    with pytest.raises(
+        WorkFailed, match=r"no trial skips tiles in every phase within the budget.*none skips"
+    ):
         candidates([point(0.0, 1.0, share=0.0)], config())
-    with pytest.raises(WorkFailed, match=r"smallest loss of one that skips is 0.5 nats/token, the budget is 0.01"):
+    with pytest.raises(
+        WorkFailed, match=r"smallest loss of one that skips is 0.5 nats/token, the budget is 0.01"
+    ):
         candidates([point(0.5, 0.7)], config())
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import skip_softmax as ss
 import torch
+from test_reference import LENGTHS, planted
+
+import skip_softmax as ss
 from calibrate.errors import UserError
 from calibrate.stats import Statistics, scale_factor_at
 from skip_softmax.histogram import BINS, NEVER, edges
-from test_reference import LENGTHS, planted
 
 
 def statistics_of(heads: int, kv_heads: int) -> Statistics:
@@ -41,7 +42,9 @@ def test_sparsity_equals_brute_force_at_every_edge(
     for edge in grid[:: max(1, len(grid) // 24)] + grid[-1:]:
         _, stats = run(q, k, v, scale_factor=edge, window=window, return_stats=True, **tiles)
         assert torch.equal(statistics.visited(phase)[0, :, 0], stats.visited[0])
-        assert torch.equal(statistics.skipped(phase, edge)[0, :, 0], stats.skipped[0].double()), edge
+        assert torch.equal(statistics.skipped(phase, edge)[0, :, 0], stats.skipped[0].double()), (
+            edge
+        )
         skips += int(stats.skipped.sum())
     if length >= 200:
         assert skips > 0, "the planted input must skip something, or this test shows nothing"
@@ -108,7 +111,9 @@ def test_statistics_of_two_runs_add_up_to_one_run(tmp_path) -> None:
 def test_statistics_that_do_not_belong_together_are_refused(tmp_path) -> None:
     ours = statistics_of(4, 2)
     theirs = Statistics.empty({"model": "another"}, 1, 4, 2, [1000])
-    with pytest.raises(UserError, match=r"share model, geometry and lengths, but \['model'\] differ"):
+    with pytest.raises(
+        UserError, match=r"share model, geometry and lengths, but \['model'\] differ"
+    ):
         ours.merge(theirs)
     ours.prompts.append("same")
     with pytest.raises(UserError, match="count the same 1 prompts"):

@@ -7,12 +7,20 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+
 from calibrate import capture, measure
 from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
 from skip_softmax import Thresholds, applied
-from skip_softmax.thresholds import Geometry, LayerOverride, MinKvLen, ModelSection, ScaleFactors, UncalibratedLayer
+from skip_softmax.thresholds import (
+    Geometry,
+    LayerOverride,
+    MinKvLen,
+    ModelSection,
+    ScaleFactors,
+    UncalibratedLayer,
+)
 from skip_softmax.transformers import inspect_layers, intercepted
 
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "gpt2"]
@@ -22,8 +30,15 @@ SHARPNESS = 400.0  # so sharp that tiles can be skipped in a random model
 def thresholds(found: list, factor: float, *, floor: int = 60, **changes: object) -> Thresholds:
     first = found[0]
     return Thresholds(
-        model=ModelSection(name="tiny", sha256="0", layers=len(found), q_heads=first.q_heads,
-                           kv_heads=first.kv_heads, head_dim=first.head_dim, dtype="float32"),
+        model=ModelSection(
+            name="tiny",
+            sha256="0",
+            layers=len(found),
+            q_heads=first.q_heads,
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
+            dtype="float32",
+        ),
         geometry=Geometry(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16}),
         min_kv_len=MinKvLen(prefill=floor, decode=floor),
         scale_factor=ScaleFactors(prefill=factor, decode=factor),
@@ -32,7 +47,9 @@ def thresholds(found: list, factor: float, *, floor: int = 60, **changes: object
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, tiny.VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        2, tiny.VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def loaded(family: str, **changes: object) -> LoadedModel:
@@ -54,7 +71,14 @@ def test_layers_are_found(family: str) -> None:
 def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
     """Sliding layers too: their tiles are those of the reference with that window."""
     one = loaded(family)
-    prompt = Prompt("text", "calibration", 150, tuple(tokens(150)[0].tolist()), tuple(tokens(9, 1)[0].tolist()), False)
+    prompt = Prompt(
+        "text",
+        "calibration",
+        150,
+        tuple(tokens(150)[0].tolist()),
+        tuple(tokens(9, 1)[0].tolist()),
+        False,
+    )
     geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
     statistics = capture.empty_statistics(one, geometry, [150])
     logits = capture.observe(one, prompt, statistics, geometry)
@@ -70,7 +94,7 @@ def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
-    """Teacher forcing in one call, and prefill plus one token at a time with a cache: same logits, same tiles."""
+    """Teacher forcing in one call equals prefill plus one token at a time with a cache."""
     one = loaded(family)
     prompt, steps = tokens(150), tokens(6, 1)
     settings = thresholds(one.layers, 55.0)
@@ -80,7 +104,9 @@ def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
         out = one.model(prompt, use_cache=True)
         logits = [out.logits[0, -1]]
         for t in range(6):
-            out = one.model(steps[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = one.model(
+                steps[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True
+            )
             logits.append(out.logits[0, -1])
     torch.testing.assert_close(torch.stack(logits), whole, atol=2e-4, rtol=2e-4)
     for phase in ("prefill", "decode"):
@@ -101,7 +127,9 @@ def test_batches_with_padding_equal_single_requests() -> None:
             expected = [one.model(ids, use_cache=False).logits[0, -1] for ids in (long, short)]
         with applied(one.model, settings) as padded:
             positions = (mask.cumsum(1) - 1).clamp_min(0)
-            logits = one.model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+            logits = one.model(
+                batch, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits[:, -1]
     torch.testing.assert_close(logits, torch.stack(expected), atol=2e-4, rtol=2e-4)
     assert torch.equal(alone.skipped["prefill"], padded.skipped["prefill"])
     assert alone.sparsity("prefill") > 0.01
@@ -111,7 +139,12 @@ def test_batches_with_padding_equal_single_requests() -> None:
 def test_generate_uses_both_phases(cache: str) -> None:
     one = loaded("llama")
     prompt = tokens(120)
-    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "disable_compile": True}
+    arguments = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "disable_compile": True,
+    }
     with applied(one.model, thresholds(one.layers, 0.0)):
         same = one.model.generate(prompt, cache_implementation=cache, **arguments)
     assert torch.equal(same, one.model.generate(prompt, **arguments))
@@ -134,10 +167,16 @@ def test_chunked_prefill_is_prefill() -> None:
 
 def test_calls_below_the_floor_run_dense() -> None:
     one = loaded("llama")
-    with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=148) as counts:
+    with (
+        torch.no_grad(),
+        applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=148) as counts,
+    ):
         one.model(tokens(156), use_cache=False)
     assert int(counts.skipped["prefill"].sum()) == 0
-    with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=150) as tail:
+    with (
+        torch.no_grad(),
+        applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=150) as tail,
+    ):
         one.model(tokens(156), use_cache=False)
     # Both runs decode positions 150 to 155 above the floor; the first also 148 and 149 below it.
     assert torch.equal(counts.skipped["decode"], tail.skipped["decode"])
@@ -156,7 +195,9 @@ def test_overrides_reach_their_layer_and_head_only() -> None:
     assert int(skipped.sum()) == int(skipped[1, 1])
 
 
-def test_soft_cap_layers_keep_their_own_attention_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_soft_cap_layers_keep_their_own_attention_and_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = tiny.model("gemma2", SHARPNESS)
     prompt = tokens(100)
     with torch.no_grad():
@@ -183,7 +224,9 @@ def test_a_mask_of_the_users_own_is_left_alone() -> None:
     with torch.no_grad():
         dense = one.model(prompt, attention_mask=mask, use_cache=False).logits
         with applied(one.model, thresholds(one.layers, 55.0)) as counts:
-            assert torch.equal(one.model(prompt, attention_mask=mask, use_cache=False).logits, dense)
+            assert torch.equal(
+                one.model(prompt, attention_mask=mask, use_cache=False).logits, dense
+            )
     assert int(counts.visited["prefill"].sum()) == 0
 
 
@@ -192,7 +235,10 @@ def test_everything_is_undone_after_an_exception() -> None:
     before = one.model.config._attn_implementation
     with torch.no_grad():
         dense = one.model(tokens(80), use_cache=False).logits
-        with pytest.raises(RuntimeError, match="in the block"), applied(one.model, thresholds(one.layers, 55.0)):
+        with (
+            pytest.raises(RuntimeError, match="in the block"),
+            applied(one.model, thresholds(one.layers, 55.0)),
+        ):
             raise RuntimeError("in the block")
         assert one.model.config._attn_implementation == before
         assert torch.equal(one.model(tokens(80), use_cache=False).logits, dense)
@@ -213,7 +259,9 @@ def test_a_file_for_another_model_is_refused() -> None:
     one = loaded("llama")
     other = inspect_layers(tiny.model("gpt2"))
     with (
-        pytest.raises(ValueError, match=r"must agree, but the file is for tiny with \(3, 4, 4, 16\)"),
+        pytest.raises(
+            ValueError, match=r"must agree, but the file is for tiny with \(3, 4, 4, 16\)"
+        ),
         applied(one.model, thresholds(other, 0.0)),
     ):
         pass
@@ -251,16 +299,26 @@ def test_handlers_see_absolute_positions() -> None:
 
 def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
     one = loaded("llama")
-    prompt = Prompt("text", "search", 150, tuple(tokens(150)[0].tolist()), tuple(tokens(9, 1)[0].tolist()), False)
+    prompt = Prompt(
+        "text",
+        "search",
+        150,
+        tuple(tokens(150)[0].tolist()),
+        tuple(tokens(9, 1)[0].tolist()),
+        False,
+    )
     config = RunConfig(
-        model={"path": "unused"}, geometry={"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}},
+        model={"path": "unused"},
+        geometry={"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}},
         target={"min_kv_len": {"prefill": 150, "decode": 150}},
     )
     dense = capture.forward(one, prompt).float()
     losses = []
     for factor in (0.0, 20.0, 140.0):
         setting = {"prefill": (factor,) * 3, "decode": (factor,) * 3}
-        losses.append(measure.compare(one, measure.thresholds_for(one, config, setting), prompt, dense))
+        losses.append(
+            measure.compare(one, measure.thresholds_for(one, config, setting), prompt, dense)
+        )
     assert losses[0].kl < 1e-7
     assert losses[0].score == losses[0].dense_score
     assert 1e-7 < losses[1].kl < losses[2].kl

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from test_thresholds import GOOD, write
+
 from calibrate.cost import Cost, Curve, load_curves
 from calibrate.emit import emit
 from calibrate.errors import UserError
@@ -14,17 +17,21 @@ from calibrate.search import Point
 from calibrate.stats import Statistics
 from calibrate.validate import upper_bound, validate
 from skip_softmax import Thresholds
-from test_thresholds import GOOD, write
-import torch
 
 HELDOUT = [Prompt("text", "heldout", 1024, (i,), (1,) * 8, False) for i in range(12)]
-COST = Cost({"prefill": Curve((0.0, 1.0), (1.0, 0.5), 1), "decode": Curve((0.0, 1.0), (1.0, 0.5), 1)}, {"device": "x"})
+COST = Cost(
+    {"prefill": Curve((0.0, 1.0), (1.0, 0.5), 1), "decode": Curve((0.0, 1.0), (1.0, 0.5), 1)},
+    {"device": "x"},
+)
 
 
 def config(**budget: object) -> RunConfig:
     return RunConfig.model_validate(
-        {"model": {"path": "unused"}, "prompts": {"lengths": [1024], "decode_tokens": 8},
-         "budget": {"kl": 0.01, "score_drop": 5.0, **budget}}
+        {
+            "model": {"path": "unused"},
+            "prompts": {"lengths": [1024], "decode_tokens": 8},
+            "budget": {"kl": 0.01, "score_drop": 5.0, **budget},
+        }
     )
 
 
@@ -39,23 +46,46 @@ def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int =
         spread = 1 + 0.1 * (len(prompt.ids) + sum(prompt.ids)) / 12
         tiles = short_skips if short else skipped
         return Outcome(
-            prompt.key, prompt.task, 1024, 0.0 if short else kl * spread, 50.0 - drop, 50.0,
-            {"prefill": [10] * 4, "decode": [10] * 4}, {"prefill": [tiles] * 4, "decode": [tiles] * 4},
+            prompt.key,
+            prompt.task,
+            1024,
+            0.0 if short else kl * spread,
+            50.0 - drop,
+            50.0,
+            {"prefill": [10] * 4, "decode": [10] * 4},
+            {"prefill": [tiles] * 4, "decode": [tiles] * 4},
         )
 
     return evaluate
 
 
-def run(evaluate, points=(point(10.0),), baseline=None, short=None, **budget):
-    return validate(points, baseline, HELDOUT, evaluate, Statistics.empty({}, 4, 4, 2, [1024]), config(**budget), short)
+TEN = point(10.0)
+
+
+def run(evaluate, points=(TEN,), baseline=None, short=None, **budget):
+    return validate(
+        points,
+        baseline,
+        HELDOUT,
+        evaluate,
+        Statistics.empty({}, 4, 4, 2, [1024]),
+        config(**budget),
+        short,
+    )
 
 
 def test_the_bound_covers_the_true_mean_as_often_as_it_says() -> None:
     chosen = config()
-    chosen = chosen.model_copy(update={"validation": chosen.validation.model_copy(update={"bootstrap": 999})})
+    chosen = chosen.model_copy(
+        update={"validation": chosen.validation.model_copy(update={"bootstrap": 999})}
+    )
     random = np.random.default_rng(1)
-    covered = [upper_bound(random.exponential(size=40).tolist(), 0.95, chosen).upper >= 1.0 for _ in range(200)]
-    # A binomial with p = 0.95 is above 0.87 in 200 draws with near certainty; skewed samples cost a little.
+    covered = [
+        upper_bound(random.exponential(size=40).tolist(), 0.95, chosen).upper >= 1.0
+        for _ in range(200)
+    ]
+    # A binomial with p = 0.95 is above 0.87 in 200 draws with near certainty; skewed samples cost a
+    # little.
     assert 0.87 <= np.mean(covered) < 1.0
 
 
@@ -70,7 +100,10 @@ def test_within_the_budget_passes() -> None:
     ("evaluate", "reason"),
     [
         (evaluator(0.0095), "upper bound .* above the budget of 0.01 nats/token"),
-        (evaluator(0.001, drop=20.0), "score drop 20.00, upper bound .* above the budget of 5 points"),
+        (
+            evaluator(0.001, drop=20.0),
+            "score drop 20.00, upper bound .* above the budget of 5 points",
+        ),
         (evaluator(0.001, skipped=0), "nothing was skipped in prefill and decode"),
     ],
 )
@@ -108,11 +141,23 @@ def test_a_short_prompt_that_skips_fails_the_file() -> None:
 
 
 def emitted(tmp_path, result) -> Thresholds:
-    template = Thresholds.load(write(tmp_path, GOOD)).model_copy(update={"layers": (), "evidence": {}})
-    curve = {"a": 1.0, "b": 2.0, "r2": 0.5, "points": 9, "sparsity_range": (0.1, 0.2), "kv_len_range": (1.0, 2.0),
-             "length_exponent": None, "refused": None}
+    template = Thresholds.load(write(tmp_path, GOOD)).model_copy(
+        update={"layers": (), "evidence": {}}
+    )
+    curve = {
+        "a": 1.0,
+        "b": 2.0,
+        "r2": 0.5,
+        "points": 9,
+        "sparsity_range": (0.1, 0.2),
+        "kv_len_range": (1.0, 2.0),
+        "length_exponent": None,
+        "refused": None,
+    }
     fits = {"prefill": {"model": curve}, "decode": {"model": {**curve, "refused": "poor"}}}
-    file = emit(template, result, fits, {"prefill": 0.8, "decode": 0.5}, COST, config(), {"seed": 0})
+    file = emit(
+        template, result, fits, {"prefill": 0.8, "decode": 0.5}, COST, config(), {"seed": 0}
+    )
     file.save(tmp_path / "out.yaml")
     return Thresholds.load(tmp_path / "out.yaml")
 
@@ -132,7 +177,11 @@ def test_what_failed_is_emitted_dense_and_says_failed(tmp_path) -> None:
     file = emitted(tmp_path, run(evaluator(0.02), baseline=point(7.0, "uniform")))
     assert file.evidence["verdict"] == "failed"
     assert "above the budget" in file.evidence["reason"]
-    assert all(max(file.per_head(layer, phase)) == 0 for layer in range(4) for phase in ("prefill", "decode"))
+    assert all(
+        max(file.per_head(layer, phase)) == 0
+        for layer in range(4)
+        for phase in ("prefill", "decode")
+    )
 
 
 def test_kl_and_score_in_closed_form() -> None:
@@ -159,7 +208,9 @@ def test_predicted_time_comes_from_measured_points() -> None:
 
 
 def test_cost_files_that_do_not_fit_are_named(tmp_path) -> None:
-    with pytest.raises(UserError, match="no prefill measurement of `Abacus`.*devices there: NVIDIA H100"):
+    with pytest.raises(
+        UserError, match=r"no prefill measurement of `Abacus`.*devices there: NVIDIA H100"
+    ):
         load_curves(CostConfig(device="Abacus"), 1024, 64)
     (tmp_path / "rows.jsonl").write_text('{"device": "x"}\n')
     with pytest.raises(UserError, match=r"rows.jsonl:1: a row needs the keys"):

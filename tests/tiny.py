@@ -18,38 +18,59 @@ VOCABULARY = 400
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE trained on Python's own manual."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(list(topics.values())[:20], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>"
+    )
 
 
 def model(family: str, sharpness: float = 1.0, **changes: Any) -> transformers.PreTrainedModel:
     """A randomly initialised model of a family; `sharpness` scales queries, so that attention is peaked."""
     sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
     }
     families: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),
         "gemma3": (
-            transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM,
-            {"head_dim": 256, "sliding_window": 48,
-             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+            transformers.Gemma3TextConfig,
+            transformers.Gemma3ForCausalLM,
+            {
+                "head_dim": 256,
+                "sliding_window": 48,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
         ),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 70}),
+        "mistral": (
+            transformers.MistralConfig,
+            transformers.MistralForCausalLM,
+            {"sliding_window": 70},
+        ),
         "phi": (transformers.PhiConfig, transformers.PhiForCausalLM, {"num_key_value_heads": 4}),
         "gpt2": (
-            transformers.GPT2Config, transformers.GPT2LMHeadModel,
+            transformers.GPT2Config,
+            transformers.GPT2LMHeadModel,
             {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024},
         ),
         "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM, {"head_dim": 16}),
@@ -57,8 +78,14 @@ def model(family: str, sharpness: float = 1.0, **changes: Any) -> transformers.P
     config_class, model_class, special = families[family]
     arguments = {**sizes, **special, **changes}
     if family == "gpt2":
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "max_position_embeddings"):
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
             arguments.pop(key)
     torch.manual_seed(0)
     built = model_class(config_class(**arguments)).eval()

@@ -1,7 +1,9 @@
 """Bins of log2(critical scale factor): the sufficient statistic that answers every threshold at once.
 
-A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)`. Bin 0 holds what
-lies below `LOW`, the last bin ("never") what no threshold below 1 can skip: gap >= 0, and first tiles.
+A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)`. Bin 0
+holds what
+lies below `LOW`, the last bin ("never") what no threshold below 1 can skip: gap >= 0, and first
+tiles.
 Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are exact at bin edges.
 """
 
@@ -59,4 +61,6 @@ def critical_log2(gap: torch.Tensor, kv_len: torch.Tensor | int) -> torch.Tensor
 def bin_index(critical: torch.Tensor) -> torch.Tensor:
     """Bin of each tile, int64, from `critical_log2`."""
     index = torch.floor((critical - LOW) * PER_OCTAVE) + 1
-    return torch.where(torch.isinf(critical) & (critical > 0), NEVER, index.clamp(0, NEVER - 1)).long()
+    return torch.where(
+        torch.isinf(critical) & (critical > 0), NEVER, index.clamp(0, NEVER - 1)
+    ).long()

@@ -12,11 +12,15 @@ For one query head, a tile of query rows, and KV tiles in ascending absolute pos
             keep tile j; M[r] = max(M[r], m[r])
     out[r] = softmax over the kept scores of row r, times v
 
-Prefill: the rows of `tile_q` consecutive queries of one head vote. Decode: the heads of one GQA group vote
-for each query token alone, and kv_len is what that token sees. Below a threshold of 1 a skipped tile cannot
-raise M, so M is the plain running max and a dense pass knows every decision. A threshold of 1 or more is dense.
+Prefill: the rows of `tile_q` consecutive queries of one head vote. Decode: the heads of one GQA
+    group vote
+for each query token alone, and kv_len is what that token sees. Below a threshold of 1 a skipped
+tile cannot
+raise M, so M is the plain running max and a dense pass knows every decision. A threshold of 1 or
+more is dense.
 
-Scores, softmax and both products are computed in float32 for lower precisions, in float64 for float64;
+Scores, softmax and both products are computed in float32 for lower precisions, in float64 for
+float64;
 only the output is rounded to the input's dtype. Memory grows with kv_len, never with its square.
 """
 
@@ -44,10 +48,12 @@ class Request:
     Attributes:
         q_len: valid query rows.
         kv_len: KV length of the call [tokens]; the last query row is position kv_len - 1.
-        kv_start: absolute position of the first key that the key tensor holds (a sliding cache drops keys).
+        kv_start: absolute position of the first key that the key tensor holds (a sliding cache
+            drops keys).
         causal: a row sees no key after its own position.
         window: a row sees only its own position and the `window - 1` before it; None: no window.
-        tile_q: query rows per vote; None: decode, where the heads of a KV head vote for each row alone.
+        tile_q: query rows per vote; None: decode, where the heads of a KV head vote for each row
+            alone.
         tile_kv: keys per tile.
         running_max: decode only, what a tile is compared with (`DecodeGeometry`).
     """
@@ -90,7 +96,12 @@ class Block:
 
 @torch.no_grad()
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, request: Request, scale: float, scale_factor: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    request: Request,
+    scale: float,
+    scale_factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Skip-softmax attention of one request.
 
@@ -122,7 +133,11 @@ def attend(
 def gaps(q: torch.Tensor, k: torch.Tensor, request: Request, scale: float) -> torch.Tensor:
     """Tile gaps of one request, [vote_heads, votes, KV tiles] nats (see `Block.gaps`)."""
     tile_q = request.tile_q or 1
-    shape = (k.shape[0] if request.decode else q.shape[0], -(-request.q_len // tile_q), -(-request.kv_len // request.tile_kv))
+    shape = (
+        k.shape[0] if request.decode else q.shape[0],
+        -(-request.q_len // tile_q),
+        -(-request.kv_len // request.tile_kv),
+    )
     result = torch.full(shape, -torch.inf, dtype=_compute_dtype(q), device=q.device)
     for block in blocks(q, k, request, scale):
         first = block.rows.start // tile_q
@@ -168,12 +183,16 @@ def blocks(q: torch.Tensor, k: torch.Tensor, request: Request, scale: float) -> 
         scores = _grouped_product(q[:, rows], keys.transpose(1, 2))
         visible = _visible(rows, tiles, request, q.device)
         scores.masked_fill_(~visible, -torch.inf)
-        visited = _row_to_vote(visible.view(len(visible), -1, request.tile_kv).any(-1), request).any(1)
+        visited = _row_to_vote(
+            visible.view(len(visible), -1, request.tile_kv).any(-1), request
+        ).any(1)
         votes = _vote_gaps(scores, visited, k.shape[0], request)
         yield Block(rows, tiles.start, scores, visited, votes, not bool(visible.any(1).all()))
 
 
-def _vote_gaps(scores: torch.Tensor, visited: torch.Tensor, kv_heads: int, request: Request) -> torch.Tensor:
+def _vote_gaps(
+    scores: torch.Tensor, visited: torch.Tensor, kv_heads: int, request: Request
+) -> torch.Tensor:
     """The gap of each tile: its largest valid row's."""
     tile_max = _tiles(scores, request).amax(-1)  # [q_heads, rows, tiles]
     first = visited & (visited.cumsum(1) == 1)
@@ -183,8 +202,11 @@ def _vote_gaps(scores: torch.Tensor, visited: torch.Tensor, kv_heads: int, reque
         before = tile_max.masked_fill(~first, -torch.inf).amax(-1, keepdim=True)
     else:
         running = tile_max.cummax(-1).values
-        before = torch.cat([torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], dim=-1)
-    # A row that sees no key of the tile votes skip, also where it has seen none before (-inf minus -inf).
+        before = torch.cat(
+            [torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], dim=-1
+        )
+    # A row that sees no key of the tile votes skip, also where it has seen none before (-inf minus
+    # -inf).
     gap = torch.where(torch.isneginf(tile_max), -torch.inf, tile_max - before)
     if request.decode:
         votes = gap.view(kv_heads, -1, *gap.shape[1:]).amax(1)
@@ -206,7 +228,9 @@ def _skips(block: Block, request: Request, scale_factor: torch.Tensor) -> torch.
     return below & active[..., None] & block.visited
 
 
-def _softmax_times_v(block: Block, v: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax_times_v(
+    block: Block, v: torch.Tensor, request: Request
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output rows, and the probabilities as [q_heads, rows, tiles, tile_kv]; overwrites the scores."""
     weights = torch.softmax(block.scores, dim=-1, out=block.scores)
     if block.blind:
@@ -271,7 +295,9 @@ def _tile_range(rows: slice, request: Request) -> range:
     if request.window is not None:
         first = max(first, offset + rows.start - request.window + 1)
     first = min(max(first, 0), max(last - 1, 0))
-    return range(first // request.tile_kv, max(-(-last // request.tile_kv), first // request.tile_kv + 1))
+    return range(
+        first // request.tile_kv, max(-(-last // request.tile_kv), first // request.tile_kv + 1)
+    )
 
 
 def _visible(rows: slice, tiles: range, request: Request, device: torch.device) -> torch.Tensor:
@@ -290,7 +316,9 @@ def _visible(rows: slice, tiles: range, request: Request, device: torch.device) 
 def _padded_keys(k: torch.Tensor, tiles: range, request: Request) -> torch.Tensor:
     """Keys (or values) of whole tiles; positions that are not held are zero, and masked by `_visible`."""
     start, stop = tiles.start * request.tile_kv, tiles.stop * request.tile_kv
-    held = k[:, max(start - request.kv_start, 0) : max(min(stop, request.kv_len) - request.kv_start, 0)]
+    held = k[
+        :, max(start - request.kv_start, 0) : max(min(stop, request.kv_len) - request.kv_start, 0)
+    ]
     front = max(request.kv_start - start, 0)
     back = stop - start - front - held.shape[1]
     return torch.nn.functional.pad(held, (0, 0, front, back))

@@ -58,7 +58,7 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506  (a SafeLoader)
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -121,12 +121,14 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 def _one_per_mistake(items: list[Any]) -> list[Any]:
     """Drops what pydantic adds to the real complaint.
 
-    A union complains once per member: about the whole value, and about the wrong part of it. A misspelt
+    A union complains once per member: about the whole value, and about the wrong part of it. A
+    misspelt
     required key is also a missing one.
     """
     places = [tuple(_location(item)) for item in items]
     unknown = {
-        place[:-1]: str(place[-1]) for item, place in zip(items, places, strict=True)
+        place[:-1]: str(place[-1])
+        for item, place in zip(items, places, strict=True)
         if item["type"] == "extra_forbidden"
     }
     kept: dict[tuple[Any, ...], Any] = {}
@@ -214,7 +216,9 @@ def _line_of(text: str, location: list[Any]) -> int | None:
             if not match:
                 return line
             line, node = match[0][0].start_mark.line + 1, match[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
             node = node.value[part]
             line = node.start_mark.line + 1
         else:

@@ -1,6 +1,7 @@
 """The thresholds file: schema, laws, load, save.
 
-A thresholds file says, per phase and layer, which scale factor the attention kernel may use, for which
+A thresholds file says, per phase and layer, which scale factor the attention kernel may use, for
+which
 model and tile geometry it holds, and what evidence there is. Unknown keys are errors.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -64,8 +64,10 @@ class PrefillGeometry(_Section):
 class DecodeGeometry(_Section):
     """Decode tile [tokens]: the query heads of one KV head vote together on `tile_kv` keys.
 
-    `running_max` says what a tile is compared with: `ascending` is every kept tile before it, in ascending
-    position; `seeded` is the first and the last visited tile, whatever order and splits the kernel uses.
+    `running_max` says what a tile is compared with: `ascending` is every kept tile before it, in
+    ascending
+    position; `seeded` is the first and the last visited tile, whatever order and splits the kernel
+    uses.
     """
 
     tile_kv: PowerOfTwo
@@ -136,7 +138,8 @@ class Thresholds(_Section):
             where = f"layers[{index}] (layer {override.layer})"
             if override.layer >= self.model.layers:
                 raise ValueError(
-                    f"{where}: layer must be below model.layers={self.model.layers}; remove it or fix the number"
+                    f"{where}: layer must be below model.layers={self.model.layers}; "
+                    "remove it or fix the number"
                 )
             if override.layer in seen:
                 raise ValueError(f"{where}: this layer is listed twice; keep one entry")
@@ -146,11 +149,14 @@ class Thresholds(_Section):
                 if isinstance(value, tuple) and len(value) != heads:
                     kind = "query" if phase == "prefill" else "KV"
                     raise ValueError(
-                        f"{where}: {phase} needs one number, or {heads} (one per {kind} head), got {len(value)}"
+                        f"{where}: {phase} needs one number, or {heads} (one per {kind} head), "
+                        f"got {len(value)}"
                     )
         for entry in self.uncalibrated:
             if entry.layer >= self.model.layers:
-                raise ValueError(f"uncalibrated: layer {entry.layer} is not below {self.model.layers}")
+                raise ValueError(
+                    f"uncalibrated: layer {entry.layer} is not below {self.model.layers}"
+                )
         for phase in PHASES:
             self._check_phase(phase)
         return self

@@ -1,8 +1,11 @@
 """Skip-softmax inside a Hugging Face model, for the length of a `with` block.
 
-Attention is replaced through transformers' own attention interface, so the model's code is not touched.
-Masks are not built: each call learns from the mask's recipe which keys a row may see, checks that this is
-plain causal (or windowed, or full) attention, and otherwise leaves the layer to the model's own attention.
+Attention is replaced through transformers' own attention interface, so the model's code is not
+touched.
+Masks are not built: each call learns from the mask's recipe which keys a row may see, checks that
+this is
+plain causal (or windowed, or full) attention, and otherwise leaves the layer to the model's own
+attention.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -21,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skip_softmax.api import Backend, attention, decode_attention
-from skip_softmax.thresholds import PHASES, Phase, Thresholds
+from skip_softmax.thresholds import PHASES, DecodeGeometry, Phase, PrefillGeometry, Thresholds
 
 _log = logging.getLogger(__name__)
 _NAME = "skip_softmax"
@@ -118,8 +121,10 @@ def applied(
     Args:
         model: a decoder-only model of transformers.
         thresholds: what to apply, per layer and phase.
-        decode_from: absolute position from which tokens count as decode steps, however many come in one
-            call (teacher forcing). None: a call with one query token and a non-empty cache is decode, every
+        decode_from: absolute position from which tokens count as decode steps, however many come in
+            one
+            call (teacher forcing). None: a call with one query token and a non-empty cache is
+            decode, every
             other call is prefill; a last prefill chunk of one token is then taken for decode.
         backend: attention backend, see `attention`.
 
@@ -127,7 +132,8 @@ def applied(
         Tile counts, growing as the model runs.
 
     Raises:
-        ValueError: the thresholds are for a model of another shape, or the model already runs in such a block.
+        ValueError: the thresholds are for a model of another shape, or the model already runs in
+            such a block.
     """
     _check_same_shape(model, thresholds)
     shape = thresholds.model
@@ -146,7 +152,9 @@ def applied(
         outputs = []
         for part, dense in _split_at_floor(call, getattr(thresholds.min_kv_len, call.phase)):
             factor = factors[call.layer, call.phase].to(call.q.device)
-            out, stats = _attend(part, torch.zeros_like(factor) if dense else factor, thresholds, backend)
+            out, stats = _attend(
+                part, torch.zeros_like(factor) if dense else factor, thresholds, backend
+            )
             counts.visited[call.phase][call.layer] += stats.visited.sum(0).cpu()
             counts.skipped[call.phase][call.layer] += stats.skipped.sum(0).cpu()
             outputs.append(out)
@@ -207,14 +215,17 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
         model: a decoder-only model.
 
     Returns:
-        One entry per layer index of the config; a layer that never called the attention interface has a reason.
+        One entry per layer index of the config; a layer that never called the attention interface
+        has a reason.
     """
     config = model.config.get_text_config()
     seen: dict[int, Layer] = {}
     names = {id(module): name for name, module in model.named_modules()}
 
-    def note(module: torch.nn.Module, q: Any, k: Any, window: int | None, reason: str | None) -> None:
-        index = module.layer_idx
+    def note(
+        module: torch.nn.Module, q: Any, k: Any, window: int | None, reason: str | None
+    ) -> None:
+        index = int(cast(int, module.layer_idx))
         if index in seen:
             reason = "two attention modules share this layer index"
         seen[index] = Layer(
@@ -223,7 +234,12 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
 
     def dense(call: Call) -> torch.Tensor:
         return attention(
-            call.q, call.k, call.v, causal=call.causal, scale=call.scale, window=call.window,
+            call.q,
+            call.k,
+            call.v,
+            causal=call.causal,
+            scale=call.scale,
+            window=call.window,
             kv_start=call.kv_start,
         )
 
@@ -234,7 +250,9 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
     layers = []
     main = _most_common([(s.q_heads, s.kv_heads, s.head_dim) for s in seen.values()])
     for index in range(config.num_hidden_layers):
-        layer = seen.get(index) or Layer(index, "?", 0, 0, 0, None, "no softmax attention of transformers")
+        layer = seen.get(index) or Layer(
+            index, "?", 0, 0, 0, None, "no softmax attention of transformers"
+        )
         if layer.reason is None and (layer.q_heads, layer.kv_heads, layer.head_dim) != main:
             layer = Layer(*_fields(layer), reason="other head counts or head size than most layers")
         layers.append(layer)
@@ -244,11 +262,12 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
 class _MaskRecipe(torch.Tensor):
     """What transformers would build a mask from; built only for layers that keep their own attention.
 
-    It is an empty 4-D tensor, because `generate` prepares masks ahead for static caches, and hands them to
+    It is an empty 4-D tensor, because `generate` prepares masks ahead for static caches, and hands
+    them to
     the model as masks that are already built.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, arguments: dict[str, Any]) -> _MaskRecipe:
@@ -295,7 +314,9 @@ class _MaskRecipe(torch.Tensor):
         if self.arguments.get("use_vmap"):
             return None
         device = self.arguments.get("device", "cpu")
-        rows = torch.tensor(sorted({0, self.q_len // 3, self.q_len // 2, self.q_len - 1}), device=device)
+        rows = torch.tensor(
+            sorted({0, self.q_len // 3, self.q_len // 2, self.q_len - 1}), device=device
+        )
         rows = (rows + self.q_offset)[None, None, :, None]
         keys = torch.arange(self.kv_offset, self.kv_len, device=device)[None, None, None, :]
         batch = torch.arange(int(self.arguments["batch_size"]), device=device)[:, None, None, None]
@@ -304,10 +325,14 @@ class _MaskRecipe(torch.Tensor):
         except (RuntimeError, TypeError, IndexError):
             return None  # a custom mask that cannot be asked row by row
         seen = torch.as_tensor(seen, device=device)
-        in_window = torch.ones_like(keys, dtype=torch.bool) if window is None else keys > rows - window
+        in_window = (
+            torch.ones_like(keys, dtype=torch.bool) if window is None else keys > rows - window
+        )
         for causal in (True, False):
-            expected = in_window & ((keys <= rows) if causal else torch.ones_like(keys, dtype=torch.bool))
-            shape = torch.broadcast_shapes(expected.shape, seen.shape)
+            expected = in_window & (
+                (keys <= rows) if causal else torch.ones_like(keys, dtype=torch.bool)
+            )
+            shape = torch.broadcast_shapes(expected.shape, seen.shape)  # type: ignore[no-untyped-call]
             if torch.equal(expected.expand(shape), seen.expand(shape)):
                 return causal
         return None
@@ -322,8 +347,14 @@ class _Interceptor:
     note: Callable[..., None] | None = None
 
     def forward(
-        self, module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any,
-        scale: float | None, kwargs: dict[str, Any],
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, Any]:
         index = getattr(module, "layer_idx", None)
         if index is None:
@@ -345,8 +376,17 @@ class _Interceptor:
         return out.transpose(1, 2).contiguous(), None
 
     def _by_phase(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool,
-        window: int | None, kv_start: int, *, position: int,
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        kv_start: int,
+        *,
+        position: int,
     ) -> torch.Tensor:
         """Splits the rows of a call at `decode_from`; the keys that the earlier rows see end there too."""
         rows = q.shape[2]
@@ -359,13 +399,24 @@ class _Interceptor:
             seen = position + split - kv_start
             outputs.append(
                 self.handler(
-                    Call(layer, "prefill", q[:, :, :split], k[:, :, :seen], v[:, :, :seen], scale, causal,
-                         window, kv_start)
+                    Call(
+                        layer,
+                        "prefill",
+                        q[:, :, :split],
+                        k[:, :, :seen],
+                        v[:, :, :seen],
+                        scale,
+                        causal,
+                        window,
+                        kv_start,
+                    )
                 )
             )
         if split < rows:
             outputs.append(
-                self.handler(Call(layer, "decode", q[:, :, split:], k, v, scale, causal, window, kv_start))
+                self.handler(
+                    Call(layer, "decode", q[:, :, split:], k, v, scale, causal, window, kv_start)
+                )
             )
         return torch.cat(outputs, dim=2)
 
@@ -389,8 +440,14 @@ class _Interceptor:
         return None, causal
 
     def _own_attention(
-        self, module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any,
-        scale: float | None, kwargs: dict[str, Any],
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, Any]:
         config = getattr(module, "config", None)
         name = self.original.get(id(config), "sdpa")
@@ -398,15 +455,21 @@ class _Interceptor:
         function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         if isinstance(mask, _MaskRecipe):
             mask = mask.build(name)
-        return function(module, q, k, v, mask, scaling=scale, **kwargs)  # type: ignore[misc]
+        out: tuple[torch.Tensor, Any] = function(module, q, k, v, mask, scaling=scale, **kwargs)  # type: ignore[misc]
+        return out
 
 
 _ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, _Interceptor] = weakref.WeakKeyDictionary()
 
 
 def _attention_forward(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: Any, scaling: float | None = None, **kwargs: Any,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
     return _ACTIVE[module].forward(module, query, key, value, attention_mask, scaling, kwargs)
 
@@ -418,7 +481,7 @@ def _mask_recipe(**kwargs: Any) -> _MaskRecipe:
 def _requests(
     q: torch.Tensor, k: torch.Tensor, mask: _MaskRecipe
 ) -> Iterator[tuple[slice, slice, slice, int, int]]:
-    """Cuts a batch into calls of equal length: batch slice, rows, keys, kv_start, position of the first row.
+    """Cuts a batch into calls of equal length: batch slice, rows, keys, kv_start, first row's position.
 
     Positions of a padded request count from its first valid token, as they would without the batch.
     """
@@ -438,19 +501,39 @@ def _requests(
         yield slice(b, b + 1), rows, keys, start - first, position
 
 
-def _attend(call: Call, factor: torch.Tensor, thresholds: Thresholds, backend: Backend) -> tuple[torch.Tensor, Any]:
+def _attend(
+    call: Call, factor: torch.Tensor, thresholds: Thresholds, backend: Backend
+) -> tuple[torch.Tensor, Any]:
+    # A phase without tiles is dense, and dense attention is the same for any tiles.
     if call.phase == "decode":
-        tiles = thresholds.geometry.decode
+        tokens = thresholds.geometry.decode or DecodeGeometry(tile_kv=64)
         return decode_attention(
-            call.q, call.k, call.v, scale_factor=factor, scale=call.scale, window=call.window,
-            kv_start=call.kv_start, backend=backend, return_stats=True,
-            **({} if tiles is None else {"tile_kv": tiles.tile_kv, "running_max": tiles.running_max}),
+            call.q,
+            call.k,
+            call.v,
+            scale_factor=factor,
+            scale=call.scale,
+            window=call.window,
+            tile_kv=tokens.tile_kv,
+            running_max=tokens.running_max,
+            kv_start=call.kv_start,
+            backend=backend,
+            return_stats=True,
         )
-    shape = thresholds.geometry.prefill
+    tiles = thresholds.geometry.prefill or PrefillGeometry(tile_q=64, tile_kv=128)
     return attention(
-        call.q, call.k, call.v, scale_factor=factor, causal=call.causal, scale=call.scale,
-        window=call.window, kv_start=call.kv_start, backend=backend, return_stats=True,
-        **({} if shape is None else {"tile_q": shape.tile_q, "tile_kv": shape.tile_kv}),
+        call.q,
+        call.k,
+        call.v,
+        scale_factor=factor,
+        causal=call.causal,
+        scale=call.scale,
+        window=call.window,
+        tile_q=tiles.tile_q,
+        tile_kv=tiles.tile_kv,
+        kv_start=call.kv_start,
+        backend=backend,
+        return_stats=True,
     )
 
 
@@ -469,7 +552,9 @@ def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]
 
 
 def _replace(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
-    return Call(call.layer, call.phase, q, k, v, call.scale, call.causal, call.window, call.kv_start)
+    return Call(
+        call.layer, call.phase, q, k, v, call.scale, call.causal, call.window, call.kv_start
+    )
 
 
 def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:

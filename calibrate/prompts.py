@@ -6,20 +6,18 @@ comes next. Chat templates are not applied: a base model and its chat version se
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from calibrate.errors import UserError
 from calibrate.generators import TASKS, Codec, generate, manual
+from calibrate.rows import name_of, read_text, rows, texts
 from calibrate.schema import PromptsConfig, Source
 
 if TYPE_CHECKING:
@@ -31,8 +29,6 @@ _SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
 # How many rows are looked at, at most; and how many per prompt before lengths may be uneven.
 _MAX_ROWS = 100_000
 _PATIENCE = 20
-# What readers of `datasets` raise for a broken file, a missing set, or no network.
-_READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError)
 
 _Tokens = tuple[int, ...]
 
@@ -199,7 +195,7 @@ def _generated(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
 def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     """Disjoint windows of a text, in random order and with random gaps."""
     task, path = work.config.sources[index].task, work.config.sources[index].path
-    tokens = work.codec.encode(manual() if path is None else _read_text(path))
+    tokens = work.codec.encode(manual() if path is None else read_text(path))
     prefix, decode = work.codec.prefix, work.config.decode_tokens
     sizes = [slot.length - len(prefix) + decode for slot in slots]
     spare = len(tokens) - sum(sizes)
@@ -219,22 +215,6 @@ def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
         window = tuple(tokens[starts[place] : starts[place] + sizes[place]])
         ids, after = prefix + window[:-decode], window[-decode:]
         yield Prompt(task, slot.split, slot.length, ids, after, has_answer=False)
-
-
-def _read_text(path: str) -> str:
-    _check_file(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); mend the file") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; give a text")
-    return text
-
-
-def _check_file(path: str) -> None:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; set `path` to a file (relative to the config file)")
 
 
 def _from_rows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
@@ -260,16 +240,21 @@ def _pools(
     seen: set[str] = set()
     read = outside = repeated = 0
     full = False
-    for where, row in islice(_rows(source), _MAX_ROWS):
+    for where, row in islice(rows(source), _MAX_ROWS):
         if full and source.task == "hub":
             break
         read += 1
-        prompt, answer = _texts(source, where, row)
+        if source.task == "hub" and not row.get(source.prompt_field, True):
+            outside += 1  # a public set may hold empty rows; a user's own file may not
+            continue
+        prompt, answer = texts(source, where, row)
         if full:
             # A broken row is an error wherever it stands in a user's own file.
             continue
         ids, after = _row_tokens(work, where, prompt, answer)
-        length = _bin(lengths, len(ids)) if after else None
+        if source.task != "hub":
+            _check_row(work, where, len(ids), len(after))
+        length = _bin(lengths, len(ids)) if after and _fits(work, ids, after) else None
         if length is None:
             outside += 1
         elif (digest := _digest(ids)) in seen:
@@ -281,10 +266,10 @@ def _pools(
         balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
         full = enough and (balanced or read >= _PATIENCE * len(slots))
     if not read:
-        raise UserError(f"{_name(source)}: there are no rows; give a file or a split with rows")
+        raise UserError(f"{name_of(source)}: there are no rows; give a file or a split with rows")
     if len(seen) < len(slots):
         raise UserError(
-            f"{_name(source)}: {len(slots)} different prompts are needed, but only {len(seen)} of "
+            f"{name_of(source)}: {len(slots)} different prompts are needed, but only {len(seen)} of "
             f"{read} rows can be used: {outside} lie outside the length bins {list(lengths)} "
             f"(each reaches a factor √2), {repeated} repeat another; "
             "give more rows, change `prompts.lengths`, or lower the number of prompts"
@@ -312,134 +297,19 @@ def _row_tokens(
         if not after:
             raise UserError(f"{where}: the answer {answer!r} has no tokens; give a longer answer")
     ids, after = [*codec.prefix, *ids], after[:decode]
-    if work.max_context is not None and len(ids) + len(after) > work.max_context:
-        raise UserError(
-            f"{where}: `prompt + continuation <= context` must hold, but got "
-            f"{len(ids)} + {len(after)} > {work.max_context} tokens; shorten the row or remove it"
-        )
     return tuple(ids), tuple(after)
 
 
-def _texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | None]:
-    """The row's prompt and, if the source has answers, its answer."""
-    # pandas takes a first column without a name for an index, and the names would stand one off.
-    if "__index_level_0__" in row:
-        raise UserError(f"{where}: the row has more cells than the header; name every column")
-    prompt = _cell(where, row, source.prompt_field)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise _bad_cell(where, source.prompt_field, "text", prompt)
-    if source.answer_field is None:
-        return prompt, None
-    answer = _cell(where, row, source.answer_field)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
-        raise _bad_cell(where, source.answer_field, "text or a number", answer)
-    return prompt, answer
+def _fits(work: _Work, ids: _Tokens, after: _Tokens) -> bool:
+    return work.max_context is None or len(ids) + len(after) <= work.max_context
 
 
-def _cell(where: str, row: dict[str, Any], field: str) -> Any:
-    if field in row:
-        return row[field]
-    near = difflib.get_close_matches(field, row, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    raise UserError(
-        f"{where}: there is no column `{field}`, only {', '.join(f'`{name}`' for name in row)}; "
-        f"{hint}set `prompt_field` and `answer_field`"
-    )
-
-
-def _bad_cell(where: str, field: str, law: str, value: object) -> UserError:
-    got = "nothing" if value is None or value == "" else repr(value)[:60]
-    return UserError(
-        f"{where}: `{field}` must be {law}, but got {got}; fill it in or remove the row"
-    )
-
-
-def _name(source: Source) -> str:
-    return f"dataset `{source.dataset}`" if source.task == "hub" else str(source.path)
-
-
-def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a `file` or `hub` source, each with its place for messages."""
-    if source.task == "hub":
-        return _loaded(source, source.dataset, name=source.subset, split=source.split)
-    path = str(source.path)
-    _check_file(path)
-    kind = Path(path).suffix.lower()
-    if kind in (".jsonl", ".json"):
-        return _json_rows(path)
-    if kind == ".csv":
-        # Cells are kept as they stand in the file: pandas would read 007 as 7, and NA as nothing.
-        as_text = {field: str for field in (source.prompt_field, source.answer_field) if field}
-        options = {"keep_default_na": False, "converters": as_text}
-        return _loaded(source, "csv", data_files=path, split="train", **options)
-    if kind == ".parquet":
-        return _loaded(source, "parquet", data_files=path, split="train")
-    raise UserError(
-        f"{path}: the name must end in .jsonl, .json, .csv or .parquet, but it ends in `{kind}`; "
-        "convert the file, or use `task: text` for plain text"
-    )
-
-
-def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Streams rows through `datasets`, so that a large set is neither downloaded nor held whole."""
-    name, number = _name(source), 0
-    try:
-        import datasets
-
-        for number, row in enumerate(datasets.load_dataset(*args, streaming=True, **options), 1):
-            yield f"{name}: row {number}", row
-    except _READ_ERRORS as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        cure = (
-            "check `dataset`, `subset`, `split` and the network"
-            if source.task == "hub"
-            else "mend the file"
+def _check_row(work: _Work, where: str, tokens: int, after: int) -> None:
+    if work.max_context is not None and tokens + after > work.max_context:
+        raise UserError(
+            f"{where}: `prompt + continuation <= context` must hold, but got "
+            f"{tokens} + {after} > {work.max_context} tokens; shorten the row or remove it"
         )
-        raise UserError(f"{name}: cannot be read after row {number}: {cause}; {cure}") from error
-
-
-def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSON array or of JSON lines.
-
-    Not read through `datasets`: that turns a text like 2020-01-01 into a date, refuses files whose
-    other columns change their type, and does not tell the line.
-    """
-    if path.lower().endswith(".json"):
-        text = _read_text(path)
-        if text.lstrip()[0] == "[":
-            for number, row in enumerate(_parsed(path, 1, text), start=1):
-                yield f"{path}: row {number}", _object(f"{path}: row {number}", row)
-            return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line := line.strip():
-                yield f"{path}:{number}", _object(f"{path}:{number}", _parsed(path, number, line))
-
-
-def _parsed(path: str, line: int, text: str | bytes) -> Any:
-    try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise UserError(
-            f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}); "
-            "a file must hold one object per line, or one array of objects (.json)"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{line}: not UTF-8: {error.reason}; save the file as UTF-8"
-        ) from None
-
-
-def _object(where: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: a row must be a JSON object, but got {repr(row)[:60]}; "
-            'write it as {"prompt": ...}'
-        )
-    return row
 
 
 _MAKERS = {"text": _windows, "file": _from_rows, "hub": _from_rows}

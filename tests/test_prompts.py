@@ -540,11 +540,22 @@ def test_a_hub_failure_names_the_dataset_and_the_cause(monkeypatch, cause):
         make(Source(task="hub", dataset="org/name"))
 
 
-def test_a_hub_row_is_named_by_its_number(monkeypatch):
-    records = [*rows(2), {"prompt": None, "answer": "x"}]
+def test_a_hub_row_that_is_no_text_is_named_by_its_number(monkeypatch):
+    records = [*rows(2), {"prompt": 7, "answer": "x"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter(records))
     with pytest.raises(UserError, match="dataset `org/name`: row 3: `prompt` must be text"):
         make(Source(task="hub", dataset="org/name"), lengths=(200,))
+
+
+def test_empty_and_too_long_hub_rows_are_passed_over(monkeypatch):
+    """A public set is not the user's to mend; a file of the user's own is."""
+    records = [{"prompt": ""}, {"prompt": None}, {"prompt": row_text(99) * 50}]
+    records += [{"prompt": row_text(i)} for i in range(8)]
+    records = [{**record, "answer": "x"} for record in records]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter(records))
+    source = Source(task="hub", dataset="org/name", answer_field="answer")
+    sets = make(source, lengths=(200,), max_context=400)
+    assert len(every(sets)) == sum(len(prompts) for prompts in sets.values()) > 0
 
 
 # What users get wrong

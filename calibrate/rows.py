@@ -1,0 +1,155 @@
+"""Rows of files and of datasets on the hub: text and reference answer, with their place for messages."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from calibrate.errors import UserError
+from calibrate.schema import Source
+
+# What readers of `datasets` raise for a broken file, a missing set, or no network.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError)
+
+
+def texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | None]:
+    """The row's prompt and, if the source has answers, its answer."""
+    # pandas takes a first column without a name for an index, and the names would stand one off.
+    if "__index_level_0__" in row:
+        raise UserError(f"{where}: the row has more cells than the header; name every column")
+    prompt = _cell(where, row, source.prompt_field)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _bad_cell(where, source.prompt_field, "text", prompt)
+    if source.answer_field is None:
+        return prompt, None
+    answer = _cell(where, row, source.answer_field)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise _bad_cell(where, source.answer_field, "text or a number", answer)
+    return prompt, answer
+
+
+def _cell(where: str, row: dict[str, Any], field: str) -> Any:
+    if field in row:
+        return row[field]
+    near = difflib.get_close_matches(field, row, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    raise UserError(
+        f"{where}: there is no column `{field}`, only {', '.join(f'`{name}`' for name in row)}; "
+        f"{hint}set `prompt_field` and `answer_field`"
+    )
+
+
+def _bad_cell(where: str, field: str, law: str, value: object) -> UserError:
+    got = "nothing" if value is None or value == "" else repr(value)[:60]
+    return UserError(
+        f"{where}: `{field}` must be {law}, but got {got}; fill it in or remove the row"
+    )
+
+
+def name_of(source: Source) -> str:
+    """How messages call a source."""
+    return f"dataset `{source.dataset}`" if source.task == "hub" else str(source.path)
+
+
+def rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a `file` or `hub` source, each with its place for messages."""
+    if source.task == "hub":
+        return _loaded(source, source.dataset, name=source.subset, split=source.split)
+    path = str(source.path)
+    _check_file(path)
+    kind = Path(path).suffix.lower()
+    if kind in (".jsonl", ".json"):
+        return _json_rows(path)
+    if kind == ".csv":
+        # Cells are kept as they stand in the file: pandas would read 007 as 7, and NA as nothing.
+        as_text = {field: str for field in (source.prompt_field, source.answer_field) if field}
+        options = {"keep_default_na": False, "converters": as_text}
+        return _loaded(source, "csv", data_files=path, split="train", **options)
+    if kind == ".parquet":
+        return _loaded(source, "parquet", data_files=path, split="train")
+    raise UserError(
+        f"{path}: the name must end in .jsonl, .json, .csv or .parquet, but it ends in `{kind}`; "
+        "convert the file, or use `task: text` for plain text"
+    )
+
+
+def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Streams rows through `datasets`, so that a large set is neither downloaded nor held whole."""
+    name, number = name_of(source), 0
+    try:
+        import datasets
+
+        for number, row in enumerate(datasets.load_dataset(*args, streaming=True, **options), 1):
+            yield f"{name}: row {number}", row
+    except _READ_ERRORS as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        cure = (
+            "check `dataset`, `subset`, `split` and the network"
+            if source.task == "hub"
+            else "mend the file"
+        )
+        raise UserError(f"{name}: cannot be read after row {number}: {cause}; {cure}") from error
+
+
+def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a JSON array or of JSON lines.
+
+    Not read through `datasets`: that turns a text like 2020-01-01 into a date, refuses files whose
+    other columns change their type, and does not tell the line.
+    """
+    if path.lower().endswith(".json"):
+        text = read_text(path)
+        if text.lstrip()[0] == "[":
+            for number, row in enumerate(_parsed(path, 1, text), start=1):
+                yield f"{path}: row {number}", _object(f"{path}: row {number}", row)
+            return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line := line.strip():
+                yield f"{path}:{number}", _object(f"{path}:{number}", _parsed(path, number, line))
+
+
+def _parsed(path: str, line: int, text: str | bytes) -> Any:
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise UserError(
+            f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}); "
+            "a file must hold one object per line, or one array of objects (.json)"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{line}: not UTF-8: {error.reason}; save the file as UTF-8"
+        ) from None
+
+
+def _object(where: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{where}: a row must be a JSON object, but got {repr(row)[:60]}; "
+            'write it as {"prompt": ...}'
+        )
+    return row
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file that is not empty; UserError otherwise."""
+    _check_file(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); mend the file") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty; give a text")
+    return text
+
+
+def _check_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; set `path` to a file (relative to the config file)")

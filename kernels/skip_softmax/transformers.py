@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skip_softmax.api import Backend, attention, decode_attention
+from skip_softmax.mask_recipe import MaskRecipe
 from skip_softmax.thresholds import PHASES, DecodeGeometry, Phase, PrefillGeometry, Thresholds
 
 _log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def applied(
     *,
     decode_from: int | None = None,
     backend: Backend = "auto",
+    count: bool = True,
 ) -> Iterator[TileCounts]:
     """Runs a model with the thresholds of a file; undone on exit, also after an exception.
 
@@ -127,6 +129,7 @@ def applied(
             decode, every
             other call is prefill; a last prefill chunk of one token is then taken for decode.
         backend: attention backend, see `attention`.
+        count: whether tiles are counted; counting costs a little time in every call.
 
     Yields:
         Tile counts, growing as the model runs.
@@ -138,12 +141,15 @@ def applied(
     _check_same_shape(model, thresholds)
     shape = thresholds.model
     heads = {"prefill": shape.q_heads, "decode": shape.kv_heads}
+    # Counts stay on the model's device: reading them back in every call would make the GPU wait.
     counts = TileCounts()
     for phase in PHASES:
-        counts.visited[phase] = torch.zeros(shape.layers, heads[phase], dtype=torch.int64)
-        counts.skipped[phase] = torch.zeros(shape.layers, heads[phase], dtype=torch.int64)
+        counts.visited[phase] = torch.zeros(
+            shape.layers, heads[phase], dtype=torch.int64, device=model.device
+        )
+        counts.skipped[phase] = torch.zeros_like(counts.visited[phase])
     factors = {
-        (layer, phase): torch.tensor(thresholds.per_head(layer, phase), dtype=torch.float64)
+        (layer, phase): _on_device(thresholds.per_head(layer, phase), model.device)
         for layer in range(shape.layers)
         for phase in PHASES
     }
@@ -151,14 +157,16 @@ def applied(
     def attend(call: Call) -> torch.Tensor:
         outputs = []
         for part, dense in _split_at_floor(call, getattr(thresholds.min_kv_len, call.phase)):
-            factor = factors[call.layer, call.phase].to(call.q.device)
-            out, stats = _attend(
-                part, torch.zeros_like(factor) if dense else factor, thresholds, backend
-            )
-            counts.visited[call.phase][call.layer] += stats.visited.sum(0).cpu()
-            counts.skipped[call.phase][call.layer] += stats.skipped.sum(0).cpu()
+            factor = 0.0 if dense else factors[call.layer, call.phase]
+            if not count:
+                outputs.append(_attend(part, factor, thresholds, backend, count=False))
+                continue
+            out, stats = _attend(part, factor, thresholds, backend, count=True)
+            device = counts.visited[call.phase].device
+            counts.visited[call.phase][call.layer] += stats.visited.sum(0).to(device)
+            counts.skipped[call.phase][call.layer] += stats.skipped.sum(0).to(device)
             outputs.append(out)
-        return torch.cat(outputs, dim=2)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
     with intercepted(model, attend, decode_from=decode_from, left_alone=left_alone):
@@ -259,85 +267,6 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
     return layers
 
 
-class _MaskRecipe(torch.Tensor):
-    """What transformers would build a mask from; built only for layers that keep their own attention.
-
-    It is an empty 4-D tensor, because `generate` prepares masks ahead for static caches, and hands
-    them to
-    the model as masks that are already built.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, arguments: dict[str, Any]) -> _MaskRecipe:
-        empty = torch.empty(int(arguments["batch_size"]), 1, int(arguments["q_length"]), 0)
-        return empty.as_subclass(cls)
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-        self.q_len = int(arguments["q_length"])
-        self.q_offset = int(arguments.get("q_offset", 0))
-        self.kv_offset = int(arguments.get("kv_offset", 0))
-        self.kv_len = self.q_offset + self.q_len  # a static cache holds more keys than are written
-        self._patterns: dict[int | None, bool | None] = {}
-
-    def build(self, implementation: str) -> Any:
-        """The mask that `implementation` expects."""
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
-
-    def causal(self, window: int | None) -> bool | None:
-        """Whether the mask is causal (True) or full (False) with this window; None: it is neither."""
-        if window not in self._patterns:
-            self._patterns[window] = self._recognise(window)
-        return self._patterns[window]
-
-    def spans(self) -> list[tuple[int, int]] | None:
-        """First and one-past-last valid key of each request; None: padding inside a request."""
-        padding = self.arguments.get("attention_mask")
-        size = int(self.arguments["batch_size"])
-        if padding is None:
-            return [(0, self.kv_len)] * size
-        padding = padding[:, : self.kv_len].bool()
-        if padding.shape[1] < self.kv_len:
-            return None
-        spans = []
-        for row in padding:
-            valid = row.nonzero()[:, 0]
-            first, count = (int(valid[0]), len(valid)) if len(valid) else (0, 0)
-            if count and int(valid[-1]) != first + count - 1:
-                return None
-            spans.append((first, first + count))
-        return spans
-
-    def _recognise(self, window: int | None) -> bool | None:
-        if self.arguments.get("use_vmap"):
-            return None
-        device = self.arguments.get("device", "cpu")
-        rows = torch.tensor(
-            sorted({0, self.q_len // 3, self.q_len // 2, self.q_len - 1}), device=device
-        )
-        rows = (rows + self.q_offset)[None, None, :, None]
-        keys = torch.arange(self.kv_offset, self.kv_len, device=device)[None, None, None, :]
-        batch = torch.arange(int(self.arguments["batch_size"]), device=device)[:, None, None, None]
-        try:
-            seen = self.arguments["mask_function"](batch, torch.zeros_like(batch), rows, keys)
-        except (RuntimeError, TypeError, IndexError):
-            return None  # a custom mask that cannot be asked row by row
-        seen = torch.as_tensor(seen, device=device)
-        in_window = (
-            torch.ones_like(keys, dtype=torch.bool) if window is None else keys > rows - window
-        )
-        for causal in (True, False):
-            expected = in_window & (
-                (keys <= rows) if causal else torch.ones_like(keys, dtype=torch.bool)
-            )
-            shape = torch.broadcast_shapes(expected.shape, seen.shape)  # type: ignore[no-untyped-call]
-            if torch.equal(expected.expand(shape), seen.expand(shape)):
-                return causal
-        return None
-
-
 @dataclass
 class _Interceptor:
     handler: Handler
@@ -428,7 +357,7 @@ class _Interceptor:
                 return name, True
         if kwargs.get("dropout"):
             return "attention dropout (training)", True
-        if not isinstance(mask, _MaskRecipe):
+        if not isinstance(mask, MaskRecipe):
             return "a mask that was built outside transformers' mask interface", True
         causal = mask.causal(window)
         if causal is None:
@@ -453,8 +382,8 @@ class _Interceptor:
         name = self.original.get(id(config), "sdpa")
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        if isinstance(mask, _MaskRecipe):
-            mask = mask.build(name)
+        if isinstance(mask, MaskRecipe):
+            mask = ALL_MASK_ATTENTION_FUNCTIONS[name](**mask.arguments)
         out: tuple[torch.Tensor, Any] = function(module, q, k, v, mask, scaling=scale, **kwargs)  # type: ignore[misc]
         return out
 
@@ -474,12 +403,12 @@ def _attention_forward(
     return _ACTIVE[module].forward(module, query, key, value, attention_mask, scaling, kwargs)
 
 
-def _mask_recipe(**kwargs: Any) -> _MaskRecipe:
-    return _MaskRecipe(kwargs)
+def _mask_recipe(**kwargs: Any) -> MaskRecipe:
+    return MaskRecipe(kwargs)
 
 
 def _requests(
-    q: torch.Tensor, k: torch.Tensor, mask: _MaskRecipe
+    q: torch.Tensor, k: torch.Tensor, mask: MaskRecipe
 ) -> Iterator[tuple[slice, slice, slice, int, int]]:
     """Cuts a batch into calls of equal length: batch slice, rows, keys, kv_start, first row's position.
 
@@ -502,8 +431,13 @@ def _requests(
 
 
 def _attend(
-    call: Call, factor: torch.Tensor, thresholds: Thresholds, backend: Backend
-) -> tuple[torch.Tensor, Any]:
+    call: Call,
+    factor: float | torch.Tensor,
+    thresholds: Thresholds,
+    backend: Backend,
+    *,
+    count: bool,
+) -> Any:
     # A phase without tiles is dense, and dense attention is the same for any tiles.
     if call.phase == "decode":
         tokens = thresholds.geometry.decode or DecodeGeometry(tile_kv=64)
@@ -518,7 +452,7 @@ def _attend(
             running_max=tokens.running_max,
             kv_start=call.kv_start,
             backend=backend,
-            return_stats=True,
+            return_stats=count,  # type: ignore[call-overload]
         )
     tiles = thresholds.geometry.prefill or PrefillGeometry(tile_q=64, tile_kv=128)
     return attention(
@@ -533,8 +467,15 @@ def _attend(
         tile_kv=tiles.tile_kv,
         kv_start=call.kv_start,
         backend=backend,
-        return_stats=True,
+        return_stats=count,  # type: ignore[call-overload]
     )
+
+
+def _on_device(factors: tuple[float, ...], device: torch.device) -> float | torch.Tensor:
+    """One number where all heads share it, so that a dense layer is known to be dense on the host."""
+    if len(set(factors)) == 1:
+        return factors[0]
+    return torch.tensor(factors, dtype=torch.float64, device=device)
 
 
 def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]]:

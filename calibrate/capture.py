@@ -40,8 +40,8 @@ def capture(
     """Counts the tiles of prompts that the statistics do not hold yet.
 
     The prompt's rows are prefill tiles. The continuation is teacher-forced in the same pass, and
-    each of its
-    tokens is one decode step. A prompt is added whole or, after an interruption, not at all.
+    each of its tokens is one decode step. A prompt is added whole or, after an interruption, not at
+    all.
 
     Args:
         loaded: the model.

@@ -22,8 +22,7 @@ def emit(
     """Builds the file.
 
     Every layer is listed with its own number. The model-wide numbers are the best single scale
-    factors
-    that met the budget on the held-out prompts too; they are 0 when none did.
+    factors that met the budget on the held-out prompts too; they are 0 when none did.
 
     Args:
         template: the model, geometry and limits, as they were measured.

@@ -1,10 +1,8 @@
 """Curves `scale_factor = a * exp(b * sparsity)` per layer and phase, with their error.
 
 This is the form that TensorRT-LLM and Model-Optimizer read. It is fitted in log space: a fit of the
-raw
-values would follow the largest scale factors only. The 1/length law behind a scale factor is
-tested, not assumed:
-a second fit frees the length exponent.
+raw values would follow the largest scale factors only. The 1/length law behind a scale factor is
+tested, not assumed: a second fit frees the length exponent.
 """
 
 from __future__ import annotations

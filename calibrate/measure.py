@@ -107,8 +107,7 @@ def compare(
     """Runs one prompt as it will be served and compares it with its dense run.
 
     The continuation is teacher-forced in one pass; its tokens are decode steps. By
-    `decode_attention`'s
-    rule this equals sending them one by one.
+    `decode_attention`'s rule this equals sending them one by one.
 
     Args:
         loaded: the model.

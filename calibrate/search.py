@@ -1,9 +1,8 @@
 """Optuna over the search space: measured loss against predicted attention time.
 
 The study is Optuna's own, so `optuna-dashboard` and `optuna.visualization` read it. Every trial
-draws from a
-sampler seeded by how many trials have finished: an interrupted search continues as if it had not
-been.
+draws from a sampler seeded by how many trials have finished: an interrupted search continues as if
+it had not been.
 """
 
 from __future__ import annotations
@@ -150,8 +149,7 @@ def candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
     """What the validation should try: the fastest points within shrinking shares of the budget.
 
     The search prompts are few, and the winner was chosen on them, so its loss there is too good:
-    the first
-    candidate already keeps a margin.
+    the first candidate already keeps a margin.
 
     Args:
         all_points: completed trials.

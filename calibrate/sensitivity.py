@@ -1,8 +1,7 @@
 """Loss as a function of each layer's scale factor, one layer at a time.
 
 Only one layer skips in each measurement, so everything before it is the dense run: those layers are
-not
-computed again. For decode the prompt itself is dense, so its keys and values are computed once.
+not computed again. For decode the prompt itself is dense, so its keys and values are computed once.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ from skip_softmax.transformers import applied
 _REPLAY_LIMIT = 2 << 30
 
 # Loss grows faster than the dropped mass: a perturbation of the output moves the logits in
-# proportion, and
-# KL is quadratic in small changes of the logits. Rows that lose much dominate, which lowers the
-# power from 2.
+# proportion, and KL is quadratic in small changes of the logits. Rows that lose much dominate,
+# which lowers the power from 2.
 LOSS_POWER = 1.5
 
 

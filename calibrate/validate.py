@@ -1,10 +1,9 @@
 """The proof on held-out prompts: is the loss of a setting, run as it will be served, within the budget?
 
 Non-inferiority, paired: every prompt is its own control, prompts are the unit that is resampled,
-and the
-upper confidence bound must stay within the budget, not the mean. When several candidates are tried,
-each is
-held to a stricter level (Bonferroni), so that trying more does not make a false pass more likely.
+and the upper confidence bound must stay within the budget, not the mean. When several candidates
+are tried, each is held to a stricter level (Bonferroni), so that trying more does not make a false
+pass more likely.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Bins of log2(critical scale factor): the sufficient statistic that answers every threshold at once.
 
 A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)`. Bin 0
-holds what
-lies below `LOW`, the last bin ("never") what no threshold below 1 can skip: gap >= 0, and first
-tiles.
-Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are exact at bin edges.
+holds what lies below `LOW`, the last bin ("never") what no threshold below 1 can skip: gap >= 0,
+and first tiles. Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are
+exact at bin edges.
 """
 
 from __future__ import annotations

@@ -15,14 +15,13 @@ class MaskRecipe(torch.Tensor):
     """What transformers would build a mask from; built only for layers that keep their own attention.
 
     It is an empty 4-D tensor, because `generate` prepares masks ahead for static caches, and hands
-    them to
-    the model as masks that are already built.
+    them to the model as masks that are already built.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, arguments: dict[str, Any]) -> MaskRecipe:
+    def __new__(cls, arguments: dict[str, Any]) -> MaskRecipe:  # noqa: D102
         empty = torch.empty(int(arguments["batch_size"]), 1, int(arguments["q_length"]), 0)
         return empty.as_subclass(cls)
 

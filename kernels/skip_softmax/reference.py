@@ -15,13 +15,12 @@ For one query head, a tile of query rows, and KV tiles in ascending absolute pos
 Prefill: the rows of `tile_q` consecutive queries of one head vote. Decode: the heads of one GQA
     group vote
 for each query token alone, and kv_len is what that token sees. Below a threshold of 1 a skipped
-tile cannot
-raise M, so M is the plain running max and a dense pass knows every decision. A threshold of 1 or
-more is dense.
+tile cannot raise M, so M is the plain running max and a dense pass knows every decision. A
+threshold of 1 or more is dense.
 
 Scores, softmax and both products are computed in float32 for lower precisions, in float64 for
-float64;
-only the output is rounded to the input's dtype. Memory grows with kv_len, never with its square.
+float64; only the output is rounded to the input's dtype. Memory grows with kv_len, never with its
+square.
 """
 
 from __future__ import annotations

@@ -122,8 +122,7 @@ def _one_per_mistake(items: list[Any]) -> list[Any]:
     """Drops what pydantic adds to the real complaint.
 
     A union complains once per member: about the whole value, and about the wrong part of it. A
-    misspelt
-    required key is also a missing one.
+    misspelt required key is also a missing one.
     """
     places = [tuple(_location(item)) for item in items]
     unknown = {

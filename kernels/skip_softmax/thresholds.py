@@ -1,8 +1,7 @@
 """The thresholds file: schema, laws, load, save.
 
 A thresholds file says, per phase and layer, which scale factor the attention kernel may use, for
-which
-model and tile geometry it holds, and what evidence there is. Unknown keys are errors.
+which model and tile geometry it holds, and what evidence there is. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -65,9 +64,8 @@ class DecodeGeometry(_Section):
     """Decode tile [tokens]: the query heads of one KV head vote together on `tile_kv` keys.
 
     `running_max` says what a tile is compared with: `ascending` is every kept tile before it, in
-    ascending
-    position; `seeded` is the first and the last visited tile, whatever order and splits the kernel
-    uses.
+    ascending position; `seeded` is the first and the last visited tile, whatever order and splits
+    the kernel uses.
     """
 
     tile_kv: PowerOfTwo

@@ -1,11 +1,9 @@
 """Skip-softmax inside a Hugging Face model, for the length of a `with` block.
 
 Attention is replaced through transformers' own attention interface, so the model's code is not
-touched.
-Masks are not built: each call learns from the mask's recipe which keys a row may see, checks that
-this is
-plain causal (or windowed, or full) attention, and otherwise leaves the layer to the model's own
-attention.
+touched. Masks are not built: each call learns from the mask's recipe which keys a row may see,
+checks that this is plain causal (or windowed, or full) attention, and otherwise leaves the layer to
+the model's own attention.
 """
 
 from __future__ import annotations
@@ -124,10 +122,9 @@ def applied(
         model: a decoder-only model of transformers.
         thresholds: what to apply, per layer and phase.
         decode_from: absolute position from which tokens count as decode steps, however many come in
-            one
-            call (teacher forcing). None: a call with one query token and a non-empty cache is
-            decode, every
-            other call is prefill; a last prefill chunk of one token is then taken for decode.
+            one call (teacher forcing). None: a call with one query token and a non-empty cache is
+            decode, every other call is prefill; a last prefill chunk of one token is then taken for
+            decode.
         backend: attention backend, see `attention`.
         count: whether tiles are counted; counting costs a little time in every call.
 

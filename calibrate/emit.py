@@ -146,4 +146,4 @@ def _bound(bound: Bound) -> dict[str, float]:
 
 
 def _round(value: float) -> float:
-    return float(f"{value:.5g}")
+    return value if isinstance(value, int) else float(f"{value:.5g}")

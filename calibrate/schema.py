@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from skip_softmax.strict_yaml import parse, read_mapping
-from skip_softmax.thresholds import DecodeGeometry, Phase, PrefillGeometry
 
 from calibrate.errors import UserError
+from skip_softmax.strict_yaml import parse, read_mapping
+from skip_softmax.thresholds import DecodeGeometry, Phase, PrefillGeometry
 
 Task = Literal[
     "needle_single",
@@ -27,6 +27,20 @@ Task = Literal[
     "text",
     "file",
     "hub",
+]
+
+
+Engine = Literal[
+    "native",
+    "trtllm",
+    "modelopt",
+    "vllm",
+    "sglang",
+    "flashinfer",
+    "vllm-omni",
+    "tokenspeed",
+    "scalar+ignore",
+    "scalar",
 ]
 
 
@@ -99,7 +113,9 @@ class PromptsConfig(_Section):
         if not self.sources:
             raise ValueError("`sources` must name at least one source of prompts")
         if not self.lengths or min(self.lengths) < 16:
-            raise ValueError(f"every length must be at least 16 tokens, but got {list(self.lengths)}")
+            raise ValueError(
+                f"every length must be at least 16 tokens, but got {list(self.lengths)}"
+            )
         if len(set(self.lengths)) != len(self.lengths):
             raise ValueError(f"lengths must differ from each other, but got {list(self.lengths)}")
         return self
@@ -119,8 +135,11 @@ class BudgetConfig(_Section):
 class TargetConfig(_Section):
     """What is being optimised, and for which engine."""
 
-    engine: Literal["native"] = "native"
-    """The search space is the engine's: `native` may set every layer and phase."""
+    engine: Engine = "native"
+    """The search space is what this engine can express: `native` every layer and phase, `trtllm`
+    and `modelopt`
+    (`scalar+ignore`) one number per phase and layers left dense, the others (`scalar`) one number
+    per phase."""
     phases: tuple[Phase, ...] = ("prefill", "decode")
     phase_weight: dict[Phase, float] = {"prefill": 1.0, "decode": 1.0}
     """How much each phase's predicted attention time counts in the objective."""
@@ -188,7 +207,7 @@ class ValidationConfig(_Section):
     """The proof on held-out prompts."""
 
     attempts: int = Field(default=3, ge=1)
-    """How many points of the front are tried, best first, each on its own share of held-out prompts."""
+    """How many points of the front are tried, fastest first; the more, the stricter each one's level."""
     short_prompt: int | None = Field(default=256, ge=16)
     """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""
     bootstrap: int = Field(default=9999, ge=999)
@@ -286,5 +305,7 @@ def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     )
     changes["prompts"] = config.prompts.model_copy(update={"sources": sources})
     if config.cost.curves is not None:
-        changes["cost"] = config.cost.model_copy(update={"curves": str(folder / config.cost.curves)})
+        changes["cost"] = config.cost.model_copy(
+            update={"curves": str(folder / config.cost.curves)}
+        )
     return config.model_copy(update=changes)

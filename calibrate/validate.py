@@ -183,7 +183,7 @@ def judge(
                     np.mean([o.dense_score - o.score for o in outcomes if o.task == task])
                 ),
                 "dense_score": float(np.mean([o.dense_score for o in outcomes if o.task == task])),
-                "prompts": float(sum(o.task == task for o in outcomes)),
+                "prompts": sum(o.task == task for o in outcomes),
             }
             for task in tasks
         },

@@ -21,17 +21,18 @@ class MaskRecipe(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, arguments: dict[str, Any]) -> MaskRecipe:  # noqa: D102
+    def __new__(cls, arguments: dict[str, Any], plain_causal: bool) -> MaskRecipe:  # noqa: D102
         empty = torch.empty(int(arguments["batch_size"]), 1, int(arguments["q_length"]), 0)
         return empty.as_subclass(cls)
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], plain_causal: bool) -> None:
         self.arguments = arguments
         self.q_len = int(arguments["q_length"])
         self.q_offset = int(arguments.get("q_offset", 0))
         self.kv_offset = int(arguments.get("kv_offset", 0))
         self.kv_len = self.q_offset + self.q_len  # a static cache holds more keys than are written
-        self._patterns: dict[int | None, bool | None] = {}
+        # Known by name, so nothing need be asked: asking a mask on a GPU makes it wait.
+        self._patterns: dict[int | None, bool | None] = {None: True} if plain_causal else {}
         self._spans: list[tuple[int, int]] | None = None
         self._spans_known = False
 

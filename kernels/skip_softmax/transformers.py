@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skip_softmax.api import Backend, attention, decode_attention
@@ -401,7 +401,8 @@ def _attention_forward(
 
 
 def _mask_recipe(**kwargs: Any) -> MaskRecipe:
-    return MaskRecipe(kwargs)
+    plain = kwargs["mask_function"] is causal_mask_function and not kwargs.get("use_vmap")
+    return MaskRecipe(kwargs, plain_causal=plain)
 
 
 def _requests(

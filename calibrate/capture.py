@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,22 @@ def capture(
                 getattr(statistics, name)[phase] += value
         statistics.prompts.append(prompt.key)
         yield prompt
+
+
+def without_unseen(loaded: LoadedModel, statistics: Statistics) -> LoadedModel:
+    """The model, with a reason for layers that looked plain when probed but counted no tile.
+
+    A layer may turn out to attend in chunks only on prompts longer than a chunk.
+    """
+    if not statistics.prompts:
+        return loaded
+    tiles = statistics.visited("prefill").sum((1, 2)).tolist()
+    reason = "attention other than full, causal or sliding window at these lengths"
+    layers = [
+        replace(layer, reason=reason) if layer.reason is None and not tiles[layer.index] else layer
+        for layer in loaded.layers
+    ]
+    return replace(loaded, layers=layers)
 
 
 def observe(

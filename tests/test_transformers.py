@@ -323,3 +323,17 @@ def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
     assert losses[0].score == losses[0].dense_score
     assert 1e-7 < losses[1].kl < losses[2].kl
     assert SimpleNamespace(**vars(losses[2])).skipped["prefill"] != [0, 0, 0]
+
+
+def test_layers_that_attend_in_chunks_are_found_out_by_their_first_long_prompt() -> None:
+    one = loaded("llama4")
+    assert all(layer.reason is None for layer in one.layers), "four tokens cannot tell"
+    ids, steps = tuple(tokens(150)[0].tolist()), tuple(tokens(9, 1)[0].tolist())
+    prompt = Prompt("text", "calibration", 150, ids, steps, False)
+    geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
+    statistics = capture.empty_statistics(one, geometry, [150])
+    list(capture.capture(one, [prompt], statistics, geometry))
+    named = capture.without_unseen(one, statistics)
+    assert [layer.reason is None for layer in named.layers] == [False, False, False, True]
+    file = measure.thresholds_for(named, RunConfig.model_validate({"model": {"path": "x"}}), {})
+    assert [entry.layer for entry in file.uncalibrated] == [0, 1, 2]

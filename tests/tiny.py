@@ -73,6 +73,18 @@ def model(family: str, sharpness: float = 1.0, **changes: Any) -> transformers.P
             transformers.GPT2LMHeadModel,
             {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024},
         ),
+        "llama4": (
+            transformers.Llama4TextConfig,
+            transformers.Llama4ForCausalLM,
+            {
+                "num_hidden_layers": 4,
+                "head_dim": 16,
+                "intermediate_size_mlp": 96,
+                "attention_chunk_size": 64,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 1,
+            },
+        ),
         "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM, {"head_dim": 16}),
     }
     config_class, model_class, special = families[family]

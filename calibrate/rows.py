@@ -84,6 +84,8 @@ def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, d
     try:
         import datasets
 
+        # It logs what it also raises, with a traceback.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         for number, row in enumerate(datasets.load_dataset(*args, streaming=True, **options), 1):
             yield f"{name}: row {number}", row
     except _READ_ERRORS as error:

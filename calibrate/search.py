@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
 
 from calibrate.errors import UserError, WorkFailed
 from calibrate.measure import Outcome, Setting, sparsity
@@ -59,7 +60,8 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
     Raises:
         UserError: the storage URL cannot be used.
     """
-    logging.getLogger("optuna").setLevel(logging.WARNING)
+    # On Ctrl-C it would warn of the trial that ends, with a traceback.
+    logging.getLogger("optuna").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     shared = config.search.storage is not None
     url = config.search.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
@@ -72,7 +74,8 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
             directions=["minimize", "minimize"],
         )
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
-        raise UserError(f"search.storage: `{url}` cannot be used by Optuna: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"search.storage: `{url}` cannot be used by Optuna: {reason}") from error
     study.set_metric_names(["loss [nats/token]", "predicted attention time"])
     return study
 
@@ -96,7 +99,8 @@ def search(
     Yields:
         Each finished trial's point, or None for a pruned one.
     """
-    _drop_unfinished(study, shared=config.search.storage is not None)
+    shared = config.search.storage is not None
+    _drop_unfinished(study, shared=shared)
     seeds = space.seeds()
     bounds = space.bounds()
 
@@ -120,10 +124,15 @@ def search(
     while (finished := _finished(study)) < config.search.trials:
         # A fresh sampler per trial: its state is a function of seed and history, so a resumed
         # search goes the same way.
-        study.sampler = _sampler(config, finished)
+        # Workers of one study must not all draw the same point: there the trials that run count too.
+        study.sampler = _sampler(config, len(study.get_trials(deepcopy=False)) if shared else finished)
         if finished < len(seeds):
             name, params = seeds[finished]
-            study.enqueue_trial(_inside(params, bounds), user_attrs={"name": name})
+            study.enqueue_trial(
+                _inside(params, bounds), user_attrs={"name": name}, skip_if_exists=shared
+            )
+        elif config.search.sampler == "qmc":
+            study.enqueue_trial(_sobol(bounds, finished - len(seeds), config.seed))
         study.optimize(objective, n_trials=1)
         last = study.get_trials(deepcopy=False)[-1]
         yield _point(last) if last.state == TrialState.COMPLETE else None
@@ -198,11 +207,17 @@ def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
             )
         case "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed)
-        case "qmc":
-            # One low-discrepancy sequence: the study counts its points, the seed must not change.
-            return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
-        case "random":
+        case "qmc" | "random":
             return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _sobol(bounds: dict[str, tuple[float, float]], index: int, seed: int) -> dict[str, float]:
+    """Point of one low-discrepancy sequence; Optuna's own counts trials that were never finished."""
+    drawn = qmc.Sobol(len(bounds), rng=seed).fast_forward(index).random(1)[0].tolist()
+    return {
+        key: low + share * (high - low)
+        for (key, (low, high)), share in zip(bounds.items(), drawn, strict=True)
+    }
 
 
 def _drop_unfinished(study: optuna.Study, *, shared: bool) -> None:
@@ -211,8 +226,11 @@ def _drop_unfinished(study: optuna.Study, *, shared: bool) -> None:
         # Other workers may be alive; only those without a heartbeat are dead.
         optuna.storages.fail_stale_trials(study)
         return
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+    while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        # Only a running trial can be told; `ask` starts the one that waits.
+        study.tell(study.ask(), state=TrialState.FAIL)
 
 
 def _finished(study: optuna.Study) -> int:

@@ -37,6 +37,16 @@ def smoke_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smoke_run(smoke_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished smoke run, to read only."""
+    import calibrate
+    from calibrate.schema import load_config
+
+    config = load_config(ROOT / "configs" / "smoke.yaml", (f"model.path={smoke_model}",))
+    return calibrate.run(config, tmp_path_factory.mktemp("smoke-run") / "smoke").folder
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> object:
     """SmolLM2-135M-Instruct, loaded once; its package is installed by `make`."""
     pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calibrate.pipeline import Progress, Run
     from calibrate.schema import RunConfig
 
-__all__ = ["run"]
+__all__ = ["open_run", "run"]
 
 
 def run(
@@ -39,7 +39,6 @@ def run(
         FileError: the config file breaks its schema.
         WorkFailed: no setting skips anything within the budget.
     """
-    from calibrate import pipeline
     from calibrate.schema import RunConfig, load_config
 
     if isinstance(config, RunConfig):
@@ -47,4 +46,24 @@ def run(
     else:
         chosen, name = load_config(config, overrides), Path(config).stem
     folder = output or chosen.output or Path("runs") / name
+    # Only now: a mistake in the config is told before torch is loaded.
+    from calibrate import pipeline
+
     return pipeline.run(chosen, folder, progress)
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """Opens a finished run to look at it or to decide again; the model is not loaded, no GPU is needed.
+
+    Args:
+        folder: the folder of a `calibrate run`.
+
+    Returns:
+        The run: `run.thresholds`, `run.stats`, `run.study`, `run.validation`.
+
+    Raises:
+        UserError: it is no run folder, or the run is not finished.
+    """
+    from calibrate import pipeline
+
+    return pipeline.load_run(folder)

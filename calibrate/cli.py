@@ -18,11 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 from calibrate.errors import UserError, WorkFailed
 from skip_softmax.strict_yaml import FileError
-from skip_softmax.thresholds import PHASES, Thresholds
+from skip_softmax.thresholds import PHASES, Phase, Thresholds
 
 app = typer.Typer(
     name="calibrate",
@@ -37,6 +37,10 @@ _RUNS_MODELS = ("transformers", "gguf", "accelerate")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a `calibrate run`.")]
+Gpu = Annotated[
+    str | None, typer.Option(help="GPU family that will serve: sm90, sm100, sm120; unset: any.")
+]
+PhaseChoice = Annotated[list[str] | None, typer.Option(help="Only this phase; may be repeated.")]
 ThresholdsFile = Annotated[Path, typer.Argument(help="A thresholds file.")]
 
 
@@ -71,8 +75,28 @@ def search(
 
 
 @app.command()
-def validate(folder: RunFolder, as_json: AsJson = False) -> None:
-    """Choose and prove again, from the trials of a run."""
+def validate(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a `calibrate run`.")] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="Measure this thresholds file instead, per length.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --thresholds: run config, if there is no run yet.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file with its new evidence.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose and prove again, from the trials of a run; or measure somebody's numbers on your model."""
+    if thresholds is not None:
+        _assess(thresholds, folder, config, output, as_json)
+        return
+    if folder is None or config is not None or output is not None:
+        raise UserError(
+            "`calibrate validate` takes a run folder alone, or --thresholds FILE with a run folder or "
+            "--config"
+        )
     from calibrate.pipeline import validate_again
 
     with _Watch() as watch:
@@ -81,14 +105,45 @@ def validate(folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(file: ThresholdsFile, as_json: AsJson = False) -> None:
+def report(
+    folder: RunFolder,
+    other: Annotated[
+        Path | None, typer.Argument(help="Another run's folder, to compare with.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The HTML file; unset: in the run folder.")
+    ] = None,
+) -> None:
+    """Write report.html of a run, or compare two runs side by side; prints the file's path."""
+    from calibrate.pipeline import write_report
+
+    sys.stdout.write(f"{write_report(folder, other, output)}\n")
+
+
+@app.command()
+def show(
+    file: ThresholdsFile,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder whose statistics give the expected sparsity.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print a thresholds file as a table, with its evidence."""
     thresholds = Thresholds.load(file)
     if as_json:
         _print_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
+    from calibrate.lengths import expectation_table, expectations
+
+    statistics = None
+    if run is not None:
+        from calibrate.serving import statistics_for
+
+        statistics = statistics_for(thresholds, run)
     console = _stdout()
-    for table in (_phase_table(thresholds), _layer_table(thresholds)):
+    rows = expectations(thresholds, statistics)
+    tables = [_phase_table(thresholds), *([expectation_table(rows)] if rows else [])]
+    for table in (*tables, _layer_table(thresholds)):
         console.print(table)
     for entry in thresholds.uncalibrated:
         console.print(
@@ -103,25 +158,143 @@ def export(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Target file; unset: stdout.")
     ] = None,
+    served_min_len: Annotated[
+        int | None, typer.Option(help="Shortest request that the engine will get [tokens].")
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="The engine's prefill chunk [tokens].")
+    ] = None,
+    at_length: Annotated[
+        int | None, typer.Option(help="KV length of an absolute threshold [tokens].")
+    ] = None,
+    gpu: Gpu = None,
+    phase: PhaseChoice = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The served model's folder, with its config.json.")
+    ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Merge into --model's config.json; keeps a backup.")
+    ] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Without a fitted curve: a = scale_factor, b = 0.")
+    ] = False,
+    trust_geometry: Annotated[
+        bool, typer.Option("--trust-geometry", help="You compared tiles that are not published.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write what an engine reads."""
-    if engine != "native":
-        raise UserError(f"--engine must be one of: native; but got `{engine}`")
-    thresholds = Thresholds.load(file)
-    if output is None:
-        sys.stdout.write(thresholds.to_yaml())
-        return
-    try:
-        thresholds.save(output)
-    except OSError as error:
-        raise UserError(
-            f"--output: `{output}` cannot be written ({error}); choose another file"
-        ) from None
+    """Write what an engine reads, with a sidecar of evidence; refused where the numbers do not hold."""
+    from calibrate.export import Served
+    from calibrate.export import export as make
+
+    served = Served(
+        phases=_phases(phase),
+        gpu=gpu,
+        min_len=served_min_len,
+        chunk_size=chunk_size,
+        at_length=at_length,
+        model=model,
+        pin=pin,
+        trust_unpublished=trust_geometry,
+    )
+    made = make(Thresholds.load(file), engine, served)
+    lost = [] if made.sidecar is None else made.sidecar["lost"]
+    for text in (*made.warnings, *(f"not in the artefact: {loss}" for loss in lost)):
+        _say(f"note: {text}")
+    if output is not None:
+        made.write(output)
+    if apply:
+        _say(f"merged into {model}; the old file is {made.apply()}")
+    if as_json:
+        patch = None if made.patch is None else made.patch.diff()
+        _print_json(
+            {"engine": engine, "artefact": made.text, "diff": patch, "sidecar": made.sidecar}
+        )
+    elif engine == "modelopt" and made.patch is not None:
+        sys.stdout.write(made.patch.diff())
+    else:
+        if made.patch is not None:
+            _say(made.patch.diff())
+        if output is None:
+            sys.stdout.write(made.text)
+
+
+@app.command()
+def project(
+    folder: RunFolder,
+    engine: Annotated[str, typer.Option(help="Which engine will serve.")],
+    gpu: Gpu = None,
+    phase: PhaseChoice = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find and measure the best setting near a run's result that an engine can express."""
+    from calibrate.serving import project_run
+
+    with _Watch() as watch:
+        path, report = project_run(folder, engine, gpu=gpu, phases=_phases(phase), progress=watch)
+    direct = report["direct"]
+    if not direct["holds"]:
+        _say(
+            f"refused: the straight projection {direct['scale_factor']} breaks the budget "
+            f"({direct['refused']}); the nearest that holds is {report['used']}"
+        )
+    if as_json:
+        _print_json({"thresholds": str(path), "projection": report})
+    else:
+        _stdout().print(_phase_table(Thresholds.load(path)))
+    _say(f"passed: {path}; now: calibrate export {path} --engine {engine}")
+
+
+@app.command("import")
+def import_numbers(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Thresholds file to write.")],
+    source: Annotated[Path | None, typer.Argument(help="The engine's file.")] = None,
+    engine: Annotated[str, typer.Option(help="Whose file it is, and who will serve.")] = "trtllm",
+    prefill: Annotated[float | None, typer.Option(help="Scale factor, without a file.")] = None,
+    decode: Annotated[float | None, typer.Option(help="Scale factor, without a file.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Plain threshold, without a file.")
+    ] = None,
+    at_length: Annotated[int | None, typer.Option(help="Its KV length [tokens].")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Target sparsity at which a curve is read.")
+    ] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option(help="config.json with the curve of a YAML's target_sparsity.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Your model's folder.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Or the run config that names your model.")
+    ] = None,
+    gpu: Gpu = None,
+    phase: PhaseChoice = None,
+) -> None:
+    """Read somebody's numbers into a thresholds file marked as not validated."""
+    from calibrate import importing
+
+    if source is not None:
+        found = importing.read_artefact(engine, source, target=target, coefficients=coefficients)
+    elif threshold is not None:
+        found = importing.from_threshold(threshold, at_length, _phases(phase) or PHASES)
+    else:
+        found = importing.plain({"prefill": prefill, "decode": decode})
+    section, geometry = importing.model_of(model, config)
+    where = "the command line" if source is None else source.name
+    thresholds = importing.to_thresholds(found, section, engine, geometry, gpu, where)
+    _save(thresholds, output)
+    for note in found.notes:
+        _say(f"note: {note}")
+    _say(
+        f"not validated: {output}; what it does to your model: "
+        f"calibrate validate RUN_DIR --thresholds {output}"
+    )
 
 
 def main() -> None:
     """Entry point: turns the project's two kinds of failure into exit codes 1 and 2."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars are ours; libraries' would cut through them
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # the bars are ours; libraries' would cut through them
     try:
         app()
     except (UserError, FileError) as error:
@@ -144,13 +317,20 @@ class _Watch:
     def __init__(self) -> None:
         self._bars = RichProgress(
             TextColumn("{task.description:<12}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("left"),
+            TextColumn(
+                "{task.fields[note]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=_stderr,
             disable=not _stderr.is_terminal,
+            expand=True,
+            speed_estimate_period=3600,  # a step can take minutes, and its time left is wanted too
         )
         self._task: Any = None
 
@@ -187,6 +367,52 @@ def _finish(finished: Any, as_json: bool) -> None:
             f"`{path}` says dense. Raise the budget, or give the search more trials"
         )
     _say(f"passed: {path}")
+
+
+def _assess(
+    file: Path, folder: Path | None, config: Path | None, output: Path | None, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from calibrate.lengths import assessment_table
+    from calibrate.schema import load_config
+    from calibrate.serving import assess_file
+
+    if folder is None and config is None:
+        raise UserError(
+            "--thresholds needs a run folder, or --config with the run config of your model"
+        )
+    loaded = None if config is None else load_config(config)
+    if folder is None:
+        assert config is not None
+        folder = Path("runs") / config.stem
+    with _Watch() as watch:
+        thresholds, result = assess_file(Thresholds.load(file), folder, loaded, watch)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        _stdout().print(assessment_table(result.rows))
+    if output is not None:
+        _save(thresholds, output)
+    if result.evidence["verdict"] != "passed":
+        raise WorkFailed(f"`{file}` does not hold on this model: {result.evidence['reason']}")
+    _say(f"passed: `{file}` holds on this model" + (f"; written: {output}" if output else ""))
+
+
+def _phases(names: list[str] | None) -> tuple[Phase, ...] | None:
+    wrong = [name for name in names or [] if name not in PHASES]
+    if wrong:
+        raise UserError(f"--phase must be prefill or decode, but got `{wrong[0]}`")
+    return tuple(phase for phase in PHASES if phase in names) if names else None
+
+
+def _save(thresholds: Thresholds, output: Path) -> None:
+    try:
+        thresholds.save(output)
+    except OSError as error:
+        raise UserError(
+            f"--output: `{output}` cannot be written ({error}); choose another file"
+        ) from None
 
 
 def _tradeoff_table(validation: dict[str, Any]) -> Table:
@@ -261,7 +487,7 @@ def _phase_table(thresholds: Thresholds) -> Table:
 
 
 def _layer_table(thresholds: Thresholds) -> Table:
-    table = Table(title="Scale factor per layer [tokens]; 0 is dense", title_justify="left")
+    table = Table(title="Scale factor per layer in tokens; 0 is dense", title_justify="left")
     for column in ("layer", *PHASES):
         table.add_column(column, justify="right")
     for layer in range(thresholds.model.layers):
@@ -292,3 +518,7 @@ def _fail(message: str, code: int) -> None:
     # Plain text: a path in the message must not be taken for markup or wrapped.
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,16 @@ def _name(location: str | Path) -> str:
     return location.rsplit("/", 1)[-1]
 
 
+def _config_without_export(file: Path) -> bytes:
+    """Hash of a `config.json` without `sparse_attention_config`."""
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError:
+        return hashlib.sha256(file.read_bytes()).digest()
+    kept = {key: value for key, value in data.items() if key != "sparse_attention_config"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
+
+
 def _hash(location: str | Path, model: Any) -> str:
     digest = hashlib.sha256()
     if isinstance(location, Path):
@@ -215,9 +226,14 @@ def _hash(location: str | Path, model: Any) -> str:
                 path
                 for path in location.iterdir()
                 if path.suffix in {".json", ".safetensors", ".bin", ".gguf"}
+                and not path.name.endswith(".evidence.json")
             )
         )
         for file in files:
+            if file.name == "config.json":
+                # Without the key that an export writes: the model stays the same.
+                digest.update(_config_without_export(file))
+                continue
             with file.open("rb") as stream:
                 digest.update(
                     hashlib.file_digest(stream, "sha256").digest()

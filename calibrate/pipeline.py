@@ -1,7 +1,7 @@
 """A whole run: the stages in order, each from what the run folder already holds.
 
-Everything finished is on disk the moment it is finished, so a run can be stopped at any point and the same
-command goes on: no prompt is captured twice, no layer measured twice, no trial repeated.
+Everything finished is on disk the moment it is finished, so a run can be stopped at any point and
+the same command goes on: no prompt is captured twice, no layer measured twice, no trial repeated.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
-from skip_softmax.strict_yaml import parse, read_mapping, write_text_atomically
-from skip_softmax.thresholds import Phase, Thresholds
 
 from calibrate import provenance
-from calibrate.capture import capture, empty_statistics
+from calibrate.capture import capture, empty_statistics, without_unseen
 from calibrate.cost import Cost, load_curves
 from calibrate.emit import emit
 from calibrate.errors import UserError, WorkFailed
 from calibrate.fit import fit_phase
 from calibrate.measure import Outcome, Setting, compare, dense_logits, thresholds_for
+from calibrate.model_config import identity_of
 from calibrate.models import LoadedModel, load
 from calibrate.prompts import Prompt, Split, build
 from calibrate.schema import RunConfig
@@ -36,6 +35,8 @@ from calibrate.sensitivity import Row, loss_model, measure_layers, plan
 from calibrate.space import Space, build_space
 from calibrate.stats import Statistics
 from calibrate.validate import Validation, validate
+from skip_softmax.strict_yaml import parse, read_mapping, write_text_atomically
+from skip_softmax.thresholds import Phase, Thresholds
 
 if TYPE_CHECKING:
     import optuna
@@ -103,11 +104,12 @@ def run(config: RunConfig, folder: str | os.PathLike[str], progress: Progress | 
         work.fit()
         work.sensitivity()
         work.search()
-        work.validate()
-        return work.emitted()
+        return work.finish()
 
 
-def search_again(folder: str | os.PathLike[str], trials: int | None = None, progress: Progress | None = None) -> Path:
+def search_again(
+    folder: str | os.PathLike[str], trials: int | None = None, progress: Progress | None = None
+) -> Path:
     """Continues the search of a run, to a larger number of trials if given.
 
     Args:
@@ -120,7 +122,9 @@ def search_again(folder: str | os.PathLike[str], trials: int | None = None, prog
     """
     path, config = open_run(folder)
     if trials is not None:
-        config = config.model_copy(update={"search": config.search.model_copy(update={"trials": trials})})
+        config = config.model_copy(
+            update={"search": config.search.model_copy(update={"trials": trials})}
+        )
     with _locked(path):
         work = _Work(config, path, progress or Silent())
         work.require("sensitivity")
@@ -145,8 +149,45 @@ def validate_again(folder: str | os.PathLike[str], progress: Progress | None = N
         work = _Work(config, path, progress or Silent())
         work.require("search")
         work.forget("validation")
-        work.validate()
-        return work.emitted()
+        return work.finish()
+
+
+def load_run(folder: str | os.PathLike[str]) -> Run:
+    """Opens a finished run without loading its model.
+
+    Raises:
+        UserError: it is no run folder, or the run is not finished.
+    """
+    path, config = open_run(folder)
+    work = _Work(config, path, Silent())
+    work.require("validation")
+    return work.emitted()
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    other: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes the report of a run, from what is on disk, or of two runs side by side.
+
+    Args:
+        folder: a run folder that has at least its statistics.
+        other: a second one, to compare with; None: no comparison.
+        output: the HTML file; None: `report.html` or `comparison.html` in the first folder.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        UserError: a folder is no run folder, or the file cannot be written.
+    """
+    from calibrate import comparison, report
+
+    target = None if output is None else Path(output)
+    if other is None:
+        return report.write_report(*open_run(folder), target)
+    return comparison.write_comparison(open_run(folder), open_run(other), target)
 
 
 def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
@@ -157,7 +198,9 @@ def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
     """
     path = Path(folder)
     if not (path / "config.yaml").exists():
-        raise UserError(f"`{folder}` is no run folder: it has no config.yaml; give the folder of a `calibrate run`")
+        raise UserError(
+            f"`{folder}` is no run folder: it has no config.yaml; give the folder of a `calibrate run`"
+        )
     data, text = read_mapping(path / "config.yaml")
     return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
 
@@ -179,17 +222,22 @@ class _Work:
         loaded = load(self.config.model)
         self.progress.step(loaded.name)
         self._note_once("model", {"name": loaded.name, "sha256": loaded.sha256})
-        return loaded
+        counted = self.folder / "stats.safetensors"
+        return without_unseen(loaded, Statistics.load(counted)) if counted.exists() else loaded
 
     @cached_property
     def prompts(self) -> dict[Split, list[Prompt]]:
         path = self.folder / "prompts.json"
         if not path.exists():
             sets = build(
-                self.config.prompts, self.loaded.tokenizer, seed=self.config.seed,
+                self.config.prompts,
+                self.loaded.tokenizer,
+                seed=self.config.seed,
                 max_context=self.loaded.max_context,
             )
-            rows = {split: [asdict(prompt) for prompt in prompts] for split, prompts in sets.items()}
+            rows = {
+                split: [asdict(prompt) for prompt in prompts] for split, prompts in sets.items()
+            }
             write_text_atomically(path, json.dumps(rows))
         rows = _read_json(path)
         return {split: [_prompt(row) for row in rows[split]] for split in rows}
@@ -234,11 +282,13 @@ class _Work:
         for prompt in capture(self.loaded, total, statistics, self.config.geometry):
             statistics.save(self.folder / "stats.safetensors")
             self.progress.step(f"{prompt.task}, {prompt.length} tokens")
+        self.loaded = without_unseen(self.loaded, statistics)
         self._note_time("capture")
 
     def fit(self) -> None:
         fits = {
-            phase: fit_phase(self.statistics, phase, self.config.fit) for phase in self.config.target.phases
+            phase: fit_phase(self.statistics, phase, self.config.fit)
+            for phase in self.config.target.phases
         }
         write_text_atomically(self.folder / "fit.json", json.dumps(fits, indent=1))
 
@@ -250,8 +300,12 @@ class _Work:
         self.progress.stage("sensitivity", len(todo), len(rows))
         shortest = sorted(self.prompts["search"], key=lambda prompt: len(prompt.ids))
         measured = measure_layers(
-            self.loaded, self.config, self.statistics, shortest[: self.config.sensitivity.prompts],
-            self._dense, rows,
+            self.loaded,
+            self.config,
+            self.statistics,
+            shortest[: self.config.sensitivity.prompts],
+            self._dense,
+            rows,
         )
         for row in measured:
             rows.append(asdict(row))
@@ -267,11 +321,15 @@ class _Work:
         trials = search(self.study, self.space, self.config, self.prompts["search"], self._evaluate)
         best: Point | None = None
         for point in trials:
-            if point is not None and point.kl <= self.config.budget.kl and (
-                best is None or point.relative_time < best.relative_time
+            if (
+                point is not None
+                and point.kl <= self.config.budget.kl
+                and (best is None or point.relative_time < best.relative_time)
             ):
                 best = point
-            self.progress.step("no trial within the budget yet" if best is None else _describe(best))
+            self.progress.step(
+                "no trial within the budget yet" if best is None else _describe(best)
+            )
         self._note_time("search")
 
     def validate(self) -> None:
@@ -281,7 +339,9 @@ class _Work:
         chosen = candidates(points(self.study), self.config)
         # The best single number is picked as the winner is: within the same share of the budget.
         baseline = best_uniform(points(self.study), 0.7 * self.config.budget.kl)
-        self.progress.stage("validation", len(heldout) * (2 if baseline else 1), 0)
+        short = self._short_prompt()
+        steps = len(heldout) * (2 if baseline else 1) + (short is not None)
+        self.progress.stage("validation", steps, 0)
 
         def evaluate(setting: Setting, prompt: Prompt) -> Outcome:
             outcome = self._evaluate_once(setting, prompt)
@@ -291,9 +351,22 @@ class _Work:
         result = validate(
             chosen, baseline, heldout, evaluate, self.statistics, self.config, self._short_prompt()
         )
-        write_text_atomically(self.folder / "validation.json", json.dumps(result.to_json(), indent=1))
+        write_text_atomically(
+            self.folder / "validation.json", json.dumps(result.to_json(), indent=1)
+        )
         self._write_thresholds(result)
         self._note_time("validation")
+
+    def finish(self) -> Run:
+        """Proves the winner and writes the report, also of a run that found nothing within the budget."""
+        try:
+            self.validate()
+        except WorkFailed:
+            write_report(self.folder)
+            raise
+        self.progress.stage("report", 1, 0)
+        self.progress.step(write_report(self.folder).name)
+        return self.emitted()
 
     def emitted(self) -> Run:
         return Run(
@@ -327,7 +400,9 @@ class _Work:
             "lengths": list(self.config.prompts.lengths),
             "model": self._notes().get("model", {}).get("sha256"),
         }
-        different = [k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v]
+        different = [
+            k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v
+        ]
         if different:
             raise UserError(
                 f"`{path}` was counted with another {' and '.join(different)} than this run's; "
@@ -361,17 +436,27 @@ class _Work:
             return None
         longest = max(self.prompts["heldout"], key=lambda prompt: len(prompt.ids))
         return Prompt(
-            "short", "heldout", min(self.config.prompts.lengths), longest.ids[:tokens],
-            longest.continuation, has_answer=False,
+            "short",
+            "heldout",
+            min(self.config.prompts.lengths),
+            longest.ids[:tokens],
+            longest.continuation,
+            has_answer=False,
         )
 
     def _write_thresholds(self, result: Validation) -> None:
         winner: Setting = result.attempts[-1].setting
         template = thresholds_for(self.loaded, self.config, winner)
         times: dict[Phase, float] = self.space.phase_times(winner)
-        sources = provenance.of_results(self.config, self.prompts)
+        sources = provenance.of_results(self.config, self.prompts) | identity_of(self.config.model)
         thresholds = emit(
-            template, result, _read_json(self.folder / "fit.json"), times, self.cost, self.config, sources
+            template,
+            result,
+            _read_json(self.folder / "fit.json"),
+            times,
+            self.cost,
+            self.config,
+            sources,
         )
         thresholds.save(self.folder / "thresholds.yaml")
 
@@ -415,13 +500,15 @@ def _locked(folder: Path) -> Iterator[Path]:
     try:
         opened = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"output: `{folder}` cannot be written ({error}); choose a writable folder") from None
+        raise UserError(
+            f"output: `{folder}` cannot be written ({error}); choose a writable folder"
+        ) from None
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"`{folder}` is in use by another `calibrate` process; wait for it or use another output folder"
+                f"`{folder}` is in use by another `calibrate` process; wait for it or use another folder"
             ) from None
         yield folder
 
@@ -433,7 +520,9 @@ def _prepared(folder: Path, config: RunConfig) -> Path:
         if not (folder / "config.yaml").exists():
             _write_config(folder, config)
     except OSError as error:
-        raise UserError(f"output: `{folder}` cannot be written ({error}); choose a writable folder") from None
+        raise UserError(
+            f"output: `{folder}` cannot be written ({error}); choose a writable folder"
+        ) from None
     _, before = open_run(folder)
     if not os.access(folder, os.W_OK):
         raise UserError(f"output: `{folder}` cannot be written; choose a writable folder")
@@ -472,4 +561,15 @@ def _describe(point: Point) -> str:
     return f"best: {1 / point.relative_time:.2f}x, KL {point.kl:.2g}, skips {shares}"
 
 
-__all__ = ["Progress", "Run", "Silent", "WorkFailed", "open_run", "run", "search_again", "validate_again"]
+__all__ = [
+    "Progress",
+    "Run",
+    "Silent",
+    "WorkFailed",
+    "load_run",
+    "open_run",
+    "run",
+    "search_again",
+    "validate_again",
+    "write_report",
+]

@@ -213,7 +213,10 @@ def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
 
 def _sobol(bounds: dict[str, tuple[float, float]], index: int, seed: int) -> dict[str, float]:
     """Point of one low-discrepancy sequence; Optuna's own counts trials that were never finished."""
-    drawn = qmc.Sobol(len(bounds), rng=seed).fast_forward(index).random(1)[0].tolist()
+    engine = qmc.Sobol(len(bounds), rng=seed)
+    if index:  # scipy cannot skip nothing
+        engine.fast_forward(index)
+    drawn = engine.random(1)[0].tolist()
     return {
         key: low + share * (high - low)
         for (key, (low, high)), share in zip(bounds.items(), drawn, strict=True)

@@ -1,8 +1,13 @@
 """The search space: few numbers that stand for one scale factor per layer and phase.
 
-Per phase: a global scale, how far layers follow the analytic allocation (0: one number for all, 1: the
-allocation), one offset per sensitivity group, and the sparsity under which a layer is left dense. Uniform
-scale factors and the analytic optimum are both points of this space, so the search starts from them.
+Per phase: a global scale, how far layers follow the analytic allocation (0: one number for all, 1:
+the allocation), one offset per sensitivity group, and the sparsity under which a layer is left
+dense. Uniform scale factors and the analytic optimum are both points of this space, so the search
+starts from them.
+
+An engine that takes one number per phase has only the global scale; one with an ignore list also
+the number of layers left dense in both phases, first those that cost most loss for the time they
+save.
 """
 
 from __future__ import annotations
@@ -12,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from skip_softmax.thresholds import Phase
 
 from calibrate.cost import Cost
+from calibrate.engines import form_of
 from calibrate.measure import Setting
 from calibrate.schema import RunConfig
 from calibrate.sensitivity import LossModel, largest_scale_factor
 from calibrate.stats import Statistics
+from skip_softmax.thresholds import Phase
 
 Params = dict[str, float]
 
@@ -29,6 +35,7 @@ _SCALE_RANGE = 2.0  # octaves
 _GROUP_RANGE = 1.0  # octaves
 _OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
 _DENSE_BELOW = 0.3
+_DENSE_LAYERS = "dense_layers"
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,10 @@ class Space:
         losses: predicted loss per layer.
         config: the run config.
         layers: indices of the layers that can be calibrated.
-        offsets: per phase and layer, log2 distance from the phase's scale in the analytic allocation.
+        offsets: per phase and layer, log2 distance from the phase's scale in the analytic
+            allocation.
         groups: per phase and layer, its sensitivity group.
+        dense_order: layers, the one to leave dense first at the front.
     """
 
     statistics: Statistics
@@ -52,16 +61,22 @@ class Space:
     layers: tuple[int, ...]
     offsets: dict[Phase, tuple[float, ...]]
     groups: dict[Phase, tuple[int, ...]]
+    dense_order: tuple[int, ...] = ()
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Lower and upper end of every parameter; a scale lies within two octaves of the warm starts."""
         bounds: dict[str, tuple[float, float]] = {}
         seeds = [params for _, params in self.seeds()]
+        if self._form == "scalar+ignore":
+            bounds[_DENSE_LAYERS] = (0.0, max(len(self.layers) - 1.0, 0.0))
         for phase in self.config.target.phases:
             scales = [params[f"{phase}.log2_scale"] for params in seeds]
             bounds[f"{phase}.log2_scale"] = (
-                max(min(scales) - _SCALE_RANGE, _FLOOR_LOG2), min(max(scales) + _SCALE_RANGE, self._top(phase))
+                max(min(scales) - _SCALE_RANGE, _FLOOR_LOG2),
+                min(max(scales) + _SCALE_RANGE, self._top(phase)),
             )
+            if self._form != "native":
+                continue
             bounds[f"{phase}.tilt"] = (0.0, 1.5)
             for group in range(self.config.search.groups):
                 bounds[f"{phase}.group{group}"] = (-_GROUP_RANGE, _GROUP_RANGE)
@@ -91,7 +106,9 @@ class Space:
         losses: dict[Phase, float] = {}
         for phase, factors in setting.items():
             mass = self.statistics.dropped_mass(phase, factors).tolist()
-            losses[phase] = sum(self.losses.loss(phase, layer, mass[layer]) for layer in self.layers)
+            losses[phase] = sum(
+                self.losses.loss(phase, layer, mass[layer]) for layer in self.layers
+            )
         return losses
 
     def seeds(self) -> list[tuple[str, Params]]:
@@ -99,6 +116,8 @@ class Space:
         points: list[tuple[str, Params]] = []
         for share in (0.5, 0.25, 1.0):
             for name, tilt in (("analytic", 1.0), ("uniform", 0.0)):
+                if self._form == "scalar" and tilt:
+                    continue  # one number per phase is uniform
                 points.append((name, self._seed(tilt, share * self.config.budget.kl)))
         return points
 
@@ -107,12 +126,14 @@ class Space:
         phases = self.config.target.phases
         scales = {phase: _grid(self._top(phase)) for phase in phases}
         options = {
-            phase: [self._option(phase, tilt, log2_scale) for log2_scale in scales[phase]] for phase in phases
+            phase: [self._option(phase, tilt, log2_scale) for log2_scale in scales[phase]]
+            for phase in phases
         }
 
         def loss(log2_price: float) -> float:
             return sum(
-                options[phase][_cheapest(options[phase], log2_price, self.config, phase)][2] for phase in phases
+                options[phase][_cheapest(options[phase], log2_price, self.config, phase)][2]
+                for phase in phases
             )
 
         price = _price(loss, allowed)
@@ -128,15 +149,26 @@ class Space:
         return log2_scale, self.phase_times(setting)[phase], self.predicted_loss(setting)[phase]
 
     def _point(self, phase: Phase, tilt: float, log2_scale: float) -> Params:
+        if self._form != "native":
+            params = {f"{phase}.log2_scale": log2_scale}
+            quarter = len(self.layers) // 4 if tilt else 0
+            return params | (
+                {_DENSE_LAYERS: float(quarter)} if self._form == "scalar+ignore" else {}
+            )
         groups = {f"{phase}.group{group}": 0.0 for group in range(self.config.search.groups)}
-        # A layer below break-even only pays for being armed; one number for all layers cannot leave it out.
+        # A layer below break-even only pays for being armed; one number for all layers cannot leave
+        # it out.
         dense_below = min(self.cost.curves[phase].break_even, _DENSE_BELOW) if tilt else 0.0
         return {
-            f"{phase}.log2_scale": log2_scale, f"{phase}.tilt": tilt, **groups,
+            f"{phase}.log2_scale": log2_scale,
+            f"{phase}.tilt": tilt,
+            **groups,
             f"{phase}.dense_below": dense_below,
         }
 
     def _phase_setting(self, phase: Phase, params: Params) -> tuple[float, ...]:
+        if self._form != "native":
+            return self._one_number(phase, params)
         scale, tilt = params[f"{phase}.log2_scale"], params[f"{phase}.tilt"]
         top = self._top(phase)
         factors = [0.0] * self.statistics.counts[phase].shape[0]
@@ -147,20 +179,37 @@ class Space:
         share = self.statistics.layer_sparsity(phase, factors).tolist()
         floor = params[f"{phase}.dense_below"]
         return tuple(
-            float(f"{factor:.5g}") if share[layer] > floor else 0.0 for layer, factor in enumerate(factors)
+            float(f"{factor:.5g}") if share[layer] > floor else 0.0
+            for layer, factor in enumerate(factors)
         )
+
+    def _one_number(self, phase: Phase, params: Params) -> tuple[float, ...]:
+        """The same number in every layer that is not left dense."""
+        factor = float(f"{2.0 ** params[f'{phase}.log2_scale']:.5g}")
+        armed = set(self.layers) - set(self.dense_order[: round(params.get(_DENSE_LAYERS, 0.0))])
+        size = self.statistics.counts[phase].shape[0]
+        return tuple(factor if layer in armed else 0.0 for layer in range(size))
+
+    @property
+    def _form(self) -> str:
+        return form_of(self.config.target.engine)
 
     def _top(self, phase: Phase) -> float:
         return math.log2(largest_scale_factor(self.config, phase))
 
 
 def build_space(
-    statistics: Statistics, cost: Cost, losses: LossModel, config: RunConfig, layers: tuple[int, ...]
+    statistics: Statistics,
+    cost: Cost,
+    losses: LossModel,
+    config: RunConfig,
+    layers: tuple[int, ...],
 ) -> Space:
     """Computes the analytic allocation and the sensitivity groups.
 
-    The allocation minimises predicted time plus a price times predicted loss, layer by layer: for every
-    price that is the exact optimum of the knapsack. The price is the one that spends half the budget.
+    The allocation minimises predicted time plus a price times predicted loss, layer by layer: for
+    every price that is the exact optimum of the knapsack. The price is the one that spends half the
+    budget.
     """
     phases = config.target.phases
     options = {phase: _options(statistics, cost, losses, config, phase, layers) for phase in phases}
@@ -185,7 +234,9 @@ def build_space(
         centre = sum(armed) / len(armed) if armed else 0.0
         low, high = _OFFSET_RANGE
         offsets[phase] = tuple(
-            low if chosen.get(layer) is None else min(max(float(chosen[layer] or 0.0) - centre, low), high)
+            low
+            if chosen.get(layer) is None
+            else min(max(float(chosen[layer] or 0.0) - centre, low), high)
             for layer in range(size)
         )
         order = sorted(layers, key=lambda layer: losses.weights[phase][layer])
@@ -193,7 +244,36 @@ def build_space(
         groups[phase] = tuple(
             rank.get(layer, 0) * config.search.groups // max(len(order), 1) for layer in range(size)
         )
-    return Space(statistics, cost, losses, config, layers, offsets, groups)
+    dense_order = _dense_order(statistics, cost, losses, config, layers)
+    return Space(statistics, cost, losses, config, layers, offsets, groups, dense_order)
+
+
+def _dense_order(
+    statistics: Statistics,
+    cost: Cost,
+    losses: LossModel,
+    config: RunConfig,
+    layers: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Layers by predicted loss per saved time, at the number per phase that spends the budget."""
+    price: dict[int, float] = dict.fromkeys(layers, 0.0)
+    gain: dict[int, float] = dict.fromkeys(layers, 0.0)
+    for phase in config.target.phases:
+        table = _options(statistics, cost, losses, config, phase, layers)
+        levels = range(1, len(next(iter(table.values()), [])))
+        allowed = config.budget.kl / len(config.target.phases)
+        spends = [
+            level for level in levels if sum(table[layer][level][2] for layer in layers) <= allowed
+        ]
+        level = max(spends, default=1)
+        for layer in layers:
+            _, time, loss = table[layer][level]
+            price[layer] += loss
+            gain[layer] += config.target.phase_weight[phase] * (1.0 - time)
+    # A layer that saves no time goes first, whatever it costs.
+    return tuple(
+        sorted(layers, key=lambda i: (-price[i] / gain[i] if gain[i] > 0 else -math.inf, i))
+    )
 
 
 _Option = tuple[float | None, float, float]
@@ -201,7 +281,12 @@ _Option = tuple[float | None, float, float]
 
 
 def _options(
-    statistics: Statistics, cost: Cost, losses: LossModel, config: RunConfig, phase: Phase, layers: tuple[int, ...]
+    statistics: Statistics,
+    cost: Cost,
+    losses: LossModel,
+    config: RunConfig,
+    phase: Phase,
+    layers: tuple[int, ...],
 ) -> dict[int, list[_Option]]:
     grid = _grid(math.log2(largest_scale_factor(config, phase)))
     table: dict[int, list[_Option]] = {layer: [(None, 1.0, 0.0)] for layer in layers}

@@ -1,7 +1,8 @@
-"""What a thresholds file does to a whole model on a GPU: time to first token, time per token, cost of capture.
+"""What a thresholds file does to a whole model on a GPU: time to first token and per token, capture.
 
 Usage: python kernels/bench/end_to_end.py RUN_FOLDER [LENGTH] > kernels/bench/results/end-to-end.json
-The gate runs first: with all scale factors at 0 the model must rank the same next tokens as with its own attention.
+The gate runs first: with all scale factors at 0 the model must rank the same next tokens as with its
+own attention.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import skip_softmax as ss
 import torch
+
+import skip_softmax as ss
 from calibrate import provenance
 from calibrate.capture import empty_statistics, forward, observe
 from calibrate.models import LoadedModel, load

@@ -5,10 +5,12 @@ An explicit backend never falls back: it runs what was asked or says why it cann
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -25,6 +27,14 @@ class DenseCallWarning(UserWarning):
     """A call ran dense because its threshold would be 1 or more, which has no meaning."""
 
 
+class FallbackWarning(UserWarning):
+    """The reference runs a call on a GPU because the kernels cannot; said once per reason."""
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_warned: set[str] = set()
+
+
 @dataclass(frozen=True)
 class Stats:
     """Tiles of one call, int64 [batch, heads]: query heads in prefill, KV heads in decode."""
@@ -35,19 +45,41 @@ class Stats:
 
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: float | torch.Tensor = ...,
-    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
-    tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
-    kv_start: int = ..., return_stats: Literal[False] = ...,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale_factor: float | torch.Tensor = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    tile_q: int = ...,
+    tile_kv: int = ...,
+    backend: Backend = ...,
+    q_lens: Lengths = ...,
+    kv_lens: Lengths = ...,
+    kv_start: int = ...,
+    return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
 
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: float | torch.Tensor = ...,
-    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
-    tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
-    kv_start: int = ..., return_stats: Literal[True],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale_factor: float | torch.Tensor = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    tile_q: int = ...,
+    tile_kv: int = ...,
+    backend: Backend = ...,
+    q_lens: Lengths = ...,
+    kv_lens: Lengths = ...,
+    kv_start: int = ...,
+    return_stats: Literal[True],
 ) -> tuple[torch.Tensor, Stats]: ...
 
 
@@ -71,7 +103,8 @@ def attention(
     """Prefill attention that skips KV tiles whose softmax weight cannot matter (arXiv 2512.12087).
 
     Args:
-        q: queries [B, Hq, Sq, D], fp16, bf16, fp32 or fp64. The last query stands at position kv_len - 1.
+        q: queries [B, Hq, Sq, D], fp16, bf16, fp32 or fp64. The last query stands at position
+            kv_len - 1.
         k: keys [B, Hkv, Skv, D]; Hq is a multiple of Hkv.
         v: values [B, Hkv, Skv, Dv].
         scale_factor: threshold times KV length [tokens], a number or a tensor [Hq]; 0 is dense.
@@ -81,7 +114,8 @@ def attention(
         tile_q: query rows that vote together [tokens], a power of two.
         tile_kv: keys per tile [tokens], a power of two.
         backend: `auto`, or one by name.
-        q_lens: valid queries per request [B], right-padded; None: Sq. Rows of padding come out as zero.
+        q_lens: valid queries per request [B], right-padded; None: Sq. Rows of padding come out as
+            zero.
         kv_lens: KV length per request, counted from position 0 [B]; None: kv_start + Skv.
         kv_start: absolute position of the first key held (sliding caches drop old keys).
         return_stats: also return tile counts.
@@ -95,7 +129,22 @@ def attention(
     """
     _check_qkv(q, k, v)
     _check_geometry(tile_kv, window, tile_q)
-    _resolve_backend(backend, q)
+    scale = _scale(scale, q)
+    if (
+        _choose_backend(
+            backend, q, lambda: _prefill().why_not(q, v, tile_q, tile_kv, scale, kv_start)
+        )
+        == "triton"
+    ):
+        factor, factors = _kernel_factors(scale_factor, q.shape[1], q.device, "query")
+        _warn_if_known_meaningless(factor, kv_lens, k.shape[2])
+        out, counts = _prefill().prefill(
+            q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv,
+            _kernel_lengths("q_lens", q_lens, q.shape[0], q.shape[2], q.device),
+            _kernel_lengths("kv_lens", kv_lens, q.shape[0], k.shape[2], q.device),
+            None, None, q.shape[2], return_stats,
+        )  # fmt: skip
+        return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
     factors = _scale_factors(scale_factor, q.shape[1], q.device, "query")
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     stats = Stats(*(torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) for _ in range(2)))
@@ -104,27 +153,181 @@ def attention(
     for b, (q_len, kv_len) in enumerate(lengths):
         request = Request(q_len, kv_len, kv_start, causal, window, tile_q, tile_kv)
         out[b, :, :q_len], stats.visited[b], stats.skipped[b] = reference.attend(
-            q[b], k[b], v[b], request, _scale(scale, q), factors
+            q[b], k[b], v[b], request, scale, factors
         )
     return (out, stats) if return_stats else out
 
 
 @overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale_factor: float | torch.Tensor = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    tile_q: int = ...,
+    tile_kv: int = ...,
+    backend: Backend = ...,
+    return_stats: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale_factor: float | torch.Tensor = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    tile_q: int = ...,
+    tile_kv: int = ...,
+    backend: Backend = ...,
+    return_stats: Literal[True],
+) -> tuple[torch.Tensor, Stats]: ...
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale_factor: float | torch.Tensor = 0.0,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    tile_q: int = 64,
+    tile_kv: int = 128,
+    backend: Backend = "auto",
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+    """Prefill attention of packed requests, each as `attention` would run it alone.
+
+    Args:
+        q: queries of all requests, one after another [total_q, Hq, D].
+        k: keys [total_k, Hkv, D].
+        v: values [total_k, Hkv, Dv].
+        cu_seqlens_q: where each request's queries start, and the end, int32 [requests + 1].
+        cu_seqlens_k: the same for keys.
+        max_seqlen_q: queries of the longest request.
+        max_seqlen_k: keys of the longest request.
+        scale_factor: as in `attention`, like the rest; each request has its own threshold.
+        causal: whether a query sees no key after its own position.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        window: sliding window [tokens], or None.
+        tile_q: query rows that vote together [tokens].
+        tile_kv: keys per tile [tokens].
+        backend: `auto`, or one by name.
+        return_stats: also return tile counts.
+
+    Returns:
+        Output [total_q, Hq, Dv], and with `return_stats` the tile counts [requests, Hq].
+
+    Raises:
+        ValueError: shapes, lengths, geometry or scale factors break a law.
+        NotImplementedError: the named backend cannot run this call.
+    """
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            "packed q, k and v must be [tokens, heads, head_dim], but got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (
+        cu_seqlens_q.dim() != 1
+        or cu_seqlens_q.shape != cu_seqlens_k.shape
+        or not cu_seqlens_q.shape[0]
+    ):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be [requests + 1] alike, but got "
+            f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+        )
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    _check_qkv(*heads_first)
+    _check_geometry(tile_kv, window, tile_q)
+    scale = _scale(scale, q)
+    if (
+        _choose_backend(backend, q, lambda: _prefill().why_not(q, v, tile_q, tile_kv, scale, 0))
+        == "triton"
+    ):
+        factor, factors = _kernel_factors(scale_factor, q.shape[1], q.device, "query")
+        out, counts = _prefill().prefill(
+            *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
+            cu_seqlens_q.to(q.device, torch.int32), cu_seqlens_k.to(q.device, torch.int32), max_seqlen_q,
+            return_stats,
+        )  # fmt: skip
+        out = out[0].transpose(0, 1)
+        return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])
+    starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    stats = []
+    for (q0, k0), (q1, k1) in zip(starts[:-1], starts[1:], strict=True):
+        part, counted = attention(
+            *(x[:, :, i:j] for x, i, j in zip(heads_first, (q0, k0, k0), (q1, k1, k1), strict=True)),
+            scale_factor=scale_factor, causal=causal, scale=scale, window=window, tile_q=tile_q,
+            tile_kv=tile_kv, backend="reference", return_stats=True,
+        )  # fmt: skip
+        out[q0:q1] = part[0].transpose(0, 1)
+        stats.append(counted)
+    if not return_stats:
+        return out
+    empty = torch.zeros(0, q.shape[1], dtype=torch.int64, device=q.device)
+    return out, Stats(
+        torch.cat([empty, *(counted.visited for counted in stats)]),
+        torch.cat([empty, *(counted.skipped for counted in stats)]),
+    )
+
+
+@overload
 def decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
-    scale_factor: float | torch.Tensor = ..., block_table: torch.Tensor | None = ...,
-    scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_lens: Lengths = ...,
+    *,
+    scale_factor: float | torch.Tensor = ...,
+    block_table: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    tile_kv: int = ...,
+    running_max: RunningMax = ...,
+    backend: Backend = ...,
+    kv_start: int = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
 
 @overload
 def decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
-    scale_factor: float | torch.Tensor = ..., block_table: torch.Tensor | None = ...,
-    scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_lens: Lengths = ...,
+    *,
+    scale_factor: float | torch.Tensor = ...,
+    block_table: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    tile_kv: int = ...,
+    running_max: RunningMax = ...,
+    backend: Backend = ...,
+    kv_start: int = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, Stats]: ...
 
@@ -148,12 +351,14 @@ def decode_attention(
     """Decode attention: one or a few new tokens per request against its cache, skipping KV tiles.
 
     The query heads of one KV head vote together, for each query token alone. Token t of T sees
-    kv_len - T + t + 1 keys, and that is the length behind its threshold: sending tokens one by one or in
+    kv_len - T + t + 1 keys, and that is the length behind its threshold: sending tokens one by one
+    or in
     a short run gives the same result.
 
     Args:
         q: queries [B, Hq, D], or [B, Hq, T, D] for runs of T tokens.
-        k_cache: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `block_table`.
+        k_cache: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with
+            `block_table`.
         v_cache: as `k_cache`.
         kv_lens: KV length per request, the new tokens included [B]; None: kv_start + Skv.
         scale_factor: threshold times KV length [tokens], a number or a tensor [Hkv]; 0 is dense.
@@ -176,10 +381,26 @@ def decode_attention(
     run = q if q.dim() == 4 else q[:, :, None]
     if block_table is not None:
         _check_block_table(block_table, kv_lens, k_cache, kv_start)
-        k_cache, v_cache = (_gather_pages(cache, block_table) for cache in (k_cache, v_cache))
-    _check_qkv(run, k_cache, v_cache)
     _check_geometry(tile_kv, window, None)
-    _resolve_backend(backend, q)
+    scale = _scale(scale, q)
+    page = 0 if block_table is None else k_cache.shape[2]
+    _check_qkv(run, k_cache, v_cache, paged=block_table is not None)
+    why_not = lambda: _decode().why_not(run, v_cache, tile_kv, scale, kv_start, page)  # noqa: E731
+    if _choose_backend(backend, q, why_not) == "triton":
+        factor, factors = _kernel_factors(scale_factor, k_cache.shape[1], q.device, "KV")
+        capacity = page * block_table.shape[1] if block_table is not None else k_cache.shape[2]
+        _warn_if_known_meaningless(factor, kv_lens, capacity, tokens=run.shape[2])
+        out, counts = _decode().decode(
+            run, k_cache, v_cache, _kernel_lengths("kv_lens", kv_lens, q.shape[0], capacity, q.device),
+            None if block_table is None else block_table.to(q.device, torch.int32),
+            factor, factors, scale, window, tile_kv, running_max == "seeded", 0, return_stats,
+        )  # fmt: skip
+        out = out if q.dim() == 4 else out[:, :, 0]
+        return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
+    if block_table is not None:
+        if bool((block_table >= k_cache.shape[0]).any()):
+            raise ValueError(f"block_table names a page that is not below {k_cache.shape[0]}")
+        k_cache, v_cache = (_gather_pages(cache, block_table) for cache in (k_cache, v_cache))
     kv_heads, tokens = k_cache.shape[1], run.shape[2]
     factors = _scale_factors(scale_factor, kv_heads, q.device, "KV")
     out = q.new_zeros(*run.shape[:3], v_cache.shape[-1])
@@ -190,7 +411,7 @@ def decode_attention(
     for b, (_, kv_len) in enumerate(lengths):
         request = Request(tokens, kv_len, kv_start, True, window, None, tile_kv, running_max)
         out[b], stats.visited[b], stats.skipped[b] = reference.attend(
-            run[b], k_cache[b], v_cache[b], request, _scale(scale, q), factors
+            run[b], k_cache[b], v_cache[b], request, scale, factors
         )
     out = out if q.dim() == 4 else out[:, :, 0]
     return (out, stats) if return_stats else out
@@ -233,7 +454,7 @@ def tile_gaps(
     """
     _check_qkv(q, k, k)
     _check_geometry(tile_kv, window, tile_q)
-    _resolve_backend(backend, q)
+    _choose_backend(backend, q, lambda: "tile_gaps has no kernel; `tile_statistics` has")
     tiles = (-(-q.shape[2] // tile_q), -(-k.shape[2] // tile_kv))
     result = torch.full((*q.shape[:2], *tiles), -torch.inf, device=q.device, dtype=torch.float32)
     result = result.double() if q.dtype == torch.float64 else result
@@ -283,12 +504,26 @@ def tile_statistics(
     """
     _check_qkv(q, k, v)
     _check_geometry(tile_kv, window, None if decode else tile_q)
-    _resolve_backend(backend, q)
+    scale = _scale(scale, q)
+    why_not = lambda: _gaps().why_not(q, v, None if decode else tile_q, tile_kv, scale, kv_start)  # noqa: E731
+    if _choose_backend(backend, q, why_not) == "triton":
+        out, histogram = _gaps().statistics(
+            q, k, v, decode=decode, causal=causal, scale=scale, window=window, tile_q=tile_q, tile_kv=tile_kv,
+            seeded=running_max == "seeded",
+        )  # fmt: skip
+        return out, histogram
     kv_len = kv_start + k.shape[2]
     request = Request(
-        q.shape[2], kv_len, kv_start, causal, window, None if decode else tile_q, tile_kv, running_max
+        q.shape[2],
+        kv_len,
+        kv_start,
+        causal,
+        window,
+        None if decode else tile_q,
+        tile_kv,
+        running_max,
     )
-    pairs = [reference.statistics(*qkv, request, _scale(scale, q)) for qkv in zip(q, k, v, strict=True)]
+    pairs = [reference.statistics(*qkv, request, scale) for qkv in zip(q, k, v, strict=True)]
     histograms = [histogram for _, histogram in pairs]
     total = TileHistogram(
         counts=torch.stack([h.counts for h in histograms]).sum(0),
@@ -298,22 +533,62 @@ def tile_statistics(
     return torch.stack([out for out, _ in pairs]), total
 
 
-def _resolve_backend(backend: Backend, q: torch.Tensor) -> None:
+def _prefill() -> ModuleType:
+    from skip_softmax import prefill
+
+    return prefill
+
+
+def _decode() -> ModuleType:
+    from skip_softmax import decode
+
+    return decode
+
+
+def _gaps() -> ModuleType:
+    from skip_softmax import gaps
+
+    return gaps
+
+
+def _choose_backend(
+    backend: Backend, q: torch.Tensor, why_not: Callable[[], str | None]
+) -> Literal["reference", "triton"]:
+    """The backend that runs a call; `why_not` says why the Triton kernels cannot."""
     if backend not in ("auto", "reference", "triton", "hopper"):
         raise ValueError(f"backend must be auto, reference, triton or hopper, but got {backend!r}")
-    if backend in ("triton", "hopper"):
+    if backend == "hopper":
         raise NotImplementedError(
-            f"backend={backend!r} is not part of this version; use backend='reference' or 'auto'"
+            "backend='hopper' is not part of this version; use backend='auto' or 'triton'"
         )
+    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        return "reference"
+    if not _HAS_TRITON:
+        reason: str | None = (
+            "triton is not installed; `pip install skip-softmax-calibrate[gpu]` brings it"
+        )
+    else:
+        reason = why_not()
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise NotImplementedError(f"backend='triton' cannot run this call: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"the reference runs this call, slowly: {reason}", FallbackWarning, stacklevel=3
+        )
+    return "reference"
 
 
-def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool = False) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             "q, k and v must be [batch, heads, tokens, head_dim], but got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    batch_agrees = paged or q.shape[0] == k.shape[0]
+    if k.shape[:3] != v.shape[:3] or not batch_agrees or q.shape[3] != k.shape[3]:
         raise ValueError(
             "q, k and v must agree in batch and head_dim, k and v also in heads and tokens, but got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -352,6 +627,45 @@ def _scale_factors(
     return factors.expand(heads)
 
 
+def _kernel_factors(
+    value: float | torch.Tensor, heads: int, device: torch.device, kind: str
+) -> tuple[float, torch.Tensor | None]:
+    """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is, without a wait."""
+    if not isinstance(value, torch.Tensor):
+        _scale_factors(value, heads, torch.device("cpu"), kind)
+        return float(value), None
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = _scale_factors(value, heads, device, kind)
+    elif value.shape not in ((), (heads,)):
+        raise ValueError(
+            f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head), "
+            f"but got shape {tuple(value.shape)}"
+        )
+    return 0.0, value.to(device, torch.float32).expand(heads).contiguous()
+
+
+def _kernel_lengths(
+    name: str, lengths: Lengths, batch: int, most: int, device: torch.device
+) -> torch.Tensor | None:
+    """int32 [batch] on the device; numbers of the host are checked, a tensor of the device is clamped by the kernel."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, torch.Tensor) or (
+        lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):
+        values = [int(n) for n in lengths]
+        if len(values) != batch or any(not 0 <= n <= most for n in values):
+            raise ValueError(
+                f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}"
+            )
+        return torch.tensor(values, dtype=torch.int32, device=device)
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"`{name}` must hold {batch} numbers, but got shape {tuple(lengths.shape)}"
+        )
+    return lengths.to(device, torch.int32)
+
+
 def _lengths(
     q_lens: Lengths, kv_lens: Lengths, q: torch.Tensor, k: torch.Tensor, kv_start: int
 ) -> list[tuple[int, int]]:
@@ -360,7 +674,9 @@ def _lengths(
     keys = [most_kv] * batch if kv_lens is None else [int(n) for n in kv_lens]
     for name, values, most in (("q_lens", queries, most_q), ("kv_lens", keys, most_kv)):
         if len(values) != batch or any(not 0 <= n <= most for n in values):
-            raise ValueError(f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}")
+            raise ValueError(
+                f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}"
+            )
     return list(zip(queries, keys, strict=True))
 
 
@@ -368,26 +684,36 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
-def _warn_if_meaningless(factors: torch.Tensor, kv_lens: list[int]) -> None:
+def _warn_if_meaningless(factors: torch.Tensor, kv_lens: list[int], stacklevel: int = 3) -> None:
     shortest, largest = min(kv_lens, default=0), float(factors.max()) if factors.numel() else 0.0
     if largest > 0 and largest >= shortest:
         warnings.warn(
             f"`scale_factor < kv_len` must hold, but got scale_factor={largest:g} with kv_len={shortest}; "
             "such votes run dense. Lower the scale factor, or send short requests to dense attention",
             DenseCallWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
+
+
+def _warn_if_known_meaningless(
+    factor: float, kv_lens: Lengths, capacity: int, tokens: int = 1
+) -> None:
+    """As `_warn_if_meaningless`, from what the host knows."""
+    if factor == 0 or isinstance(kv_lens, torch.Tensor) or torch.compiler.is_compiling():
+        return
+    lengths = [capacity] if kv_lens is None else [int(n) for n in kv_lens]
+    _warn_if_meaningless(torch.tensor([factor]), [n - tokens + 1 for n in lengths], stacklevel=4)
 
 
 def _check_block_table(
     block_table: torch.Tensor, kv_lens: Lengths, k_cache: torch.Tensor, kv_start: int
 ) -> None:
     if block_table.dim() != 2 or block_table.is_floating_point():
-        raise ValueError(f"block_table must be integers [batch, pages], but got {tuple(block_table.shape)}")
+        raise ValueError(
+            f"block_table must be integers [batch, pages], but got {tuple(block_table.shape)}"
+        )
     if kv_lens is None or kv_start:
         raise ValueError("a paged cache needs `kv_lens`, and `kv_start=0`")
-    if bool((block_table >= k_cache.shape[0]).any()):
-        raise ValueError(f"block_table names a page that is not below {k_cache.shape[0]}")
 
 
 def _gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:

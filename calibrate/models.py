@@ -98,7 +98,7 @@ def load(config: ModelConfig) -> LoadedModel:
         model=model,
         tokenizer=tokenizer,
         name=_name(location),
-        sha256=_hash(location, model),
+        sha256=model_hash(location, model),
         layers=layers,
         max_context=getattr(text_config, "max_position_embeddings", None),
         dtype=config.dtype,
@@ -216,7 +216,8 @@ def _config_without_export(file: Path) -> bytes:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
 
 
-def _hash(location: str | Path, model: Any) -> str:
+def model_hash(location: str | Path, model: Any) -> str:
+    """SHA-256 of what decides a model's numbers: its files, or the commit that a hub id resolved to."""
     digest = hashlib.sha256()
     if isinstance(location, Path):
         files = (

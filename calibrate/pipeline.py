@@ -98,8 +98,8 @@ def run(config: RunConfig, folder: str | os.PathLike[str], progress: Progress | 
         UserError: config, model, prompts or folder are wrong.
         WorkFailed: nothing can be skipped within the budget.
     """
-    with _locked(_prepared(Path(folder), config)) as path:
-        work = _Work(config, path, progress or Silent())
+    with locked(prepared(Path(folder), config)) as path:
+        work = Work(config, path, progress or Silent())
         work.capture()
         work.fit()
         work.sensitivity()
@@ -125,8 +125,8 @@ def search_again(
         config = config.model_copy(
             update={"search": config.search.model_copy(update={"trials": trials})}
         )
-    with _locked(path):
-        work = _Work(config, path, progress or Silent())
+    with locked(path):
+        work = Work(config, path, progress or Silent())
         work.require("sensitivity")
         _write_config(path, config)
         work.forget("search", "validation")
@@ -145,8 +145,8 @@ def validate_again(folder: str | os.PathLike[str], progress: Progress | None = N
         The run with its new verdict.
     """
     path, config = open_run(folder)
-    with _locked(path):
-        work = _Work(config, path, progress or Silent())
+    with locked(path):
+        work = Work(config, path, progress or Silent())
         work.require("search")
         work.forget("validation")
         return work.finish()
@@ -159,7 +159,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         UserError: it is no run folder, or the run is not finished.
     """
     path, config = open_run(folder)
-    work = _Work(config, path, Silent())
+    work = Work(config, path, Silent())
     work.require("validation")
     return work.emitted()
 
@@ -205,7 +205,7 @@ def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
     return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
 
 
-class _Work:
+class Work:
     """The stages of one run over its folder. Each stage reads what earlier ones left on disk."""
 
     def __init__(self, config: RunConfig, folder: Path, progress: Progress) -> None:
@@ -239,7 +239,7 @@ class _Work:
                 split: [asdict(prompt) for prompt in prompts] for split, prompts in sets.items()
             }
             write_text_atomically(path, json.dumps(rows))
-        rows = _read_json(path)
+        rows = read_json(path)
         return {split: [_prompt(row) for row in rows[split]] for split in rows}
 
     @cached_property
@@ -375,7 +375,7 @@ class _Work:
             thresholds=Thresholds.load(self.folder / "thresholds.yaml"),
             stats=self.statistics,
             study=self.study,
-            validation=_read_json(self.folder / "validation.json"),
+            validation=read_json(self.folder / "validation.json"),
         )
 
     def forget(self, *stages: str) -> None:
@@ -422,7 +422,7 @@ class _Work:
     def _evaluate_once(self, setting: Setting, prompt: Prompt) -> Outcome:
         """Like `_evaluate`, but what an interrupted validation measured is taken from disk."""
         path = self.folder / "heldout.json"
-        known: dict[str, Any] = _read_json(path) if path.exists() else {}
+        known: dict[str, Any] = read_json(path) if path.exists() else {}
         key = f"{provenance.digest(setting)}:{prompt.key}"
         if key not in known:
             known[key] = asdict(self._evaluate(setting, prompt))
@@ -452,7 +452,7 @@ class _Work:
         thresholds = emit(
             template,
             result,
-            _read_json(self.folder / "fit.json"),
+            read_json(self.folder / "fit.json"),
             times,
             self.cost,
             self.config,
@@ -462,13 +462,13 @@ class _Work:
 
     def _sensitivity_rows(self) -> list[dict[str, Any]]:
         path = self.folder / "sensitivity.json"
-        return list(_read_json(path)) if path.exists() else []
+        return list(read_json(path)) if path.exists() else []
 
     # run.json: versions, device, and how long each stage took.
 
     def _notes(self) -> dict[str, Any]:
         path = self.folder / "run.json"
-        return dict(_read_json(path)) if path.exists() else dict(provenance.of_run(self.config))
+        return dict(read_json(path)) if path.exists() else dict(provenance.of_run(self.config))
 
     def _write_notes(self, notes: dict[str, Any]) -> None:
         write_text_atomically(self.folder / "run.json", json.dumps(notes, indent=1))
@@ -495,7 +495,7 @@ class _Work:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
+def locked(folder: Path) -> Iterator[Path]:
     """Two processes in one run folder would mix their results."""
     try:
         opened = (folder / ".lock").open("w")
@@ -513,7 +513,7 @@ def _locked(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def _prepared(folder: Path, config: RunConfig) -> Path:
+def prepared(folder: Path, config: RunConfig) -> Path:
     """Makes the folder, or checks that it belongs to this config."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -549,7 +549,7 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     return Prompt(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

@@ -27,6 +27,7 @@ from skip_softmax.thresholds import PHASES, DecodeGeometry, Phase, PrefillGeomet
 
 _log = logging.getLogger(__name__)
 _NAME = "skip_softmax"
+_RUN = 16  # decode tokens per call; what the Triton kernel takes
 
 # What changes the softmax itself; such a layer keeps the model's own attention, and is named.
 _UNSUPPORTED = {
@@ -478,22 +479,23 @@ def _on_device(factors: tuple[float, ...], device: torch.device) -> float | torc
 
 def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]]:
     """Parts of a call with whether they run dense because their KV length is below `min_kv_len`."""
-    if call.phase == "prefill" or floor is None:
+    if call.phase == "prefill":
         yield call, floor is not None and call.kv_len < floor
         return
-    first = call.kv_len - call.q.shape[2] + 1  # KV length of the first token
-    short = min(max(floor - first, 0), call.q.shape[2])
-    if short:
-        seen = first + short - 1 - call.kv_start
-        yield _replace(call, call.q[:, :, :short], call.k[:, :, :seen], call.v[:, :, :seen]), True
-    if short < call.q.shape[2]:
-        yield _replace(call, call.q[:, :, short:], call.k, call.v), False
-
-
-def _replace(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
-    return Call(
-        call.layer, call.phase, q, k, v, call.scale, call.causal, call.window, call.kv_start
-    )
+    floor = floor or 0
+    tokens = call.q.shape[2]
+    first = call.kv_len - tokens + 1  # KV length of the first token
+    short = min(max(floor - first, 0), tokens)
+    for start, stop, dense in ((0, short, True), (short, tokens, False)):
+        # Tokens vote alone, so a long teacher-forced run may go through the kernel in short ones.
+        for begin in range(start, stop, _RUN):
+            end = min(begin + _RUN, stop)
+            seen = first + end - 1 - call.kv_start
+            q, k, v = call.q[:, :, begin:end], call.k[:, :, :seen], call.v[:, :, :seen]
+            yield (
+                Call(call.layer, call.phase, q, k, v, call.scale, True, call.window, call.kv_start),
+                dense,
+            )
 
 
 def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:

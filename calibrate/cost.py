@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from calibrate.errors import UserError
 from calibrate.schema import CostConfig
@@ -106,18 +107,24 @@ def load_curves(config: CostConfig, kv_len: int, head_dim: int) -> Cost:
         size = min({row["head_dim"] for row in mine}, key=lambda d: abs(d - head_dim))
         mine = [row for row in mine if row["head_dim"] == size]
         length = min({row["kv_len"] for row in mine}, key=lambda n: abs(np.log(n / max(kv_len, 1))))
-        points = sorted(
-            (row["sparsity"], row["ms"] / row["dense_ms"])
-            for row in mine
-            if row["kv_len"] == length
-        )
-        curves[phase] = Curve(tuple(p[0] for p in points), tuple(p[1] for p in points), int(length))
+        curves[phase] = _curve([row for row in mine if row["kv_len"] == length])
     source = {
         "device": config.device,
         "files": [file.name for file in files],
         "kv_len": {phase: curve.kv_len for phase, curve in curves.items()},
     }
     return Cost(curves, source)
+
+
+def _curve(rows: list[dict[str, Any]]) -> Curve:
+    """One curve through the rows; they scatter, but skipping more never takes longer."""
+    rows = sorted(rows, key=lambda row: float(row["sparsity"]))
+    times = isotonic_regression([row["ms"] / row["dense_ms"] for row in rows], increasing=False).x
+    return Curve(
+        tuple(float(row["sparsity"]) for row in rows),
+        tuple(float(t) for t in times),
+        int(rows[0]["kv_len"]),
+    )
 
 
 def _bundled_files() -> list[Path]:
@@ -141,6 +148,8 @@ def _rows(file: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{file}:{number}: not valid JSON ({error})") from None
+        if row.get("phase", PHASES[0]) not in PHASES:
+            continue  # other measurements of the same session
         if not needed <= set(row):
             raise UserError(f"{file}:{number}: a row needs the keys {sorted(needed - set(row))}")
         rows.append(row)

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Literal, overload
 
@@ -269,7 +270,8 @@ def attention_varlen(
         factor, factors = _kernel_factors(scale_factor, q.shape[1], q.device, "query")
         out, counts = _prefill().prefill(
             *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
-            cu_seqlens_q.to(q.device, torch.int32), cu_seqlens_k.to(q.device, torch.int32), max_seqlen_q,
+            cu_seqlens_q.to(q.device, torch.int32), cu_seqlens_k.to(q.device, torch.int32),
+            max_seqlen_q,
             return_stats,
         )  # fmt: skip
         out = out[0].transpose(0, 1)
@@ -277,7 +279,7 @@ def attention_varlen(
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
     stats = []
-    for (q0, k0), (q1, k1) in zip(starts[:-1], starts[1:], strict=True):
+    for (q0, k0), (q1, k1) in pairwise(starts):
         part, counted = attention(
             *(x[:, :, i:j] for x, i, j in zip(heads_first, (q0, k0, k0), (q1, k1, k1), strict=True)),
             scale_factor=scale_factor, causal=causal, scale=scale, window=window, tile_q=tile_q,
@@ -385,7 +387,10 @@ def decode_attention(
     scale = _scale(scale, q)
     page = 0 if block_table is None else k_cache.shape[2]
     _check_qkv(run, k_cache, v_cache, paged=block_table is not None)
-    why_not = lambda: _decode().why_not(run, v_cache, tile_kv, scale, kv_start, page)  # noqa: E731
+
+    def why_not() -> str | None:
+        return _decode().why_not(run, v_cache, tile_kv, scale, kv_start, page)
+
     if _choose_backend(backend, q, why_not) == "triton":
         factor, factors = _kernel_factors(scale_factor, k_cache.shape[1], q.device, "KV")
         capacity = page * block_table.shape[1] if block_table is not None else k_cache.shape[2]
@@ -505,10 +510,14 @@ def tile_statistics(
     _check_qkv(q, k, v)
     _check_geometry(tile_kv, window, None if decode else tile_q)
     scale = _scale(scale, q)
-    why_not = lambda: _gaps().why_not(q, v, None if decode else tile_q, tile_kv, scale, kv_start)  # noqa: E731
+
+    def why_not() -> str | None:
+        return _gaps().why_not(q, v, None if decode else tile_q, tile_kv, scale, kv_start)
+
     if _choose_backend(backend, q, why_not) == "triton":
         out, histogram = _gaps().statistics(
-            q, k, v, decode=decode, causal=causal, scale=scale, window=window, tile_q=tile_q, tile_kv=tile_kv,
+            q, k, v, decode=decode, causal=causal, scale=scale, window=window, tile_q=tile_q,
+            tile_kv=tile_kv,
             seeded=running_max == "seeded",
         )  # fmt: skip
         return out, histogram
@@ -647,7 +656,7 @@ def _kernel_factors(
 def _kernel_lengths(
     name: str, lengths: Lengths, batch: int, most: int, device: torch.device
 ) -> torch.Tensor | None:
-    """int32 [batch] on the device; numbers of the host are checked, a tensor of the device is clamped by the kernel."""
+    """int32 [batch] on the device; the host's numbers are checked, the kernel clamps the device's."""
     if lengths is None:
         return None
     if not isinstance(lengths, torch.Tensor) or (

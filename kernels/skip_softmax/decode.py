@@ -1,0 +1,352 @@
+"""Decode attention that skips KV tiles, in Triton: one or a few query tokens per request,
+split over the keys.
+
+A program owns one KV head of one request and a range of its KV tiles. All query heads of that KV head vote
+together, each query token alone. K is read always; V is read only after the decision, which is what saves
+memory traffic:
+
+    for each tile j of the range:
+        s, top   = q k_j^T, its row maxima
+        bits     = the tokens that keep the tile
+        if bits: p, l, acc, with v_j loaded here
+
+What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
+`seeded`: the row maximum over the first and the last visited tile,
+which every program computes for itself and
+which are never skipped. `ascending`: the running maximum over all earlier tiles,
+which only a program that walks
+them all knows, so it runs with a single split.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from skip_softmax.prefill import LOG2E, device, precision, why_not_here, width
+from skip_softmax.tiles import (
+    count_bits,
+    keeps,
+    kept_votes,
+    log2_threshold,
+    online_softmax,
+    visible,
+)
+
+MOST_TOKENS = 16  # query tokens per request
+
+
+@triton.jit
+def _load_keys(
+    x, offset, stride_page, stride, table, start, limit,
+    TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+):
+    """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on."""
+    keys = start + tl.arange(0, TILE_KV)
+    columns = tl.arange(0, WIDTH)
+    held = (keys < limit)[:, None]
+    if WIDTH != HEAD_DIM:
+        held = held & (columns < HEAD_DIM)[None, :]
+    if PAGE == 0:
+        rows = offset + start.to(tl.int64) * stride + tl.arange(0, TILE_KV) * stride
+    elif PAGE >= TILE_KV:
+        page = tl.load(table + start // PAGE).to(tl.int64)
+        rows = offset + page * stride_page + (start % PAGE + tl.arange(0, TILE_KV)) * stride
+    else:
+        page = tl.load(table + keys // PAGE, mask=keys < limit, other=0).to(tl.int64)
+        rows = offset + page * stride_page + (keys % PAGE) * stride
+    return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
+
+
+@triton.jit(do_not_specialize=["kv_len", "window"])
+def _decode(
+    q, k, v, out, lse, stats, factors, kv_lens, table,
+    factor, scale, kv_len, window,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_ot, stride_table,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_KV: tl.constexpr,
+    PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr, SEEDED: tl.constexpr,
+    SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    if EARLY:
+        # `_combine` may take its place on the device already; it waits there for these programs.
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2)
+    if kv_lens is not None:
+        kv_len = tl.minimum(tl.load(kv_lens + batch), kv_len)
+
+    # Row r is head r % GROUP of token r // GROUP; each token sees its own number of keys.
+    row = tl.arange(0, ROWS)
+    token = row // GROUP
+    length = kv_len - (TOKENS - 1) + token
+    valid = (row < TOKENS * GROUP) & (length > 0)
+    ballot = tl.where(valid, 1 << tl.minimum(token, TOKENS), 0)
+    position = length - 1
+    if WINDOWED:
+        first_tile = tl.maximum(length - window, 0) // TILE_KV
+        low = tl.maximum(kv_len - (TOKENS - 1) - window, 0) // TILE_KV
+        low_last = tl.maximum(kv_len - window, 0) // TILE_KV
+    else:
+        first_tile = tl.zeros([ROWS], tl.int32)
+        low = 0
+        low_last = 0
+    last_tile = position // TILE_KV
+    high = tl.cdiv(kv_len, TILE_KV)
+
+    columns = tl.arange(0, WIDTH)
+    q_rows = batch.to(tl.int64) * stride_qb + (kv_head * GROUP + row % GROUP) * stride_qh + token * stride_qt
+    q_tile = tl.load(
+        q + q_rows[:, None] + columns[None, :], mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0
+    )
+    k_offset = kv_head.to(tl.int64) * stride_kh
+    v_offset = kv_head.to(tl.int64) * stride_vh
+    if PAGE == 0:
+        k_offset += batch.to(tl.int64) * stride_kb
+        v_offset += batch.to(tl.int64) * stride_vb
+    else:
+        table += batch.to(tl.int64) * stride_table
+
+    seed = tl.full([ROWS], float("-inf"), tl.float32)
+    if ARMED:
+        if factors is not None:
+            factor = tl.load(factors + kv_head)
+        threshold = log2_threshold(factor, length)
+        if SEEDED:
+            # The tiles that are some token's first, then those that are some token's last.
+            high_first = tl.maximum(kv_len - TOKENS, 0) // TILE_KV
+            firsts = low_last + 1 - low
+            count = tl.where(tl.max(tl.where(valid, threshold, float("-inf")), 0) > float("-inf"),
+                             firsts + high - high_first, 0)
+            for i in tl.range(0, count, num_stages=2):
+                tile = tl.where(i < firsts, low + i, high_first + i - firsts)
+                start = tile * TILE_KV
+                keys = _load_keys(
+                    k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE
+                )
+                scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+                seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
+                seen = seen & ((tile == first_tile) | (tile == last_tile))[:, None]
+                seed = tl.maximum(seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale)
+
+    tiles = tl.maximum(high - low, 0)
+    first = low + (tiles * split) // tl.num_programs(0)
+    last = low + (tiles * (split + 1)) // tl.num_programs(0)
+    acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    kept = 0
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * TILE_KV
+        keys = _load_keys(
+            k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE
+        )
+        if not ARMED:
+            values = _load_keys(
+                v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, PAGE
+            )
+        scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+        seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
+        scores = tl.where(seen, scores, float("-inf"))
+        tile_max = tl.max(scores, 1) * scale
+        if ARMED:
+            if SEEDED:
+                objects = keeps(tile_max, seed, threshold)
+                objects = objects | ((tile == first_tile) | (tile == last_tile)) & (tile_max > float("-inf"))
+            else:
+                objects = keeps(tile_max, m, threshold)
+            bits = kept_votes(objects, ballot)
+            if STATS:
+                kept += count_bits(bits, TOKENS)
+            if bits != 0:
+                absent = (bits & ballot) == 0
+                # A split's own running maximum may lie below a tile that its token skips.
+                m_new = tl.where(absent, m, tl.maximum(m, tile_max))
+                values = _load_keys(
+                    v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V,
+                    PAGE
+                )
+                weights, l, acc = online_softmax(scores, scale, m, m_new, absent, l, acc, True, True)
+                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                m = m_new
+        else:
+            m_new = tl.maximum(m, tile_max)
+            weights, l, acc = online_softmax(scores, scale, m, m_new, ballot == 0, l, acc, True, True)
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+            m = m_new
+
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    columns = tl.arange(0, WIDTH_V)
+    written = (row < TOKENS * GROUP)[:, None] & (columns < HEAD_DIM_V)[None, :]
+    if SPLIT:
+        slot = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
+        rows = slot.to(tl.int64) * (TOKENS * GROUP) + row
+        tl.store(lse + rows, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)
+        tl.store(out + rows[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
+    else:
+        rows = batch.to(tl.int64) * stride_ob + token * stride_ot
+        rows += (kv_head * GROUP + row % GROUP) * stride_oh
+        tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=written)
+    if STATS:
+        seen_tiles = tl.where(valid & (row % GROUP == 0), last_tile - first_tile + 1, 0)
+        visited = tl.where(split == 0, tl.sum(seen_tiles, 0), 0)
+        slot = stats + (batch * tl.num_programs(1) + kv_head) * 2
+        tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
+        if ARMED:
+            tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    parts, lse, out, splits, stride_ob, stride_oh, stride_ot,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):
+    """Joins the splits of one row by their log-sum-exp."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2)
+    base = (batch * tl.num_programs(1) + kv_head).to(tl.int64) * splits
+    columns = tl.arange(0, WIDTH_V)
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([WIDTH_V], tl.float32)
+    for first in tl.range(0, splits, BLOCK):
+        split = first + tl.arange(0, BLOCK)
+        rows = (base + split) * (TOKENS * GROUP) + row
+        part_lse = tl.load(lse + rows, mask=split < splits, other=float("-inf"))
+        part = tl.load(
+            parts + rows[:, None] * HEAD_DIM_V + columns[None, :],
+            mask=(split < splits)[:, None] & (columns < HEAD_DIM_V)[None, :], other=0.0,
+        )
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(part_lse - safe)
+        alpha = tl.exp2(top - safe)
+        total = total * alpha + tl.sum(weights, 0)
+        acc = acc * alpha + tl.sum(weights[:, None] * part, 0)
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    where = batch.to(tl.int64) * stride_ob + row // GROUP * stride_ot
+    where += (kv_head * GROUP + row % GROUP) * stride_oh
+    tl.store(out + where + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM_V)
+
+
+def why_not(q: torch.Tensor, v: torch.Tensor, tile_kv: int, scale: float, kv_start: int,
+page: int) -> str | None:
+    """Why these kernels cannot run a call, or None when they can; q is [B, Hq, T, D]."""
+    if q.shape[2] > MOST_TOKENS:
+        return f"{q.shape[2]} query tokens are more than {MOST_TOKENS}"
+    rows = q.shape[2] * q.shape[1] // v.shape[1]
+    if rows > 128:
+        return f"{rows} rows per KV head (tokens x query heads) are more than 128"
+    if not 16 <= tile_kv <= 256:
+        return f"tile_kv {tile_kv} is not between 16 and 256"
+    if page and (page < 16 or page & (page - 1)):
+        return f"page size {page} is not a power of two from 16"
+    return why_not_here(q, v, scale, kv_start)
+
+
+def choose(batch_heads: int, tiles: int, processors: int) -> tuple[int, int, int]:
+    """Splits, warps and pipeline stages; measured on an H100, see kernels/bench/results.
+
+    Args:
+        batch_heads: requests times KV heads.
+        tiles: KV tiles of the longest request.
+        processors: multiprocessors of the device.
+    """
+    if batch_heads >= processors:
+        # Enough programs without splitting: small ones, many to a processor.
+        splits, warps, stages = 4 * processors // batch_heads, 2, 2
+    else:
+        splits, warps, stages = 2 * processors // batch_heads, 4, 3
+    return max(1, min(splits, tiles // 4)), warps, stages
+
+
+def launch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kv_lens: torch.Tensor | None,
+    table: torch.Tensor | None,
+    factor: float, factors: torch.Tensor | None, scale: float, window: int | None, tile_kv: int, seeded: bool,
+    splits: int, stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs one configuration; `decode` says what the arguments mean."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, tokens, _ = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    armed = factors is not None or factor > 0
+    out = torch.empty(batch, heads, tokens, v.shape[-1], dtype=q.dtype, device=q.device)
+    counts = torch.zeros(batch if stats else 0, kv_heads, 2, dtype=torch.int64, device=q.device)
+    if not out.numel():
+        return out, counts
+    capacity = k.shape[2] if table is None else table.shape[1] * k.shape[2]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
+    chosen, warps, stages = choose(batch * kv_heads, triton.cdiv(capacity, tile_kv), processors)
+    splits = 1 if armed and not seeded else splits or chosen
+    shape = (batch, kv_heads, splits, tokens * group)
+    parts = torch.empty((*shape, v.shape[-1]) if splits > 1 else (0,), dtype=torch.float32, device=q.device)
+    lse = torch.empty(shape if splits > 1 else (0,), dtype=torch.float32, device=q.device)
+    early = splits > 1 and q.is_cuda and device(q.device)[0] >= 9
+    _decode[(splits, kv_heads, batch)](
+        q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,
+        factor, scale * LOG2E, capacity, window or 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        0 if table is None else table.stride(0),
+        TOKENS=tokens, GROUP=group, ROWS=max(16, triton.next_power_of_2(tokens * group)),
+        HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]),
+        TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2], WINDOWED=window is not None, ARMED=armed,
+        SEEDED=seeded, SPLIT=splits > 1, EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
+        STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    if splits > 1:
+        _combine[(tokens * group, kv_heads, batch)](
+            parts, lse, out, splits, *out.stride()[:3], TOKENS=tokens, GROUP=group, HEAD_DIM_V=v.shape[-1],
+            WIDTH_V=width(v.shape[-1]), BLOCK=min(64, triton.next_power_of_2(splits)), EARLY=early,
+            num_warps=4,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    return out, counts
+
+
+@torch.library.custom_op("skip_softmax::decode", mutates_args=())
+def decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lens: torch.Tensor | None,
+    table: torch.Tensor | None,
+    factor: float, factors: torch.Tensor | None, scale: float, window: int | None, tile_kv: int, seeded: bool,
+    splits: int, stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Skip-softmax decode attention; nothing in it waits for the device.
+
+    Args:
+        q: queries [B, Hq, T, D].
+        k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
+        v: as `k`.
+        kv_lens: KV length per request, int32 [B]; None: Skv.
+        table: page numbers, int32 [B, pages per request], or None.
+        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
+        factors: scale factor per KV head, fp32 [Hkv]; wins over `factor`.
+        scale: factor of the scores.
+        window: sliding window [tokens], or None.
+        tile_kv: keys per tile.
+        seeded: what a tile is compared with (module docstring).
+        splits: programs per KV head and request; 0 chooses.
+        stats: whether to count tiles.
+
+    Returns:
+        Output [B, Hq, T, Dv]; visited and skipped tiles, int64 [B, Hkv, 2], empty without `stats`.
+    """
+    return launch(
+        q, k, v, kv_lens=kv_lens, table=table, factor=factor, factors=factors, scale=scale, window=window,
+        tile_kv=tile_kv, seeded=seeded, splits=splits, stats=stats,
+    )  # fmt: skip
+
+
+@decode.register_fake
+def _(q, k, v, kv_lens, table, factor, factors, scale, window, tile_kv, seeded, splits, stats):
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    return out, q.new_empty((q.shape[0] if stats else 0, k.shape[1], 2), dtype=torch.int64)

@@ -1,0 +1,155 @@
+"""Words that the Triton kernels share: masks, the skip decision, the online softmax.
+
+Scores live in the log2 domain inside the kernels (natural logits times log2 e), so that every exponential
+is one `exp2`. A row's running maximum `m` starts at -inf; `l` is the row sum, `acc` the unnormalised output.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log2_threshold(scale_factor, kv_len):
+    """log2 of the threshold scale_factor / kv_len; -inf (nothing is below it) where the call is dense."""
+    length = kv_len.to(tl.float32)
+    scale_factor += length * 0.0  # one number per length
+    # 0 and a threshold of 1 or more are dense; so is NaN, which fails both comparisons.
+    active = (scale_factor > 0.0) & (scale_factor < length)
+    return tl.where(active, tl.log2(tl.where(active, scale_factor, 1.0) / length), float("-inf"))
+
+
+@triton.jit
+def visible(position, key, kv_len, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Which keys each row sees, bool [rows, keys]."""
+    last = position[:, None]
+    if CAUSAL:
+        seen = (key[None, :] <= last) & (key < kv_len)[None, :]
+    else:
+        seen = (key[None, :] < kv_len) & (last == last)
+    if WINDOWED:
+        seen = seen & (key[None, :] > last - window)
+    return seen
+
+
+@triton.jit
+def keeps(tile_max, before, threshold):
+    """Whether a row objects to skipping the tile: exp(tile_max - before) >= threshold.
+
+    A row that sees no key of the tile (-inf) never objects.
+    """
+    return (tile_max >= before + threshold) & (tile_max > float("-inf"))
+
+
+@triton.jit
+def kept_votes(objects, ballot):
+    """The votes that keep the tile, as bits of one scalar; zero: the whole block skips it.
+
+    `ballot` holds each row's vote as one bit, and 0 for padding rows, which never vote.
+    """
+    return tl.reduce_or(tl.where(objects, ballot, 0), 0)
+
+
+@triton.jit
+def private_votes(objects):
+    """Lets the 64 rows of each warpgroup vote alone (sm_90, 8 warps, 128 rows).
+
+    A reduction over all rows makes both warpgroups wait for each other in every tile; kept apart,
+    one computes its
+    softmax while the other has the tensor cores. Each thread holds two rows of the score tile,
+    and the barrier of
+    its warpgroup returns the OR of what the 128 threads bring.
+
+    Returns:
+        Each row's vote, int32 [rows]: nonzero keeps the tile.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred mine, any;
+        .reg .b32 both, group;
+        or.b32 both, $2, $3;
+        setp.ne.b32 mine, both, 0;
+        mov.u32 group, %tid.x;
+        shr.u32 group, group, 7;
+        add.u32 group, group, 1;
+        barrier.cta.red.or.pred any, group, 128, mine;
+        selp.b32 $0, 1, 0, any;
+        selp.b32 $1, 1, 0, any;
+        }
+        """,
+        "=r,=r,r,r", [objects.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=2,
+    )
+
+
+@triton.jit
+def count_bits(bits, VOTES: tl.constexpr):
+    """How many votes `bits` holds."""
+    total = bits & 1
+    for vote in tl.static_range(1, VOTES):
+        total += (bits >> vote) & 1
+    return total
+
+
+@triton.jit
+def online_softmax(scores, scale, m, m_new, absent, l, acc, MASKED: tl.constexpr, PARTIAL: tl.constexpr):
+    """Weights of one tile, and the state rescaled to the new running maximum.
+
+    Args:
+        scores: raw scores [rows, keys], -inf where masked.
+        scale: turns raw scores into the log2 domain.
+        m: running maximum before the tile.
+        m_new: running maximum with the tile.
+        absent: rows that this tile leaves as they are (their vote skipped it); used when PARTIAL.
+        l: row sums.
+        acc: unnormalised output.
+        MASKED: whether a row may have seen no key yet.
+        PARTIAL: whether a row may be absent.
+
+    Returns:
+        Weights [rows, keys], l, acc.
+    """
+    top = m_new
+    if MASKED:
+        # A row without any key so far has top = -inf, and -inf minus -inf is no number.
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - top)
+    if PARTIAL:
+        top = tl.where(absent, float("inf"), top)
+    weights = tl.exp2(scores * scale - top[:, None])
+    return weights, l * alpha + tl.sum(weights, 1), acc * alpha[:, None]
+
+
+@triton.jit
+def place_of(offset, stride):
+    """Row and column of an offset in the matrix that a descriptor shows; once per head, for it divides."""
+    row = offset // stride
+    return row.to(tl.int32), (offset - row * stride).to(tl.int32)
+
+
+@triton.jit
+def load_tile(
+    x, offset, place, stride, first, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr,
+):
+    """Rows `first` to `first + ROWS` of one head, [ROWS, WIDTH]; columns beyond COLUMNS are zero.
+
+    The head starts at `offset` for pointers, at row and column `place` for a descriptor.
+    MASKED: rows from `limit` on may lie outside the tensor. CLEAN: they must come out as zero, for a cache
+    may hold anything there, NaN too (scores are masked anyway, values are not).
+    """
+    if TMA:
+        tile = x.load([place[0] + first, place[1]])
+        if MASKED and CLEAN:
+            tile = tl.where((first + tl.arange(0, ROWS) < limit)[:, None], tile, 0.0)
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = tl.arange(0, WIDTH)
+        pointers = x + offset + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+        if MASKED:
+            held = (first + rows < limit)[:, None] & (columns < COLUMNS)[None, :]
+            tile = tl.load(pointers, mask=held, other=0.0)
+        elif WIDTH != COLUMNS:
+            tile = tl.load(pointers, mask=(columns < COLUMNS)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile

@@ -1,0 +1,112 @@
+"""Inputs whose skipped tiles are known, and the tolerance that every kernel test uses.
+
+Query rows come in kinds, one per vote. For each kind a KV tile is loud or quiet; the first tile is the sink.
+The scale factor cuts between loud and quiet, several nats from either, so that decisions are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from skip_softmax import reference
+from skip_softmax.reference import Request
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter has no bf16.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+SINK, LOUD, CUT, QUIET = 0.0, -2.0, -7.0, -12.0  # [nats]
+KINDS = 4
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Inputs, the scale factor between loud and quiet tiles, and which tiles are quiet.
+
+    Attributes:
+        q: [B, Hq, Sq, D].
+        k: [B, Hkv, Skv, D].
+        v: [B, Hkv, Skv, D].
+        scale_factor: [tokens].
+        quiet: bool [B, Hkv, KINDS, tiles].
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale_factor: float
+    quiet: torch.Tensor
+
+
+def plant(
+    *, batch: int = 1, heads: int = 2, kv_heads: int = 1, q_len: int = 200, kv_len: int = 200,
+    head_dim: int = 32,
+    tile_q: int = 64, tile_kv: int = 32, sparsity: float = 0.6, dtype: torch.dtype = torch.float32,
+    device: str = DEVICE, seed: int = 0,
+) -> Planted:  # fmt: skip
+    """Vote i of a request is of kind i % KINDS; `sparsity` is the share of quiet tiles."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    q, k = normal(batch, heads, q_len, head_dim), normal(batch, kv_heads, kv_len, head_dim)
+    v = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
+    quiet = torch.rand(batch, kv_heads, KINDS, -(-kv_len // tile_kv), generator=generator) < sparsity
+    level = torch.where(quiet, QUIET, LOUD)
+    level[..., 0] = SINK
+    kind = torch.arange(q_len) // tile_q % KINDS
+    q[..., :KINDS] = 4.0 * torch.nn.functional.one_hot(kind, KINDS)
+    per_key = level.repeat_interleave(tile_kv, -1)[..., :kv_len]
+    k[..., :KINDS] = per_key.transpose(2, 3) * math.sqrt(head_dim) / 4.0
+    return Planted(*(x.to(device, dtype) for x in (q, k, v)), kv_len * math.exp(CUT), quiet)
+
+
+def expected(
+    planted: Planted, request: Request, b: int = 0, scale_factor: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference in float64: output, visited and skipped tiles of request `b`."""
+    q, k, v = (x[b].double() for x in (planted.q, planted.k, planted.v))
+    factor = planted.scale_factor if scale_factor is None else scale_factor
+    heads = k.shape[0] if request.decode else q.shape[0]
+    factors = torch.full((heads,), factor, dtype=torch.float64, device=q.device)
+    return reference.attend(q, k, v, request, q.shape[-1] ** -0.5, factors)
+
+
+def assert_accurate(
+    out: torch.Tensor, planted: Planted, request: Request, b: int = 0, scale_factor: float | None = None
+) -> None:
+    """At most twice the error of PyTorch in the same dtype over the same kept keys, plus rounding."""
+    truth = expected(planted, request, b, scale_factor)[0]
+    factor = planted.scale_factor if scale_factor is None else scale_factor
+    q, k, v = planted.q[b, :, : request.q_len], planted.k[b, :, : request.kv_len], planted.v[b, :,
+    : request.kv_len]
+    scale = q.shape[-1] ** -0.5
+    gaps = reference.gaps(q.double(), k.double(), request, scale)
+    lengths = torch.tensor([float(request.kv_len)], dtype=torch.float64, device=q.device)
+    if request.decode:
+        lengths = torch.arange(
+            request.kv_len - request.q_len + 1, request.kv_len + 1, device=q.device).double(
+        )
+    active = (factor > 0) & (factor < lengths)[None, :, None]
+    skipped = active & (gaps < (math.log(factor or 1.0) - lengths.log())[None, :, None])
+    per_row = skipped.repeat_interleave(q.shape[0] // skipped.shape[0], 0)
+    per_row = per_row.repeat_interleave(request.tile_q or 1, 1)[:, : request.q_len]
+    hidden = per_row.repeat_interleave(request.tile_kv, 2)[:, :, : request.kv_len]
+    position = torch.arange(request.q_len, device=q.device)[:, None] + request.kv_len - request.q_len
+    key = torch.arange(request.kv_len, device=q.device)
+    if request.causal:
+        hidden = hidden | (key > position)
+    if request.window is not None:
+        hidden = hidden | (key <= position - request.window)
+    group = q.shape[0] // k.shape[0]
+    scores = (q * scale) @ k.repeat_interleave(group, 0).transpose(1, 2)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+    low = ((weights @ v.repeat_interleave(group, 0)).double() - truth).abs().max()
+    # Three TF32 products make an fp32 one: a few bits less than PyTorch's own.
+    rounding = (4 if out.dtype == torch.float32 else 1) * torch.finfo(out.dtype).eps * truth.abs().max()
+    error = (out.double() - truth).abs().max()
+    assert torch.isfinite(out).all()
+    assert error <= 2 * low + 4 * rounding, f"error {error:.2e}, PyTorch in {out.dtype} {low:.2e}"

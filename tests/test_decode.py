@@ -1,0 +1,227 @@
+"""The decode kernel against the reference: on a CPU through Triton's interpreter, on a GPU as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planting import DEVICE, DTYPES, assert_accurate, expected, plant
+
+import skip_softmax as ss
+from skip_softmax.reference import Request
+
+pytest.importorskip("triton")
+from skip_softmax import decode
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` holds NaN, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def planted(*, tokens=1, kv_len=500, tile_kv=32, **keywords):
+    return plant(q_len=tokens, kv_len=kv_len, tile_q=1, tile_kv=tile_kv, **keywords)
+
+
+def paged(p, page, seed=0):
+    """The same cache in shuffled pages whose unused rows are NaN, and its table."""
+    batch, heads, kv_len, dim = p.k.shape
+    count = -(-kv_len // page)
+    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).view(batch, count)
+    pages = []
+    for cache in (p.k, p.v):
+        padded = torch.nn.functional.pad(cache, (0, 0, 0, count * page - kv_len), value=torch.nan)
+        split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+        pages.append(torch.empty_like(split).index_copy_(0, table.flatten().to(cache.device), split))
+    return *pages, table.to(p.k.device)
+
+
+def check(p, *, tile_kv=32, window=None, running_max="seeded", scale_factor=None, kv_lens=None, page=0):
+    factor = p.scale_factor if scale_factor is None else scale_factor
+    k, v, table = paged(p, page) if page else (p.k, p.v, None)
+    tokens = p.q.shape[2]
+    if page and kv_lens is None:
+        kv_lens = [p.k.shape[2]] * p.q.shape[0]
+    out, stats = ss.decode_attention(
+        p.q, k, v, kv_lens, scale_factor=factor, block_table=table, window=window, tile_kv=tile_kv,
+        running_max=running_max, backend="triton", return_stats=True,
+    )  # fmt: skip
+    for b in range(p.q.shape[0]):
+        kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
+        request = Request(tokens, kv_len, 0, True, window, None, tile_kv, running_max)
+        _, visited, skipped = expected(p, request, b, factor)
+        assert stats.visited[b].tolist() == visited.tolist()
+        assert stats.skipped[b].tolist() == skipped.tolist()
+        if kv_len:
+            assert_accurate(out[b], p, request, b, factor)
+    return out, stats
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+@pytest.mark.parametrize("kv_len", [1, 63, 129, 500])
+def test_output_and_decisions_match_the_reference(kv_len, running_max, dtype):
+    _, stats = check(planted(kv_len=kv_len, dtype=dtype), running_max=running_max)
+    assert kv_len < 129 or stats.skipped.sum() > 0
+
+
+def test_skipped_tiles_are_the_planted_ones():
+    p = planted(kv_len=512)
+    _, stats = check(p)
+    middle = p.quiet[0, 0, 0, 1:-1]  # the first and the last tile are never skipped
+    assert stats.skipped.tolist() == [[middle.sum().item()]]
+
+
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+@pytest.mark.parametrize("tokens, window", [(2, None), (4, None), (3, 100), (4, 33)])
+def test_runs_of_tokens_vote_one_by_one(tokens, window, running_max):
+    check(planted(tokens=tokens, kv_len=330), window=window, running_max=running_max)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (6, 2)])
+def test_groups_of_heads(heads, kv_heads):
+    check(planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2))
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    check(planted(head_dim=head_dim, kv_len=200))
+
+
+@pytest.mark.parametrize("tile_kv", [16, 64, 128, 256])
+def test_tiles(tile_kv):
+    check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_pages_equal_a_contiguous_cache(page):
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=300, tokens=2)
+    out, stats = check(p, page=page, kv_lens=[300, 77])
+    flat, counted = check(p, kv_lens=[300, 77])
+    torch.testing.assert_close(out, flat)  # the splits may differ
+    assert torch.equal(stats.skipped, counted.skipped) and stats.skipped.sum() > 0
+
+
+def test_ragged_requests_equal_each_one_alone():
+    p = planted(batch=4, heads=4, kv_heads=2, kv_len=500)
+    kv_lens = [500, 0, 33, 260]
+    for b, n in enumerate(kv_lens):
+        p.k[b, :, n:] = torch.nan  # what a cache holds behind its end
+        p.v[b, :, n:] = torch.nan
+    out, stats = check(p, kv_lens=kv_lens)
+    assert (out[1] == 0).all() and stats.visited[1].sum() == 0
+    for b, n in enumerate(kv_lens):
+        if n:
+            alone, counted = ss.decode_attention(
+                p.q[b : b + 1], p.k[b : b + 1, :, :n], p.v[b : b + 1, :, :n],
+                scale_factor=p.scale_factor,
+                tile_kv=32, running_max="seeded", backend="triton", return_stats=True,
+            )  # fmt: skip
+            assert counted.skipped[0].tolist() == stats.skipped[b].tolist()
+            torch.testing.assert_close(alone[0], out[b])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 16])
+def test_decisions_do_not_depend_on_the_number_of_splits(splits):
+    p = planted(kv_len=500, tokens=2)
+    out, counts = decode.decode(
+        p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, splits, True
+    )
+    _, visited, skipped = expected(p, Request(2, 500, 0, True, None, None, 32, "seeded"))
+    assert counts[0, :, 0].tolist() == visited.tolist()
+    assert counts[0, :, 1].tolist() == skipped.tolist()
+    assert_accurate(out[0], p, Request(2, 500, 0, True, None, None, 32, "seeded"))
+
+
+def test_zero_is_bit_identical_to_the_kernel_without_skipping():
+    p = planted(kv_len=500, heads=4, kv_heads=2)
+    keywords = {"tile_kv": 32, "running_max": "seeded", "backend": "triton"}
+    dense = ss.decode_attention(p.q, p.k, p.v, **keywords)
+    zeros = torch.zeros(2, device=DEVICE)  # not known on the host: the kernel that may skip runs
+    assert torch.equal(dense, ss.decode_attention(p.q, p.k, p.v, scale_factor=zeros, **keywords))
+
+
+def test_one_number_per_kv_head():
+    p = planted(heads=4, kv_heads=2, kv_len=300)
+    factors = torch.tensor([0.0, p.scale_factor], device=DEVICE)
+    _, stats = ss.decode_attention(
+        p.q, p.k, p.v, scale_factor=factors, tile_kv=32, backend="triton", return_stats=True
+    )
+    assert stats.skipped[0, 0] == 0 < stats.skipped[0, 1]
+
+
+def test_queries_without_a_token_dimension():
+    p = planted(kv_len=200)
+    keywords = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    out = ss.decode_attention(p.q[:, :, 0], p.k, p.v, **keywords)
+    assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, **keywords)[:, :, 0])
+
+
+def test_torch_compile_sees_one_graph():
+    p = planted(batch=2, kv_len=200)
+    k, v, table = paged(p, 32)
+    kv_lens = torch.tensor([200, 100], dtype=torch.int32, device=DEVICE)
+
+    def call(q, lengths):
+        return ss.decode_attention(
+            q, k, v, lengths, scale_factor=0.05, block_table=table, tile_kv=32, backend="triton"
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(p.q, kv_lens), call(p.q, kv_lens))
+    torch.library.opcheck(
+        torch.ops.skip_softmax.decode.default,
+        (p.q, k, v, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 2, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"tokens": 17}, "17 query tokens"),
+        ({"heads": 256, "kv_len": 8}, "256 rows per KV head"),
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
+    p = planted(**{"kv_len": 40, **change})
+    with pytest.raises(NotImplementedError, match=words):
+        ss.decode_attention(p.q, p.k, p.v, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page", [0, 16, 128])
+def test_long_caches(page, dtype):
+    p = planted(batch=3, heads=16, kv_heads=2, kv_len=9001, head_dim=128, tile_kv=64, dtype=dtype, tokens=2)
+    check(p, tile_kv=64, page=page, kv_lens=[9001, 5000, 64])
+    check(p, tile_kv=64, page=page, window=2000, running_max="ascending")
+
+
+@pytest.mark.gpu
+def test_128k_tokens():
+    p = planted(heads=16, kv_heads=1, kv_len=131072, head_dim=128, tile_kv=64, dtype=torch.bfloat16)
+    _, stats = check(p, tile_kv=64)
+    assert 0.5 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_new_thresholds_and_lengths():
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=700, head_dim=64, tile_kv=64, dtype=torch.bfloat16)
+    factors = torch.zeros(2, device="cuda")
+    kv_lens = torch.tensor([700, 650], dtype=torch.int32, device="cuda")
+    keywords = {"running_max": "seeded", "backend": "triton", "return_stats": True}
+    ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, stats = ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
+    factors.fill_(p.scale_factor)
+    kv_lens.copy_(torch.tensor([600, 700]))
+    graph.replay()
+    eager, counted = ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
+    assert torch.equal(out, eager)
+    assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0

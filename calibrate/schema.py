@@ -218,7 +218,7 @@ class CostConfig(_Section):
     """Where predicted times come from."""
 
     curves: str | None = None
-    """A JSON Lines file of `calibrate bench`; unset: the measurements that come with this package."""
+    """A JSON Lines file of kernels/bench/run.py; unset: the measurements that come with this package."""
     device: str = "NVIDIA H100 80GB HBM3"
     """Which device's rows of that file."""
 

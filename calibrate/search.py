@@ -125,7 +125,9 @@ def search(
         # A fresh sampler per trial: its state is a function of seed and history, so a resumed
         # search goes the same way.
         # Workers of one study must not all draw the same point: there the trials that run count too.
-        study.sampler = _sampler(config, len(study.get_trials(deepcopy=False)) if shared else finished)
+        study.sampler = _sampler(
+            config, len(study.get_trials(deepcopy=False)) if shared else finished
+        )
         if finished < len(seeds):
             name, params = seeds[finished]
             study.enqueue_trial(

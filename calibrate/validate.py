@@ -133,7 +133,8 @@ def validate(
             "tokens": len(short.ids),
             "skipped_tiles": skipped,
             "kl": outcome.kl,
-            "dense": skipped == 0 and outcome.kl < 1e-6,
+            # Two dense kernels differ by rounding, in fp16 by more than nothing; a leak is far larger.
+            "dense": skipped == 0 and outcome.kl < 0.1 * config.budget.kl,
         }
     return Validation(tuple(attempts), compared, checked)
 

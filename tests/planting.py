@@ -54,7 +54,9 @@ def plant(
 
     q, k = normal(batch, heads, q_len, head_dim), normal(batch, kv_heads, kv_len, head_dim)
     v = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
-    quiet = torch.rand(batch, kv_heads, KINDS, -(-kv_len // tile_kv), generator=generator) < sparsity
+    quiet = (
+        torch.rand(batch, kv_heads, KINDS, -(-kv_len // tile_kv), generator=generator) < sparsity
+    )
     level = torch.where(quiet, QUIET, LOUD)
     level[..., 0] = SINK
     kind = torch.arange(q_len) // tile_q % KINDS
@@ -76,26 +78,35 @@ def expected(
 
 
 def assert_accurate(
-    out: torch.Tensor, planted: Planted, request: Request, b: int = 0, scale_factor: float | None = None
+    out: torch.Tensor,
+    planted: Planted,
+    request: Request,
+    b: int = 0,
+    scale_factor: float | None = None,
 ) -> None:
     """At most twice the error of PyTorch in the same dtype over the same kept keys, plus rounding."""
     truth = expected(planted, request, b, scale_factor)[0]
     factor = planted.scale_factor if scale_factor is None else scale_factor
-    q, k, v = planted.q[b, :, : request.q_len], planted.k[b, :, : request.kv_len], planted.v[b, :,
-    : request.kv_len]
+    q, k, v = (
+        planted.q[b, :, : request.q_len],
+        planted.k[b, :, : request.kv_len],
+        planted.v[b, :, : request.kv_len],
+    )
     scale = q.shape[-1] ** -0.5
     gaps = reference.gaps(q.double(), k.double(), request, scale)
     lengths = torch.tensor([float(request.kv_len)], dtype=torch.float64, device=q.device)
     if request.decode:
         lengths = torch.arange(
-            request.kv_len - request.q_len + 1, request.kv_len + 1, device=q.device).double(
-        )
+            request.kv_len - request.q_len + 1, request.kv_len + 1, device=q.device
+        ).double()
     active = (factor > 0) & (factor < lengths)[None, :, None]
     skipped = active & (gaps < (math.log(factor or 1.0) - lengths.log())[None, :, None])
     per_row = skipped.repeat_interleave(q.shape[0] // skipped.shape[0], 0)
     per_row = per_row.repeat_interleave(request.tile_q or 1, 1)[:, : request.q_len]
     hidden = per_row.repeat_interleave(request.tile_kv, 2)[:, :, : request.kv_len]
-    position = torch.arange(request.q_len, device=q.device)[:, None] + request.kv_len - request.q_len
+    position = (
+        torch.arange(request.q_len, device=q.device)[:, None] + request.kv_len - request.q_len
+    )
     key = torch.arange(request.kv_len, device=q.device)
     if request.causal:
         hidden = hidden | (key > position)
@@ -106,7 +117,9 @@ def assert_accurate(
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
     low = ((weights @ v.repeat_interleave(group, 0)).double() - truth).abs().max()
     # Three TF32 products make an fp32 one: a few bits less than PyTorch's own.
-    rounding = (4 if out.dtype == torch.float32 else 1) * torch.finfo(out.dtype).eps * truth.abs().max()
+    rounding = (
+        (4 if out.dtype == torch.float32 else 1) * torch.finfo(out.dtype).eps * truth.abs().max()
+    )
     error = (out.double() - truth).abs().max()
     assert torch.isfinite(out).all()
     assert error <= 2 * low + 4 * rounding, f"error {error:.2e}, PyTorch in {out.dtype} {low:.2e}"

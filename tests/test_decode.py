@@ -29,16 +29,22 @@ def paged(p, page, seed=0):
     """The same cache in shuffled pages whose unused rows are NaN, and its table."""
     batch, heads, kv_len, dim = p.k.shape
     count = -(-kv_len // page)
-    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).view(batch, count)
+    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).view(
+        batch, count
+    )
     pages = []
     for cache in (p.k, p.v):
         padded = torch.nn.functional.pad(cache, (0, 0, 0, count * page - kv_len), value=torch.nan)
         split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
-        pages.append(torch.empty_like(split).index_copy_(0, table.flatten().to(cache.device), split))
+        pages.append(
+            torch.empty_like(split).index_copy_(0, table.flatten().to(cache.device), split)
+        )
     return *pages, table.to(p.k.device)
 
 
-def check(p, *, tile_kv=32, window=None, running_max="seeded", scale_factor=None, kv_lens=None, page=0):
+def check(
+    p, *, tile_kv=32, window=None, running_max="seeded", scale_factor=None, kv_lens=None, page=0
+):
     factor = p.scale_factor if scale_factor is None else scale_factor
     k, v, table = paged(p, page) if page else (p.k, p.v, None)
     tokens = p.q.shape[2]
@@ -196,7 +202,9 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page", [0, 16, 128])
 def test_long_caches(page, dtype):
-    p = planted(batch=3, heads=16, kv_heads=2, kv_len=9001, head_dim=128, tile_kv=64, dtype=dtype, tokens=2)
+    p = planted(
+        batch=3, heads=16, kv_heads=2, kv_len=9001, head_dim=128, tile_kv=64, dtype=dtype, tokens=2
+    )
     check(p, tile_kv=64, page=page, kv_lens=[9001, 5000, 64])
     check(p, tile_kv=64, page=page, window=2000, running_max="ascending")
 
@@ -210,7 +218,9 @@ def test_128k_tokens():
 
 @pytest.mark.gpu
 def test_a_captured_graph_follows_new_thresholds_and_lengths():
-    p = planted(batch=2, heads=4, kv_heads=2, kv_len=700, head_dim=64, tile_kv=64, dtype=torch.bfloat16)
+    p = planted(
+        batch=2, heads=4, kv_heads=2, kv_len=700, head_dim=64, tile_kv=64, dtype=torch.bfloat16
+    )
     factors = torch.zeros(2, device="cuda")
     kv_lens = torch.tensor([700, 650], dtype=torch.int32, device="cuda")
     keywords = {"running_max": "seeded", "backend": "triton", "return_stats": True}

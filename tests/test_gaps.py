@@ -42,7 +42,9 @@ def compare(p, moved=0.0, **keywords):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("q_len, kv_len", [(1, 1), (63, 63), (200, 333)])
 def test_prefill(q_len, kv_len, dtype):
-    compare(plant(heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, dtype=dtype), tile_kv=32, moved=0.02)
+    compare(
+        plant(heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, dtype=dtype), tile_kv=32, moved=0.02
+    )
 
 
 @pytest.mark.parametrize("tile_q, tile_kv", [(16, 16), (64, 128), (128, 64), (256, 256), (32, 512)])
@@ -70,16 +72,23 @@ def test_decode(heads, kv_heads, tokens, running_max):
 
 
 def test_decode_tiles_wider_than_a_block():
-    compare(plant(q_len=20, kv_len=700, tile_q=1), decode=True, tile_kv=256, running_max="seeded", moved=0.05)
+    compare(
+        plant(q_len=20, kv_len=700, tile_q=1),
+        decode=True,
+        tile_kv=256,
+        running_max="seeded",
+        moved=0.05,
+    )
 
 
 def test_batches_add():
     p = plant(batch=2, q_len=70, kv_len=130)
     whole = compare(p, tile_kv=32, moved=0.02)
     parts = [
-        ss.tile_statistics(
-            *(x[b : b + 1] for x in (p.q, p.k, p.v)), tile_kv=32, backend="triton")[1] for b in (0, 1
-        )
+        ss.tile_statistics(*(x[b : b + 1] for x in (p.q, p.k, p.v)), tile_kv=32, backend="triton")[
+            1
+        ]
+        for b in (0, 1)
     ]
     assert torch.equal(whole.counts, parts[0].counts + parts[1].counts)
     assert torch.equal(whole.mass, parts[0].mass + parts[1].mass)

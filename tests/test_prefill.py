@@ -22,7 +22,15 @@ def _poisoned_memory():
 
 
 def check(
-    p, *, causal=True, window=None, tile_q=64, tile_kv=32, scale_factor=None, q_lens=None, kv_lens=None
+    p,
+    *,
+    causal=True,
+    window=None,
+    tile_q=64,
+    tile_kv=32,
+    scale_factor=None,
+    q_lens=None,
+    kv_lens=None,
 ):
     factor = p.scale_factor if scale_factor is None else scale_factor
     out, stats = ss.attention(
@@ -54,7 +62,9 @@ def test_skipped_tiles_are_the_planted_ones():
     _, stats = check(p)
     count = 0
     for vote in range(4):
-        seen = range(1, (vote + 1) * 2)  # two tiles of 32 keys per vote of 64 rows; tile 0 is the sink
+        seen = range(
+            1, (vote + 1) * 2
+        )  # two tiles of 32 keys per vote of 64 rows; tile 0 is the sink
         count += sum(bool(p.quiet[0, 0, vote % KINDS, tile]) for tile in seen)
     # A quiet tile on the diagonal is skipped as well: no row of it holds anything louder.
     assert stats.skipped.tolist() == [[count, count]]
@@ -121,8 +131,14 @@ def test_packed_requests_equal_each_one_alone(backend):
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
     lengths = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_q, cu_k)]
     out, stats = ss.api.attention_varlen(
-        *tokens_first, *lengths, 129, 173, scale_factor=p.scale_factor, tile_kv=32, backend=backend,
-        return_stats=True
+        *tokens_first,
+        *lengths,
+        129,
+        173,
+        scale_factor=p.scale_factor,
+        tile_kv=32,
+        backend=backend,
+        return_stats=True,
     )
     assert out.shape == tokens_first[0].shape
     for b in range(3):
@@ -140,13 +156,17 @@ def test_zero_is_bit_identical_to_the_kernel_without_skipping():
     p = plant(q_len=200, kv_len=333)
     dense = ss.attention(p.q, p.k, p.v, tile_kv=32, backend="triton")
     zeros = torch.zeros(2, device=DEVICE)  # not known on the host: the kernel that may skip runs
-    assert torch.equal(dense, ss.attention(p.q, p.k, p.v, scale_factor=zeros, tile_kv=32, backend="triton"))
+    assert torch.equal(
+        dense, ss.attention(p.q, p.k, p.v, scale_factor=zeros, tile_kv=32, backend="triton")
+    )
     check(p, scale_factor=0.0)
 
 
 def test_one_number_per_head():
     p = plant(heads=4, kv_heads=2, q_len=130, kv_len=200)
-    factors = torch.tensor([0.0, p.scale_factor, 1e9, p.scale_factor], device=DEVICE)  # dense, ., dense, .
+    factors = torch.tensor(
+        [0.0, p.scale_factor, 1e9, p.scale_factor], device=DEVICE
+    )  # dense, ., dense, .
     _, stats = ss.attention(
         p.q, p.k, p.v, scale_factor=factors, tile_kv=32, backend="triton", return_stats=True
     )
@@ -170,8 +190,8 @@ def test_more_is_skipped_at_a_higher_threshold():
     p = plant(q_len=130, kv_len=300)
     skipped = [
         ss.attention(
-            p.q, p.k, p.v, scale_factor=f, tile_kv=32, backend="triton", return_stats=True)[1].skipped.sum(
-        )
+            p.q, p.k, p.v, scale_factor=f, tile_kv=32, backend="triton", return_stats=True
+        )[1].skipped.sum()
         for f in (0.0, 0.001, 0.1, 10.0, 200.0)
     ]
     assert skipped == sorted(skipped) and skipped[0] == 0 < skipped[-1]
@@ -236,8 +256,14 @@ def test_auto_names_once_what_it_runs_on_the_reference():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_long_prompts(head_dim, dtype):
     p = plant(
-        heads=8, kv_heads=2, q_len=4000, kv_len=5003, head_dim=head_dim, tile_kv=128, dtype=dtype,
-        sparsity=0.7
+        heads=8,
+        kv_heads=2,
+        q_len=4000,
+        kv_len=5003,
+        head_dim=head_dim,
+        tile_kv=128,
+        dtype=dtype,
+        sparsity=0.7,
     )
     check(p, tile_kv=128)
     check(p, tile_kv=128, window=1500)
@@ -246,15 +272,28 @@ def test_long_prompts(head_dim, dtype):
 @pytest.mark.gpu
 def test_128k_tokens():
     n = 131072
-    p = plant(heads=1, kv_heads=1, q_len=512, kv_len=n, head_dim=128, tile_kv=128, dtype=torch.bfloat16)
+    p = plant(
+        heads=1, kv_heads=1, q_len=512, kv_len=n, head_dim=128, tile_kv=128, dtype=torch.bfloat16
+    )
     check(p, tile_kv=128)
-    whole = plant(heads=2, kv_heads=1, q_len=n, kv_len=n, head_dim=64, tile_kv=128, dtype=torch.bfloat16)
+    whole = plant(
+        heads=2, kv_heads=1, q_len=n, kv_len=n, head_dim=64, tile_kv=128, dtype=torch.bfloat16
+    )
     out, stats = ss.attention(
-        whole.q, whole.k, whole.v, scale_factor=whole.scale_factor, backend="triton", return_stats=True
+        whole.q,
+        whole.k,
+        whole.v,
+        scale_factor=whole.scale_factor,
+        backend="triton",
+        return_stats=True,
     )
     tail, _ = ss.attention(
-        whole.q[:, :, -512:], whole.k, whole.v, scale_factor=whole.scale_factor, backend="reference",
-        return_stats=True
+        whole.q[:, :, -512:],
+        whole.k,
+        whole.v,
+        scale_factor=whole.scale_factor,
+        backend="reference",
+        return_stats=True,
     )
     assert (out[:, :, -512:] - tail).abs().max() < 0.01
     assert 0.4 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
@@ -302,7 +341,9 @@ def test_lengths_and_thresholds_recompile_nothing():
 
 @pytest.mark.gpu
 def test_a_captured_graph_follows_new_thresholds_and_lengths():
-    p = plant(batch=2, heads=4, q_len=500, kv_len=700, head_dim=64, tile_kv=128, dtype=torch.bfloat16)
+    p = plant(
+        batch=2, heads=4, q_len=500, kv_len=700, head_dim=64, tile_kv=128, dtype=torch.bfloat16
+    )
     factors = torch.zeros(4, device="cuda")
     kv_lens = torch.tensor([700, 650], dtype=torch.int32, device="cuda")
     keywords = {"backend": "triton", "return_stats": True}

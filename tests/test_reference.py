@@ -396,3 +396,15 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         ss.attention(q.float(), k, v)
     with pytest.raises(ValueError, match="a paged cache needs `kv_lens`"):
         ss.decode_attention(q[:, :, 0], k, v, block_table=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("length", [1500, 3000, 6000])
+def test_memory_grows_with_the_length_and_not_with_its_square(length: int) -> None:
+    """Scores held at once stay within a fixed number, or one row of tiles where even that is more."""
+    from skip_softmax import reference
+
+    q, k, _ = planted(2, 1, length, length, dim=4, dtype=torch.float32)
+    request = reference.Request(length, length, 0, True, None, 64, 128)
+    held = [block.scores.numel() for block in reference.blocks(q[0], k[0], request, 0.5)]
+    assert max(held) <= max(reference._BLOCK_ELEMENTS, 2 * 64 * (length + 128)) * 1.1
+    assert sum(held) >= length * length, "every pair was looked at"

@@ -20,8 +20,18 @@ SINK = 6.0  # how far the sink stands above the mean score of `sink` inputs [nat
 
 
 def planted(
-    kind: Kind, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, tile_kv: int,
-    sparsity: float, dtype: torch.dtype, device: str, seed: int = 0,
+    kind: Kind,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    tile_kv: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Queries, keys, values, and (for `blocks`) the scale factor that skips the quiet tiles.
 

@@ -47,7 +47,12 @@ def gate(dtype: torch.dtype) -> list[str]:
         calls = {
             "prefill": partial(ss.attention, q, k, v, scale_factor=factor, return_stats=True),
             "decode": partial(
-                ss.decode_attention, q[:, :, :2], k, v, scale_factor=factor, running_max="seeded",
+                ss.decode_attention,
+                q[:, :, :2],
+                k,
+                v,
+                scale_factor=factor,
+                running_max="seeded",
                 return_stats=True,
             ),
         }
@@ -56,7 +61,9 @@ def gate(dtype: torch.dtype) -> list[str]:
             if not torch.equal(stats.visited, true_stats.visited) or not torch.equal(
                 stats.skipped, true_stats.skipped
             ):
-                wrong.append(f"{name} head_dim {head_dim}: {stats.skipped} skipped, not {true_stats.skipped}")
+                wrong.append(
+                    f"{name} head_dim {head_dim}: {stats.skipped} skipped, not {true_stats.skipped}"
+                )
             error = ((out.float() - truth.float()).norm() / truth.float().norm()).item()
             if not error < 2 * torch.finfo(dtype).eps:
                 wrong.append(f"{name} head_dim {head_dim}: relative error {error:.2e}")
@@ -94,10 +101,14 @@ def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, repeats: int) -> d
     group = q.shape[1] // k.shape[1]
     wide = [x.repeat_interleave(group, 1) for x in (k, v)]
     found = {}
-    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+    for name, backend in (
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+        ("flash", SDPBackend.FLASH_ATTENTION),
+    ):
         with sdpa_kernel(backend):
             found[name] = milliseconds(
-                lambda: torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True), repeats
+                lambda: torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True),
+                repeats,
             )
     try:
         import flashinfer
@@ -110,24 +121,40 @@ def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, repeats: int) -> d
     return found
 
 
-def factor_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparsity: float, tile_kv: int) -> float:
+def factor_for(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparsity: float, tile_kv: int
+) -> float:
     """The scale factor that skips this share of tiles, by the statistics of the same input."""
     counts = ss.tile_statistics(q, k, v, tile_kv=tile_kv, backend="triton")[1].counts.sum(0)
     share = counts.cumsum(0)[: histogram.EDGES] / counts.sum()
     return histogram.edges()[int((share - sparsity).abs().argmin())].item()
 
 
-def prefill_rows(length: int, head_dim: int, tile_kv: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+def prefill_rows(
+    length: int, head_dim: int, tile_kv: int, dtype: torch.dtype, repeats: int
+) -> Iterator[Row]:
     """Dense, then every sparsity of both kinds of inputs, and the statistics kernel."""
     flops = 4 * HEADS * length * length / 2 * head_dim
     shape = {"phase": "prefill", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": head_dim,
              "q_len": length, "kv_len": length, "tile_q": 64, "tile_kv": tile_kv}  # fmt: skip
-    sink = planted("sink", 1, HEADS, KV_HEADS, length, length, head_dim, tile_kv, 0.0, dtype, "cuda")
+    sink = planted(
+        "sink", 1, HEADS, KV_HEADS, length, length, head_dim, tile_kv, 0.0, dtype, "cuda"
+    )
     for sparsity in SPARSITIES:
         for kind in ("blocks", "sink"):
             if kind == "blocks":
                 q, k, v, factor = planted(
-                    kind, 1, HEADS, KV_HEADS, length, length, head_dim, tile_kv, sparsity, dtype, "cuda"
+                    kind,
+                    1,
+                    HEADS,
+                    KV_HEADS,
+                    length,
+                    length,
+                    head_dim,
+                    tile_kv,
+                    sparsity,
+                    dtype,
+                    "cuda",
                 )
             else:
                 if sparsity in (0.0, 0.3, 0.97):
@@ -155,12 +182,17 @@ def prefill_rows(length: int, head_dim: int, tile_kv: int, dtype: torch.dtype, r
             }  # fmt: skip
 
 
-def statistics_rows(length: int, head_dim: int, tile_kv: int, dtype: torch.dtype,
-repeats: int) -> Iterator[Row]:
+def statistics_rows(
+    length: int, head_dim: int, tile_kv: int, dtype: torch.dtype, repeats: int
+) -> Iterator[Row]:
     """The statistics kernel against cuDNN's dense time."""
-    q, k, v, _ = planted("blocks", 1, HEADS, KV_HEADS, length, length, head_dim, tile_kv, 0.5, dtype, "cuda")
+    q, k, v, _ = planted(
+        "blocks", 1, HEADS, KV_HEADS, length, length, head_dim, tile_kv, 0.5, dtype, "cuda"
+    )
     others = rivals(q, k, v, repeats)
-    ms = milliseconds(lambda: ss.tile_statistics(q, k, v, tile_kv=tile_kv, backend="triton"), repeats)
+    ms = milliseconds(
+        lambda: ss.tile_statistics(q, k, v, tile_kv=tile_kv, backend="triton"), repeats
+    )
     yield {
         "phase": "statistics", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": head_dim,
         "q_len": length, "kv_len": length, "tile_q": 64, "tile_kv": tile_kv, "ms": ms,
@@ -177,8 +209,9 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 2 / ms / 1e9
 
 
-def decode_rows(batch: int, length: int, head_dim: int, tile_kv: int, dtype: torch.dtype,
-repeats: int) -> Iterator[Row]:
+def decode_rows(
+    batch: int, length: int, head_dim: int, tile_kv: int, dtype: torch.dtype, repeats: int
+) -> Iterator[Row]:
     """Every sparsity, against a device copy's bandwidth."""
     copy = copy_bandwidth()
     size = 2 * batch * KV_HEADS * length * head_dim * 2
@@ -252,9 +285,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     phases = ("prefill", "statistics", "decode")
     parser.add_argument("--phase", nargs="+", choices=phases, default=phases)
-    parser.add_argument("--length", nargs="+", type=int, default=[16384, 65536], help="prefill [tokens]")
+    parser.add_argument(
+        "--length", nargs="+", type=int, default=[16384, 65536], help="prefill [tokens]"
+    )
     parser.add_argument("--head-dim", nargs="+", type=int, default=[128, 64])
-    parser.add_argument("--decode", nargs="+", default=["64x16384", "1x131072"], help="batch x tokens")
+    parser.add_argument(
+        "--decode", nargs="+", default=["64x16384", "1x131072"], help="batch x tokens"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output", type=Path, help="JSON lines are appended here")
@@ -292,8 +329,11 @@ def _measure(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Row]:
             torch.cuda.empty_cache()
     for length in options.length:
         for head_dim in options.head_dim:
-            repeats = max(3,
-            math.ceil(options.repeats * 16384 / length)) if length > 16384 else options.repeats
+            repeats = (
+                max(3, math.ceil(options.repeats * 16384 / length))
+                if length > 16384
+                else options.repeats
+            )
             if "prefill" in options.phase:
                 yield from prefill_rows(length, head_dim, 128, dtype, repeats)
             if "statistics" in options.phase:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from skip_softmax.api import (
         DenseCallWarning,
+        FallbackWarning,
         Stats,
         attention,
+        attention_varlen,
         decode_attention,
         tile_gaps,
         tile_statistics,
@@ -22,21 +24,25 @@ if TYPE_CHECKING:
 
 _HOME = {
     "attention": "skip_softmax.api",
+    "attention_varlen": "skip_softmax.api",
     "decode_attention": "skip_softmax.api",
     "tile_gaps": "skip_softmax.api",
     "tile_statistics": "skip_softmax.api",
     "Stats": "skip_softmax.api",
     "DenseCallWarning": "skip_softmax.api",
+    "FallbackWarning": "skip_softmax.api",
     "Thresholds": "skip_softmax.thresholds",
     "applied": "skip_softmax.transformers",
 }
 
 __all__ = [
     "DenseCallWarning",
+    "FallbackWarning",
     "Stats",
     "Thresholds",
     "applied",
     "attention",
+    "attention_varlen",
     "decode_attention",
     "tile_gaps",
     "tile_statistics",

@@ -259,7 +259,7 @@ def attention_varlen(
             "cu_seqlens_q and cu_seqlens_k must be [requests + 1] alike, but got "
             f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    heads_first = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     _check_qkv(*heads_first)
     _check_geometry(tile_kv, window, tile_q)
     scale = _scale(scale, q)
@@ -389,7 +389,8 @@ def decode_attention(
     _check_qkv(run, k_cache, v_cache, paged=block_table is not None)
 
     def why_not() -> str | None:
-        return _decode().why_not(run, v_cache, tile_kv, scale, kv_start, page)
+        reason: str | None = _decode().why_not(run, v_cache, tile_kv, scale, kv_start, page)
+        return reason
 
     if _choose_backend(backend, q, why_not) == "triton":
         factor, factors = _kernel_factors(scale_factor, k_cache.shape[1], q.device, "KV")
@@ -512,7 +513,9 @@ def tile_statistics(
     scale = _scale(scale, q)
 
     def why_not() -> str | None:
-        return _gaps().why_not(q, v, None if decode else tile_q, tile_kv, scale, kv_start)
+        rows = None if decode else tile_q
+        reason: str | None = _gaps().why_not(q, v, rows, tile_kv, scale, kv_start)
+        return reason
 
     if _choose_backend(backend, q, why_not) == "triton":
         out, histogram = _gaps().statistics(

@@ -1,5 +1,4 @@
-"""Decode attention that skips KV tiles, in Triton: one or a few query tokens per request,
-split over the keys.
+"""Decode attention that skips KV tiles, in Triton: a few query tokens per request, split over the keys.
 
 A program owns one KV head of one request and a range of its KV tiles. All query heads of that KV head vote
 together, each query token alone. K is read always; V is read only after the decision, which is what saves
@@ -11,11 +10,9 @@ memory traffic:
         if bits: p, l, acc, with v_j loaded here
 
 What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
-`seeded`: the row maximum over the first and the last visited tile,
-which every program computes for itself and
-which are never skipped. `ascending`: the running maximum over all earlier tiles,
-which only a program that walks
-them all knows, so it runs with a single split.
+`seeded`: the row maximum over the first and the last visited tile, which every program computes for
+itself and which are never skipped. `ascending`: the running maximum over all earlier tiles, which only a
+program that walks them all knows, so it runs with a single split.
 """
 
 from __future__ import annotations
@@ -39,8 +36,17 @@ MOST_TOKENS = 16  # query tokens per request
 
 @triton.jit
 def _load_keys(
-    x, offset, stride_page, stride, table, start, limit,
-    TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    x,
+    offset,
+    stride_page,
+    stride,
+    table,
+    start,
+    limit,
+    TILE_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on."""
     keys = start + tl.arange(0, TILE_KV)
@@ -61,14 +67,48 @@ def _load_keys(
 
 @triton.jit(do_not_specialize=["kv_len", "window"])
 def _decode(
-    q, k, v, out, lse, stats, factors, kv_lens, table,
-    factor, scale, kv_len, window,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_ot, stride_table,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_KV: tl.constexpr,
-    PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr, SEEDED: tl.constexpr,
-    SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    stats,
+    factors,
+    kv_lens,
+    table,
+    factor,
+    scale,
+    kv_len,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_table,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ARMED: tl.constexpr,
+    SEEDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
+    STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     if EARLY:
@@ -99,9 +139,15 @@ def _decode(
     high = tl.cdiv(kv_len, TILE_KV)
 
     columns = tl.arange(0, WIDTH)
-    q_rows = batch.to(tl.int64) * stride_qb + (kv_head * GROUP + row % GROUP) * stride_qh + token * stride_qt
+    q_rows = (
+        batch.to(tl.int64) * stride_qb
+        + (kv_head * GROUP + row % GROUP) * stride_qh
+        + token * stride_qt
+    )
     q_tile = tl.load(
-        q + q_rows[:, None] + columns[None, :], mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0
+        q + q_rows[:, None] + columns[None, :],
+        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
+        other=0.0,
     )
     k_offset = kv_head.to(tl.int64) * stride_kh
     v_offset = kv_head.to(tl.int64) * stride_vh
@@ -120,16 +166,31 @@ def _decode(
             # The tiles that are some token's first, then those that are some token's last.
             high_first = tl.maximum(kv_len - TOKENS, 0) // TILE_KV
             firsts = low_last + 1 - low
-            count = tl.where(tl.max(tl.where(valid, threshold, float("-inf")), 0) > float("-inf"),
-                             firsts + high - high_first, 0)
+            count = tl.where(
+                tl.max(tl.where(valid, threshold, float("-inf")), 0) > float("-inf"),
+                firsts + high - high_first,
+                0,
+            )
             for i in tl.range(0, count, num_stages=2):
                 tile = tl.where(i < firsts, low + i, high_first + i - firsts)
                 start = tile * TILE_KV
                 keys = _load_keys(
-                    k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE
+                    k,
+                    k_offset,
+                    stride_kb,
+                    stride_ks,
+                    table,
+                    start,
+                    kv_len,
+                    TILE_KV,
+                    HEAD_DIM,
+                    WIDTH,
+                    PAGE,
                 )
                 scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-                seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
+                seen = visible(
+                    position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
+                )
                 seen = seen & ((tile == first_tile) | (tile == last_tile))[:, None]
                 seed = tl.maximum(seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale)
 
@@ -147,7 +208,17 @@ def _decode(
         )
         if not ARMED:
             values = _load_keys(
-                v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, PAGE
+                v,
+                v_offset,
+                stride_vb,
+                stride_vs,
+                table,
+                start,
+                kv_len,
+                TILE_KV,
+                HEAD_DIM_V,
+                WIDTH_V,
+                PAGE,
             )
         scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
         seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
@@ -156,7 +227,9 @@ def _decode(
         if ARMED:
             if SEEDED:
                 objects = keeps(tile_max, seed, threshold)
-                objects = objects | ((tile == first_tile) | (tile == last_tile)) & (tile_max > float("-inf"))
+                objects = objects | ((tile == first_tile) | (tile == last_tile)) & (
+                    tile_max > float("-inf")
+                )
             else:
                 objects = keeps(tile_max, m, threshold)
             bits = kept_votes(objects, ballot)
@@ -167,15 +240,28 @@ def _decode(
                 # A split's own running maximum may lie below a tile that its token skips.
                 m_new = tl.where(absent, m, tl.maximum(m, tile_max))
                 values = _load_keys(
-                    v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V,
-                    PAGE
+                    v,
+                    v_offset,
+                    stride_vb,
+                    stride_vs,
+                    table,
+                    start,
+                    kv_len,
+                    TILE_KV,
+                    HEAD_DIM_V,
+                    WIDTH_V,
+                    PAGE,
                 )
-                weights, l, acc = online_softmax(scores, scale, m, m_new, absent, l, acc, True, True)
+                weights, l, acc = online_softmax(
+                    scores, scale, m, m_new, absent, l, acc, True, True
+                )
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
                 m = m_new
         else:
             m_new = tl.maximum(m, tile_max)
-            weights, l, acc = online_softmax(scores, scale, m, m_new, ballot == 0, l, acc, True, True)
+            weights, l, acc = online_softmax(
+                scores, scale, m, m_new, ballot == 0, l, acc, True, True
+            )
             acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
             m = m_new
 
@@ -202,9 +288,19 @@ def _decode(
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
-    parts, lse, out, splits, stride_ob, stride_oh, stride_ot,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    parts,
+    lse,
+    out,
+    splits,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Joins the splits of one row by their log-sum-exp."""
     if EARLY:
@@ -223,7 +319,8 @@ def _combine(
         part_lse = tl.load(lse + rows, mask=split < splits, other=float("-inf"))
         part = tl.load(
             parts + rows[:, None] * HEAD_DIM_V + columns[None, :],
-            mask=(split < splits)[:, None] & (columns < HEAD_DIM_V)[None, :], other=0.0,
+            mask=(split < splits)[:, None] & (columns < HEAD_DIM_V)[None, :],
+            other=0.0,
         )
         new_top = tl.maximum(top, tl.max(part_lse, 0))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -238,8 +335,9 @@ def _combine(
     tl.store(out + where + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM_V)
 
 
-def why_not(q: torch.Tensor, v: torch.Tensor, tile_kv: int, scale: float, kv_start: int,
-page: int) -> str | None:
+def why_not(
+    q: torch.Tensor, v: torch.Tensor, tile_kv: int, scale: float, kv_start: int, page: int
+) -> str | None:
     """Why these kernels cannot run a call, or None when they can; q is [B, Hq, T, D]."""
     if q.shape[2] > MOST_TOKENS:
         return f"{q.shape[2]} query tokens are more than {MOST_TOKENS}"
@@ -270,10 +368,20 @@ def choose(batch_heads: int, tiles: int, processors: int) -> tuple[int, int, int
 
 
 def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kv_lens: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kv_lens: torch.Tensor | None,
     table: torch.Tensor | None,
-    factor: float, factors: torch.Tensor | None, scale: float, window: int | None, tile_kv: int, seeded: bool,
-    splits: int, stats: bool,
+    factor: float,
+    factors: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    tile_kv: int,
+    seeded: bool,
+    splits: int,
+    stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one configuration; `decode` says what the arguments mean."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -285,11 +393,15 @@ def launch(
     if not out.numel():
         return out, counts
     capacity = k.shape[2] if table is None else table.shape[1] * k.shape[2]
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
+    processors = (
+        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
+    )
     chosen, warps, stages = choose(batch * kv_heads, triton.cdiv(capacity, tile_kv), processors)
     splits = 1 if armed and not seeded else splits or chosen
     shape = (batch, kv_heads, splits, tokens * group)
-    parts = torch.empty((*shape, v.shape[-1]) if splits > 1 else (0,), dtype=torch.float32, device=q.device)
+    parts = torch.empty(
+        (*shape, v.shape[-1]) if splits > 1 else (0,), dtype=torch.float32, device=q.device
+    )
     lse = torch.empty(shape if splits > 1 else (0,), dtype=torch.float32, device=q.device)
     early = splits > 1 and q.is_cuda and device(q.device)[0] >= 9
     _decode[(splits, kv_heads, batch)](
@@ -315,10 +427,19 @@ def launch(
 
 @torch.library.custom_op("skip_softmax::decode", mutates_args=())
 def decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lens: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_lens: torch.Tensor | None,
     table: torch.Tensor | None,
-    factor: float, factors: torch.Tensor | None, scale: float, window: int | None, tile_kv: int, seeded: bool,
-    splits: int, stats: bool,
+    factor: float,
+    factors: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    tile_kv: int,
+    seeded: bool,
+    splits: int,
+    stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Skip-softmax decode attention; nothing in it waits for the device.
 

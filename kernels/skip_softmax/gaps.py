@@ -1,12 +1,11 @@
 """Dense attention that also counts its tiles by critical scale factor, in Triton and in one pass.
 
-A program walks the tiles of some rows as dense attention does, and notes two numbers per row and tile: the
-gap, and log2 of the tile's softmax weight. What a tile weighs is known only once the row's sum is,
-at the end of
-the walk; then the program reads its notes back, joins the rows of each vote, and adds the votes to the
-histogram. The notes of one program fill tiles x rows numbers,
-and only as many programs run as the device holds
-at once, each taking rows again and again: memory grows with kv_len, never with its square.
+A program walks the tiles of some rows as dense attention does, and notes two numbers per row and tile:
+the gap, and log2 of the tile's softmax weight. What a tile weighs is known only once the row's sum is,
+at the end of the walk; then the program reads its notes back, joins the rows of each vote, and adds the
+votes to the histogram. The notes of one program fill tiles x rows numbers, and only as many programs run
+as the device holds at once, each taking rows again and again: memory grows with kv_len, never with its
+square.
 
 Weights are added as integers (units of 2^-40), so that a histogram does not depend on the order of its sums.
 """
@@ -36,28 +35,83 @@ MASS_UNIT = 2.0**-40
 
 @triton.jit
 def _observe(
-    first, last, acc, l, m, before,
-    q, k, v, k_offset, v_offset, k_place, v_place, k_stride, v_stride, position, row_first, row_last, kv_len,
-    window, scale, seed,
-    gaps, weights_log2, note,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, NOTE_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr, TMA: tl.constexpr,
+    first,
+    last,
+    acc,
+    l,
+    m,
+    before,
+    q,
+    k,
+    v,
+    k_offset,
+    v_offset,
+    k_place,
+    v_place,
+    k_stride,
+    v_stride,
+    position,
+    row_first,
+    row_last,
+    kv_len,
+    window,
+    scale,
+    seed,
+    gaps,
+    weights_log2,
+    note,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    NOTE_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SEEDED: tl.constexpr,
+    TMA: tl.constexpr,
     TMA_V: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Dense attention over key blocks `first` to `last`, noting each row's gap and weight of each."""
     for block in tl.range(first, last, num_stages=STAGES):
         start = block * BLOCK_N
         keys = load_tile(
-            k, k_offset, k_place, k_stride, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH, TMA, MASKED, False
+            k,
+            k_offset,
+            k_place,
+            k_stride,
+            start,
+            kv_len,
+            BLOCK_N,
+            HEAD_DIM,
+            WIDTH,
+            TMA,
+            MASKED,
+            False,
         )
         values = load_tile(
-            v, v_offset, v_place, v_stride, start, kv_len, BLOCK_N, HEAD_DIM_V, WIDTH_V, TMA_V, MASKED, True
+            v,
+            v_offset,
+            v_place,
+            v_stride,
+            start,
+            kv_len,
+            BLOCK_N,
+            HEAD_DIM_V,
+            WIDTH_V,
+            TMA_V,
+            MASKED,
+            True,
         )
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
-            seen = visible(position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED)
+            seen = visible(
+                position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED
+            )
             scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1) * scale
         tile = block // PARTS
@@ -81,10 +135,29 @@ def _observe(
 
 @triton.jit
 def _tally(
-    counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window,
-    Q_GROUP: tl.constexpr, PACK: tl.constexpr, NOTE_ROWS: tl.constexpr, VOTE_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
+    counts,
+    mass,
+    gaps,
+    weights_log2,
+    row_lse,
+    low,
+    high,
+    token0,
+    q_len,
+    kv_len,
+    window,
+    Q_GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    NOTE_ROWS: tl.constexpr,
+    VOTE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    DECODE: tl.constexpr,
+    LOW: tl.constexpr,
+    PER_OCTAVE: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """Adds the tiles `low` to `high` of one item's rows to the histogram."""
@@ -103,7 +176,9 @@ def _tally(
 
     length = tl.zeros([VOTES], tl.float32) + kv_len
     if DECODE:  # a token's own length
-        length = (token0 + tl.arange(0, VOTES) * VOTE_ROWS // PACK + (kv_len - q_len) + 1).to(tl.float32)
+        length = (token0 + tl.arange(0, VOTES) * VOTE_ROWS // PACK + (kv_len - q_len) + 1).to(
+            tl.float32
+        )
     length_log2 = tl.log2(tl.maximum(length, 1.0))
 
     for tile0 in tl.range(low, high, CHUNK):
@@ -125,22 +200,67 @@ def _tally(
         visited = gap > float("-inf")
         # Units of 2^-40.
         units = (weight.to(tl.float64) * 1099511627776.0).to(tl.int64)
-        tl.atomic_add(counts + index, tl.full([CHUNK, VOTES], 1, tl.int64), mask=visited, sem="relaxed")
+        tl.atomic_add(
+            counts + index, tl.full([CHUNK, VOTES], 1, tl.int64), mask=visited, sem="relaxed"
+        )
         tl.atomic_add(mass + index, units, mask=visited, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "window", "items", "blocks", "note_blocks"])
 def _statistics(
-    q, k, v, out, counts, mass, gaps, weights_log2, row_lse,
-    scale, q_len, kv_len, window, items, blocks, note_blocks,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_os,
-    HEADS: tl.constexpr, Q_GROUP: tl.constexpr, KV_GROUP: tl.constexpr, PACK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, SUBS: tl.constexpr, VOTE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    SEEDED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
-    BINS: tl.constexpr, TMA: tl.constexpr, TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    q,
+    k,
+    v,
+    out,
+    counts,
+    mass,
+    gaps,
+    weights_log2,
+    row_lse,
+    scale,
+    q_len,
+    kv_len,
+    window,
+    items,
+    blocks,
+    note_blocks,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    HEADS: tl.constexpr,
+    Q_GROUP: tl.constexpr,
+    KV_GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SUBS: tl.constexpr,
+    VOTE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SEEDED: tl.constexpr,
+    DECODE: tl.constexpr,
+    LOW: tl.constexpr,
+    PER_OCTAVE: tl.constexpr,
+    BINS: tl.constexpr,
+    TMA: tl.constexpr,
+    TMA_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     NOTE_ROWS: tl.constexpr = BLOCK_M * SUBS  # rows of one item
     TOKENS: tl.constexpr = BLOCK_M // PACK  # query tokens of one block
@@ -166,8 +286,9 @@ def _statistics(
             q_row += token.to(tl.int64) * stride_qs
             columns = tl.arange(0, WIDTH)
             q_tile = tl.load(
-                q + q_row[:, None] + columns[None, :], mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
-                other=0.0
+                q + q_row[:, None] + columns[None, :],
+                mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
+                other=0.0,
             )
             k_offset = batch.to(tl.int64) * stride_kb + (head // KV_GROUP).to(tl.int64) * stride_kh
             v_offset = batch.to(tl.int64) * stride_vb + (head // KV_GROUP).to(tl.int64) * stride_vh
@@ -200,17 +321,31 @@ def _statistics(
             seed = tl.full([BLOCK_M], float("-inf"), tl.float32)
             if SEEDED:
                 # The tiles that are some token's first, then those that are some token's last.
-                firsts = tl.minimum(tl.max(tl.where(valid, row_first, 0), 0) * PARTS + PARTS, high) - low
+                firsts = (
+                    tl.minimum(tl.max(tl.where(valid, row_first, 0), 0) * PARTS + PARTS, high) - low
+                )
                 high_first = tl.maximum(offset + token0, 0) // TILE_KV * PARTS
                 for i in tl.range(0, tl.where(end > token0, firsts + high - high_first, 0)):
                     block = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = block * BLOCK_N
                     keys = load_tile(
-                        k, k_offset, k_place, stride_ks, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH, TMA, True,
-                        False
+                        k,
+                        k_offset,
+                        k_place,
+                        stride_ks,
+                        start,
+                        kv_len,
+                        BLOCK_N,
+                        HEAD_DIM,
+                        WIDTH,
+                        TMA,
+                        True,
+                        False,
                     )
                     scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-                    seen = visible(position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED)
+                    seen = visible(
+                        position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED
+                    )
                     edge = (block // PARTS == row_first) | (block // PARTS == row_last)
                     scores = tl.where(seen & edge[:, None], scores, float("-inf"))
                     seed = tl.maximum(seed, tl.max(scores, 1) * scale)
@@ -224,25 +359,130 @@ def _statistics(
             note = note_base + sub * BLOCK_M + local
             if WINDOWED:
                 acc, l, m, before = _observe(
-                    low, low_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-                    stride_ks, stride_vs,
-                    position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True,
-                    SEEDED, TMA, TMA_V, PRECISION, STAGES,
+                    low,
+                    low_full,
+                    acc,
+                    l,
+                    m,
+                    before,
+                    q_tile,
+                    k,
+                    v,
+                    k_offset,
+                    v_offset,
+                    k_place,
+                    v_place,
+                    stride_ks,
+                    stride_vs,
+                    position,
+                    row_first,
+                    row_last,
+                    kv_len,
+                    window,
+                    scale,
+                    seed,
+                    gaps,
+                    weights_log2,
+                    note,
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    WIDTH,
+                    WIDTH_V,
+                    BLOCK_N,
+                    PARTS,
+                    NOTE_ROWS,
+                    CAUSAL,
+                    WINDOWED,
+                    True,
+                    SEEDED,
+                    TMA,
+                    TMA_V,
+                    PRECISION,
+                    STAGES,
                 )
             acc, l, m, before = _observe(
-                low_full, high_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-                stride_ks, stride_vs,
-                position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
-                HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS, NOTE_ROWS, CAUSAL, WINDOWED, False,
-                SEEDED, TMA, TMA_V, PRECISION, STAGES,
+                low_full,
+                high_full,
+                acc,
+                l,
+                m,
+                before,
+                q_tile,
+                k,
+                v,
+                k_offset,
+                v_offset,
+                k_place,
+                v_place,
+                stride_ks,
+                stride_vs,
+                position,
+                row_first,
+                row_last,
+                kv_len,
+                window,
+                scale,
+                seed,
+                gaps,
+                weights_log2,
+                note,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                WIDTH,
+                WIDTH_V,
+                BLOCK_N,
+                PARTS,
+                NOTE_ROWS,
+                CAUSAL,
+                WINDOWED,
+                False,
+                SEEDED,
+                TMA,
+                TMA_V,
+                PRECISION,
+                STAGES,
             )
             acc, l, m, before = _observe(
-                high_full, high, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-                stride_ks, stride_vs,
-                position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
-                HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True,
-                SEEDED, TMA, TMA_V, PRECISION, STAGES,
+                high_full,
+                high,
+                acc,
+                l,
+                m,
+                before,
+                q_tile,
+                k,
+                v,
+                k_offset,
+                v_offset,
+                k_place,
+                v_place,
+                stride_ks,
+                stride_vs,
+                position,
+                row_first,
+                row_last,
+                kv_len,
+                window,
+                scale,
+                seed,
+                gaps,
+                weights_log2,
+                note,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                WIDTH,
+                WIDTH_V,
+                BLOCK_N,
+                PARTS,
+                NOTE_ROWS,
+                CAUSAL,
+                WINDOWED,
+                True,
+                SEEDED,
+                TMA,
+                TMA_V,
+                PRECISION,
+                STAGES,
             )
             total = tl.where(l == 0.0, 1.0, l)
             acc = acc / total[:, None]
@@ -250,20 +490,41 @@ def _statistics(
             o_row = batch.to(tl.int64) * stride_ob + q_head.to(tl.int64) * stride_oh
             o_row += token.to(tl.int64) * stride_os
             tl.store(
-                out + o_row[:, None] + columns[None, :], acc.to(out.dtype.element_ty),
+                out + o_row[:, None] + columns[None, :],
+                acc.to(out.dtype.element_ty),
                 mask=valid[:, None] & (columns < HEAD_DIM_V)[None, :],
             )
             tl.store(
-                row_lse + lse_base + sub * BLOCK_M + local, tl.where(valid, m + tl.log2(total), float("inf"))
+                row_lse + lse_base + sub * BLOCK_M + local,
+                tl.where(valid, m + tl.log2(total), float("inf")),
             )
         # Notes were written by other threads of this program.
         tl.debug_barrier()
         _tally(
-            counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,
-            row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_block * SUBS * TOKENS, q_len,
+            counts + head * BINS,
+            mass + head * BINS,
+            gaps + note_base,
+            weights_log2 + note_base,
+            row_lse + lse_base,
+            item_low // PARTS,
+            item_high // PARTS,
+            item_block * SUBS * TOKENS,
+            q_len,
             kv_len,
-            window, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS, CHUNK, CAUSAL, WINDOWED, DECODE,
-            LOW, PER_OCTAVE, BINS,
+            window,
+            Q_GROUP,
+            PACK,
+            NOTE_ROWS,
+            VOTE_ROWS,
+            BLOCK_N,
+            PARTS,
+            CHUNK,
+            CAUSAL,
+            WINDOWED,
+            DECODE,
+            LOW,
+            PER_OCTAVE,
+            BINS,
         )
         tl.debug_barrier()
 
@@ -282,8 +543,17 @@ def why_not(
 
 
 def statistics(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, decode: bool, causal: bool, scale: float,
-    window: int | None, tile_q: int, tile_kv: int, seeded: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    decode: bool,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    seeded: bool,
 ) -> tuple[torch.Tensor, TileHistogram]:
     """Dense attention of a batch, and its tiles by critical scale factor.
 
@@ -313,14 +583,22 @@ def statistics(
     subs = max(1, vote_rows // block_m)
     blocks = triton.cdiv(q_len, block_m // pack * subs)
     items = batch * heads * blocks
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    processors = (
+        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    )
     programs = max(1, min(items, processors))
 
-    out = torch.zeros_like(q) if q.shape[-1] == v.shape[-1] else q.new_zeros(*q.shape[:3], v.shape[-1])
+    out = (
+        torch.zeros_like(q)
+        if q.shape[-1] == v.shape[-1]
+        else q.new_zeros(*q.shape[:3], v.shape[-1])
+    )
     counts = torch.zeros(heads, histogram.BINS, dtype=torch.int64, device=q.device)
     mass = torch.zeros_like(counts)
     note_blocks = triton.cdiv(kv_len, tile_kv) * (tile_kv // block_n)
-    notes = torch.empty(2, programs, note_blocks, block_m * subs, dtype=torch.float32, device=q.device)
+    notes = torch.empty(
+        2, programs, note_blocks, block_m * subs, dtype=torch.float32, device=q.device
+    )
     row_lse = torch.empty(programs, block_m * subs, dtype=torch.float32, device=q.device)
     if items and kv_len:
         modern = INTERPRETED or torch.cuda.get_device_capability(q.device)[0] >= 9

@@ -46,33 +46,86 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @triton.jit
 def _walk(
-    first, last, acc, l, m, kept, busy,
-    q, k, v, k_offset, v_offset, k_place, v_place, k_stride, v_stride, position, ballot, kv_len, window,
-    scale, threshold,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    TILE_KV: tl.constexpr, VOTES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    MASKED: tl.constexpr, ARMED: tl.constexpr, AHEAD: tl.constexpr,
-    PRIVATE: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
+    first,
+    last,
+    acc,
+    l,
+    m,
+    kept,
+    busy,
+    q,
+    k,
+    v,
+    k_offset,
+    v_offset,
+    k_place,
+    v_place,
+    k_stride,
+    v_stride,
+    position,
+    ballot,
+    kv_len,
+    window,
+    scale,
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    VOTES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    MASKED: tl.constexpr,
+    ARMED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PRIVATE: tl.constexpr,
+    TMA: tl.constexpr,
+    STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Tiles `first` to `last`; MASKED where some row of the block does not see all of their keys.
 
-    Armed and not AHEAD jumps over a tile that every vote skips,
-    and loads values after the decision. AHEAD loads
-    them in the pipeline, and gives the rows of a skipping vote zero weights, which is the same result.
+    Armed and not AHEAD jumps over a tile that every vote skips, and loads values after the decision.
+    AHEAD loads them in the pipeline, and gives the rows of a skipping vote zero weights: the same result.
     """
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * TILE_KV
         keys = load_tile(
-            k, k_offset, k_place, k_stride, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, TMA, MASKED, False
+            k,
+            k_offset,
+            k_place,
+            k_stride,
+            start,
+            kv_len,
+            TILE_KV,
+            HEAD_DIM,
+            WIDTH,
+            TMA,
+            MASKED,
+            False,
         )
         if AHEAD:
             values = load_tile(
-                v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA, MASKED, True
+                v,
+                v_offset,
+                v_place,
+                v_stride,
+                start,
+                kv_len,
+                TILE_KV,
+                HEAD_DIM_V,
+                WIDTH_V,
+                TMA,
+                MASKED,
+                True,
             )
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
-            seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, CAUSAL, WINDOWED)
+            seen = visible(
+                position, start + tl.arange(0, TILE_KV), kv_len, window, CAUSAL, WINDOWED
+            )
             scores = tl.where(seen, scores, float("-inf"))
         tile_max = tl.max(scores, 1) * scale
         m_new = tl.maximum(m, tile_max)  # a skipped tile cannot raise it
@@ -91,10 +144,22 @@ def _walk(
         if ARMED and not AHEAD:
             if bits != 0:
                 values = load_tile(
-                    v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA, MASKED,
-                    True
+                    v,
+                    v_offset,
+                    v_place,
+                    v_stride,
+                    start,
+                    kv_len,
+                    TILE_KV,
+                    HEAD_DIM_V,
+                    WIDTH_V,
+                    TMA,
+                    MASKED,
+                    True,
                 )
-                weights, l, acc = online_softmax(scores, scale, m, m_new, absent, l, acc, MASKED, VOTES > 1)
+                weights, l, acc = online_softmax(
+                    scores, scale, m, m_new, absent, l, acc, MASKED, VOTES > 1
+                )
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
         else:
             weights, l, acc = online_softmax(scores, scale, m, m_new, absent, l, acc, MASKED, ARMED)
@@ -105,15 +170,53 @@ def _walk(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "window"])
 def _prefill(
-    q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts,
-    factor, scale, q_len, kv_len, window,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr, TWO_WAYS: tl.constexpr,
-    PRIVATE: tl.constexpr, PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
+    q,
+    k,
+    v,
+    out,
+    stats,
+    factors,
+    q_lens,
+    kv_lens,
+    q_starts,
+    kv_starts,
+    factor,
+    scale,
+    q_len,
+    kv_len,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ARMED: tl.constexpr,
+    TWO_WAYS: tl.constexpr,
+    PRIVATE: tl.constexpr,
+    PROBE: tl.constexpr,
+    SPAN: tl.constexpr,
+    TMA: tl.constexpr,
+    STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPARSE_STAGES: tl.constexpr,
 ):
     head = tl.program_id(0)
     # The last rows of a causal call see most: they start first, so that no long program starts last.
@@ -159,7 +262,8 @@ def _prefill(
     columns = tl.arange(0, WIDTH)
     q_tile = tl.load(
         q + q_offset + rows.to(tl.int64)[:, None] * stride_qs + columns[None, :],
-        mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0,
+        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
+        other=0.0,
     )
 
     if factors is not None:
@@ -193,11 +297,44 @@ def _prefill(
     EDGE_STAGES: tl.constexpr = STAGES if EDGE_AHEAD else SPARSE_STAGES
     if WINDOWED:
         acc, l, m, kept, busy = _walk(
-            low, low_full, acc, l, m, kept, busy,
-            q_tile, k, v, k_offset, v_offset, k_place, v_place, stride_ks, stride_vs,
-            position, ballot, kv_len, window, scale, threshold,
-            HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED,
-            True, ARMED, EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+            low,
+            low_full,
+            acc,
+            l,
+            m,
+            kept,
+            busy,
+            q_tile,
+            k,
+            v,
+            k_offset,
+            v_offset,
+            k_place,
+            v_place,
+            stride_ks,
+            stride_vs,
+            position,
+            ballot,
+            kv_len,
+            window,
+            scale,
+            threshold,
+            HEAD_DIM,
+            HEAD_DIM_V,
+            WIDTH,
+            WIDTH_V,
+            TILE_KV,
+            VOTES,
+            CAUSAL,
+            WINDOWED,
+            True,
+            ARMED,
+            EDGE_AHEAD,
+            PRIVATE,
+            TMA,
+            STATS,
+            PRECISION,
+            EDGE_STAGES,
         )
     if ARMED and TWO_WAYS:
         # Two ways through the same tiles. Where nearly all are kept, values come ahead in the pipeline and
@@ -212,19 +349,85 @@ def _prefill(
             busy = 0
             if sparse:
                 acc, l, m, kept, busy = _walk(
-                    tile, stop, acc, l, m, kept, busy,
-                    q_tile, k, v, k_offset, v_offset, k_place, v_place, stride_ks, stride_vs,
-                    position, ballot, kv_len, window, scale, threshold,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED,
-                    False, ARMED, False, False, TMA, STATS, PRECISION, SPARSE_STAGES,
+                    tile,
+                    stop,
+                    acc,
+                    l,
+                    m,
+                    kept,
+                    busy,
+                    q_tile,
+                    k,
+                    v,
+                    k_offset,
+                    v_offset,
+                    k_place,
+                    v_place,
+                    stride_ks,
+                    stride_vs,
+                    position,
+                    ballot,
+                    kv_len,
+                    window,
+                    scale,
+                    threshold,
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    WIDTH,
+                    WIDTH_V,
+                    TILE_KV,
+                    VOTES,
+                    CAUSAL,
+                    WINDOWED,
+                    False,
+                    ARMED,
+                    False,
+                    False,
+                    TMA,
+                    STATS,
+                    PRECISION,
+                    SPARSE_STAGES,
                 )
             else:
                 acc, l, m, kept, busy = _walk(
-                    tile, stop, acc, l, m, kept, busy,
-                    q_tile, k, v, k_offset, v_offset, k_place, v_place, stride_ks, stride_vs,
-                    position, ballot, kv_len, window, scale, threshold,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED,
-                    False, ARMED, True, PRIVATE, TMA, STATS, PRECISION, STAGES,
+                    tile,
+                    stop,
+                    acc,
+                    l,
+                    m,
+                    kept,
+                    busy,
+                    q_tile,
+                    k,
+                    v,
+                    k_offset,
+                    v_offset,
+                    k_place,
+                    v_place,
+                    stride_ks,
+                    stride_vs,
+                    position,
+                    ballot,
+                    kv_len,
+                    window,
+                    scale,
+                    threshold,
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    WIDTH,
+                    WIDTH_V,
+                    TILE_KV,
+                    VOTES,
+                    CAUSAL,
+                    WINDOWED,
+                    False,
+                    ARMED,
+                    True,
+                    PRIVATE,
+                    TMA,
+                    STATS,
+                    PRECISION,
+                    STAGES,
                 )
                 if PRIVATE:
                     busy = tl.max(kept - before, 0)
@@ -233,18 +436,84 @@ def _prefill(
             stop = tl.minimum(stop + SPAN, high_full)
     else:
         acc, l, m, kept, busy = _walk(
-            low_full, high_full, acc, l, m, kept, busy,
-            q_tile, k, v, k_offset, v_offset, k_place, v_place, stride_ks, stride_vs,
-            position, ballot, kv_len, window, scale, threshold,
-            HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED,
-            False, ARMED, EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+            low_full,
+            high_full,
+            acc,
+            l,
+            m,
+            kept,
+            busy,
+            q_tile,
+            k,
+            v,
+            k_offset,
+            v_offset,
+            k_place,
+            v_place,
+            stride_ks,
+            stride_vs,
+            position,
+            ballot,
+            kv_len,
+            window,
+            scale,
+            threshold,
+            HEAD_DIM,
+            HEAD_DIM_V,
+            WIDTH,
+            WIDTH_V,
+            TILE_KV,
+            VOTES,
+            CAUSAL,
+            WINDOWED,
+            False,
+            ARMED,
+            EDGE_AHEAD,
+            PRIVATE,
+            TMA,
+            STATS,
+            PRECISION,
+            EDGE_STAGES,
         )
     acc, l, m, kept, busy = _walk(
-        high_full, high, acc, l, m, kept, busy,
-        q_tile, k, v, k_offset, v_offset, k_place, v_place, stride_ks, stride_vs,
-        position, ballot, kv_len, window, scale, threshold,
-        HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED,
-        True, ARMED, EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+        high_full,
+        high,
+        acc,
+        l,
+        m,
+        kept,
+        busy,
+        q_tile,
+        k,
+        v,
+        k_offset,
+        v_offset,
+        k_place,
+        v_place,
+        stride_ks,
+        stride_vs,
+        position,
+        ballot,
+        kv_len,
+        window,
+        scale,
+        threshold,
+        HEAD_DIM,
+        HEAD_DIM_V,
+        WIDTH,
+        WIDTH_V,
+        TILE_KV,
+        VOTES,
+        CAUSAL,
+        WINDOWED,
+        True,
+        ARMED,
+        EDGE_AHEAD,
+        PRIVATE,
+        TMA,
+        STATS,
+        PRECISION,
+        EDGE_STAGES,
     )
 
     # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.
@@ -254,7 +523,8 @@ def _prefill(
     inside = (rows < most_rows)[:, None] & (columns < HEAD_DIM_V)[None, :]
     tl.store(
         out + o_offset + rows.to(tl.int64)[:, None] * stride_os + columns[None, :],
-        acc.to(out.dtype.element_ty), mask=inside,
+        acc.to(out.dtype.element_ty),
+        mask=inside,
     )
     if STATS:
         votes = tl.arange(0, VOTES)
@@ -295,7 +565,8 @@ def why_not_here(q: torch.Tensor, v: torch.Tensor, scale: float, kv_start: int) 
     """What every kernel asks of a call: why it cannot run, or None."""
     if not q.is_cuda and not INTERPRETED:
         return (
-            "tensors on the CPU run only in Triton's interpreter; set TRITON_INTERPRET=1 before importing triton"
+            "tensors on the CPU run only in Triton's interpreter; "
+            "set TRITON_INTERPRET=1 before importing triton"
         )
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {q.dtype} is not fp16, bf16 or fp32"
@@ -311,7 +582,9 @@ def why_not_here(q: torch.Tensor, v: torch.Tensor, scale: float, kv_start: int) 
 def why_not_blackwell(q: torch.Tensor) -> str | None:
     """Whether this Triton fails on the device; see KNOWS_BLACKWELL."""
     if q.is_cuda and device(q.device)[0] >= 10 and not KNOWS_BLACKWELL:
-        return f"Triton {triton.__version__} fails to compile this kernel for Blackwell; install 3.9"
+        return (
+            f"Triton {triton.__version__} fails to compile this kernel for Blackwell; install 3.9"
+        )
     return None
 
 
@@ -332,7 +605,9 @@ def choose(q: torch.Tensor, v: torch.Tensor, tile_q: int, tile_kv: int) -> Confi
     return choose_for(*device(q.device), q.element_size(), columns, tile_q, tile_kv)
 
 
-def choose_for(major: int, shared: int, size: int, columns: int, tile_q: int, tile_kv: int) -> Config:
+def choose_for(
+    major: int, shared: int, size: int, columns: int, tile_q: int, tile_kv: int
+) -> Config:
     """As `choose`, from the device's numbers, the bytes of an element and the columns of a tile."""
     if size == 4:
         config = Config(64, warps=8, stages=1, tma=False)
@@ -356,10 +631,14 @@ def choose_for(major: int, shared: int, size: int, columns: int, tile_q: int, ti
     tile = size * tile_kv * columns
     return replace(
         config,
-        private=config.two_ways and major == 9 and block_m == 128 and tile_q == 64 and not INTERPRETED,
+        private=config.two_ways
+        and major == 9
+        and block_m == 128
+        and tile_q == 64
+        and not INTERPRETED,
         block_m=block_m,
         warps=8 if block_m > config.block_m else config.warps,
-        registers=config.registers if block_m == config.block_m and major >= 9 else None,
+        registers=config.registers if block_m == config.block_m and major == 9 else None,
         stages=max(1, min(config.stages, room // (2 * tile))),
         sparse_stages=max(1, min(config.sparse_stages, room // tile - 1)),
         tma=config.tma and major >= 9,
@@ -391,7 +670,9 @@ def descriptor_fits(x: torch.Tensor) -> bool:
     """Whether TMA can show the tensor [B, H, S, D] as a matrix of rows `stride(2)` apart."""
     row, column = x.stride()[2:]
     # The stride of a dimension of size 1 is never used, and may be anything.
-    batch, head = (stride if n > 1 else 0 for n, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
+    batch, head = (
+        stride if n > 1 else 0 for n, stride in zip(x.shape[:2], x.stride()[:2], strict=True)
+    )
     in_one_row = (x.shape[1] - 1) * head + x.shape[3] <= row
     return (
         x.numel() > 0
@@ -413,11 +694,25 @@ def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, *, factor: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: Config,
+    *,
+    factor: float,
     factors: torch.Tensor | None,
-    causal: bool, scale: float, window: int | None, tile_q: int, tile_kv: int, q_lens: torch.Tensor | None,
-    kv_lens: torch.Tensor | None, q_starts: torch.Tensor | None, kv_starts: torch.Tensor | None, most_q: int,
-    armed: bool, stats: bool,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    q_starts: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    most_q: int,
+    armed: bool,
+    stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one configuration; `prefill` says what the arguments mean."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -425,7 +720,9 @@ def launch(
         (*q.shape[:3], v.shape[-1]), _like(q, v.shape[-1]), dtype=q.dtype, device=q.device
     )
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    counts = torch.zeros(requests if stats else 0, q.shape[1], 2, dtype=torch.int64, device=q.device)
+    counts = torch.zeros(
+        requests if stats else 0, q.shape[1], 2, dtype=torch.int64, device=q.device
+    )
     if not out.numel():
         return out, counts
     tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
@@ -458,10 +755,21 @@ def _like(q: torch.Tensor, columns: int) -> tuple[int, int, int, int]:
 
 @torch.library.custom_op("skip_softmax::prefill", mutates_args=())
 def prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, factors: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
     causal: bool,
-    scale: float, window: int | None, tile_q: int, tile_kv: int, q_lens: torch.Tensor | None,
-    kv_lens: torch.Tensor | None, q_starts: torch.Tensor | None, kv_starts: torch.Tensor | None, most_q: int,
+    scale: float,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    q_starts: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    most_q: int,
     stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Skip-softmax prefill attention; nothing in it waits for the device.
@@ -498,8 +806,22 @@ def prefill(
 
 @prefill.register_fake
 def _(
-    q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv, q_lens, kv_lens, q_starts, kv_starts,
-    most_q, stats
+    q,
+    k,
+    v,
+    factor,
+    factors,
+    causal,
+    scale,
+    window,
+    tile_q,
+    tile_kv,
+    q_lens,
+    kv_lens,
+    q_starts,
+    kv_starts,
+    most_q,
+    stats,
 ):
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     out = q.new_empty_strided((*q.shape[:3], v.shape[-1]), _like(q, v.shape[-1]))

@@ -77,7 +77,11 @@ def private_votes(objects):
         selp.b32 $1, 1, 0, any;
         }
         """,
-        "=r,=r,r,r", [objects.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=2,
+        "=r,=r,r,r",
+        [objects.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=2,
     )
 
 
@@ -91,7 +95,9 @@ def count_bits(bits, VOTES: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(scores, scale, m, m_new, absent, l, acc, MASKED: tl.constexpr, PARTIAL: tl.constexpr):
+def online_softmax(
+    scores, scale, m, m_new, absent, l, acc, MASKED: tl.constexpr, PARTIAL: tl.constexpr
+):
     """Weights of one tile, and the state rescaled to the new running maximum.
 
     Args:
@@ -128,8 +134,18 @@ def place_of(offset, stride):
 
 @triton.jit
 def load_tile(
-    x, offset, place, stride, first, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr,
+    x,
+    offset,
+    place,
+    stride,
+    first,
+    limit,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):
     """Rows `first` to `first + ROWS` of one head, [ROWS, WIDTH]; columns beyond COLUMNS are zero.
 
@@ -144,7 +160,9 @@ def load_tile(
     else:
         rows = tl.arange(0, ROWS)
         columns = tl.arange(0, WIDTH)
-        pointers = x + offset + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+        pointers = (
+            x + offset + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+        )
         if MASKED:
             held = (first + rows < limit)[:, None] & (columns < COLUMNS)[None, :]
             tile = tl.load(pointers, mask=held, other=0.0)

@@ -296,8 +296,23 @@ class _Interceptor:
                 _log.warning("layer %d keeps the model's own attention: %s", index, reason)
             return self._own_attention(module, q, k, v, mask, scale, kwargs)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        requests = list(_requests(q, k, mask))
+        if requests and requests[0][:2] == (slice(0, q.shape[0]), slice(0, q.shape[2])):
+            _, _, keys, kv_start, position = requests[0]  # the whole batch is one call: no copies
+            out = self._by_phase(
+                index,
+                q,
+                k[:, :, keys],
+                v[:, :, keys],
+                scale,
+                causal,
+                window,
+                kv_start,
+                position=position,
+            )
+            return out.transpose(1, 2).contiguous(), None
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        for b, rows, keys, kv_start, position in _requests(q, k, mask):
+        for b, rows, keys, kv_start, position in requests:
             call = (k[b, :, keys], v[b, :, keys], scale, causal, window, kv_start)
             out[b, :, rows] = self._by_phase(index, q[b, :, rows], *call, position=position)
         return out.transpose(1, 2).contiguous(), None
@@ -345,7 +360,7 @@ class _Interceptor:
                     Call(layer, "decode", q[:, :, split:], k, v, scale, causal, window, kv_start)
                 )
             )
-        return torch.cat(outputs, dim=2)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _reason(
         self, q: torch.Tensor, mask: Any, window: int | None, kwargs: dict[str, Any]

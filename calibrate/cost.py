@@ -149,7 +149,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{file}:{number}: not valid JSON ({error})") from None
         if row.get("phase", PHASES[0]) not in PHASES:
-            continue  # other measurements of the same session
+            continue  # other measurements of the same file
         if not needed <= set(row):
             raise UserError(f"{file}:{number}: a row needs the keys {sorted(needed - set(row))}")
         rows.append(row)

@@ -23,6 +23,7 @@ def of_run(config: RunConfig) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "device": device(config.model.device),
+        "threads": threads(),
         "seed": config.seed,
         "config_sha256": digest(config.model_dump(mode="json", exclude={"output"})),
     }
@@ -30,8 +31,9 @@ def of_run(config: RunConfig) -> dict[str, Any]:
 
 def of_results(config: RunConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> dict[str, Any]:
     """For the thresholds file: what decides the numbers, and nothing that differs between equal runs."""
+    shared = {key: value for key, value in of_run(config).items() if key != "threads"}
     return {
-        **of_run(config),
+        **shared,
         "prompts_sha256": {
             split: digest([prompt.key for prompt in members]) for split, members in prompts.items()
         },
@@ -66,7 +68,14 @@ def device(name: str) -> str:
 
     if torch.cuda.is_available() and name != "cpu":
         return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()})"
+
+
+def threads() -> int:
+    """CPU threads that torch uses."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def digest(data: Any) -> str:

@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import torch
-
 from calibrate import provenance
 from calibrate.capture import empty_statistics, forward, observe
 from calibrate.models import load
@@ -81,7 +79,7 @@ def main(path: str) -> None:
                 "dtype": loaded.dtype,
                 "geometry": geometry.model_dump(mode="json"),
                 "device": provenance.device("cpu"),
-                "threads": torch.get_num_threads(),
+                "threads": provenance.threads(),
                 "versions": provenance.versions(),
                 "commit": provenance.commit(),
                 "rows": rows,

@@ -12,7 +12,7 @@ import torch
 from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from calibrate.schema import GeometryConfig
-from calibrate.stats import Statistics
+from calibrate.stats import PARTS, Statistics
 from skip_softmax.api import tile_statistics
 from skip_softmax.transformers import Call, intercepted
 
@@ -59,7 +59,7 @@ def capture(
             continue
         one = Statistics.empty({}, *_shape(statistics), statistics.lengths)
         observe(loaded, prompt, one, geometry)
-        for name in ("counts", "mass", "rows", "kv_tokens", "calls"):
+        for name in PARTS:
             for phase, value in getattr(one, name).items():
                 getattr(statistics, name)[phase] += value
         statistics.prompts.append(prompt.key)

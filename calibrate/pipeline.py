@@ -276,9 +276,8 @@ class Work:
             return
         # What else the config can get wrong is said before the long work, not after it.
         _ = self.study, self.cost
-        statistics = self.statistics if self.statistics.prompts else None
+        statistics = self.statistics
         self.progress.stage("capture", len(total), len(total) - len(missing))
-        statistics = statistics or self.statistics
         for prompt in capture(self.loaded, total, statistics, self.config.geometry):
             statistics.save(self.folder / "stats.safetensors")
             self.progress.step(f"{prompt.task}, {prompt.length} tokens")

@@ -22,6 +22,9 @@ from skip_softmax.thresholds import PHASES, Phase
 
 ScaleFactors = float | Sequence[float] | torch.Tensor
 
+PARTS = ("counts", "mass", "rows", "kv_tokens", "calls")
+"""What adds: the fields of `Statistics` that hold one tensor per phase."""
+
 
 @dataclass
 class Statistics:
@@ -102,7 +105,7 @@ class Statistics:
             )
         both = {
             name: {p: getattr(self, name)[p] + getattr(other, name)[p] for p in PHASES}
-            for name in ("counts", "mass", "rows", "kv_tokens", "calls")
+            for name in PARTS
         }
         return Statistics(self.identity, **both, prompts=[*self.prompts, *other.prompts])
 
@@ -157,7 +160,7 @@ class Statistics:
         """
         tensors = {
             f"{name}.{phase}": getattr(self, name)[phase].contiguous()
-            for name in ("counts", "mass", "rows", "kv_tokens", "calls")
+            for name in PARTS
             for phase in PHASES
         }
         metadata = {"identity": json.dumps(self.identity), "prompts": json.dumps(self.prompts)}
@@ -175,8 +178,7 @@ class Statistics:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             parts = {
-                name: {phase: tensors[f"{name}.{phase}"] for phase in PHASES}
-                for name in ("counts", "mass", "rows", "kv_tokens", "calls")
+                name: {phase: tensors[f"{name}.{phase}"] for phase in PHASES} for name in PARTS
             }
             identity, prompts = json.loads(metadata["identity"]), json.loads(metadata["prompts"])
         except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:

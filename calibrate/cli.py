@@ -290,6 +290,17 @@ def import_numbers(
     )
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Time the kernels on this GPU, behind a correctness gate; `calibrate bench --help` says what."""
+    from calibrate.bench import run as run_bench
+
+    raise SystemExit(run_bench(context.args))
+
+
 def main() -> None:
     """Entry point: turns the project's two kinds of failure into exit codes 1 and 2."""
     os.environ.setdefault(

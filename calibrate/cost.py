@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from calibrate import bench
 from calibrate.errors import UserError
 from calibrate.schema import CostConfig
-from skip_softmax.thresholds import PHASES, Phase
+from skip_softmax.thresholds import PHASES, Phase, PrefillGeometry
 
-# Beside the package in a wheel, in the source tree otherwise.
-_BUNDLED = (
-    Path(__file__).parent / "bench_results",
-    Path(__file__).parent.parent / "kernels" / "bench" / "results",
-)
+# What `backend="auto"` gives to the Hopper kernel, where there is one.
+_HOPPER_HEAD_DIMS = (64, 128)
+_HOPPER_TILES = PrefillGeometry(tile_q=64, tile_kv=128)
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,16 @@ class Cost:
         return sum(times) / len(times)
 
 
-def load_curves(config: CostConfig, kv_len: int, head_dim: int) -> Cost:
+def load_curves(
+    config: CostConfig, kv_len: int, head_dim: int, tiles: PrefillGeometry = _HOPPER_TILES
+) -> Cost:
     """Picks the measurements nearest to what will be served.
 
     Args:
         config: which file and device.
         kv_len: typical KV length [tokens].
         head_dim: size of a head.
+        tiles: of prefill; they decide which kernel `backend="auto"` takes.
 
     Returns:
         One curve per phase.
@@ -92,13 +94,19 @@ def load_curves(config: CostConfig, kv_len: int, head_dim: int) -> Cost:
     Raises:
         UserError: the file is missing or damaged, or holds no row of that device and phase.
     """
-    files = [Path(config.curves)] if config.curves is not None else _bundled_files()
+    if config.curves is not None:
+        files = [Path(config.curves)]
+    else:
+        files = sorted((bench.folder() / "results").glob("*.jsonl"))
     rows = [row for file in files for row in _rows(file)]
     devices = sorted({str(row["device"]) for row in rows})
     rows = [row for row in rows if row["device"] == config.device]
     curves: dict[Phase, Curve] = {}
+    backends: dict[Phase, str] = {}
     for phase in PHASES:
-        mine = [row for row in rows if row["phase"] == phase and row["backend"] == "triton"]
+        mine = [row for row in rows if row["phase"] == phase]
+        backends[phase] = _backend(phase, mine, head_dim, tiles)
+        mine = [row for row in mine if row["backend"] == backends[phase]]
         if not mine:
             raise UserError(
                 f"cost.device: no {phase} measurement of `{config.device}` in "
@@ -112,8 +120,18 @@ def load_curves(config: CostConfig, kv_len: int, head_dim: int) -> Cost:
         "device": config.device,
         "files": [file.name for file in files],
         "kv_len": {phase: curve.kv_len for phase, curve in curves.items()},
+        "backend": backends,
     }
     return Cost(curves, source)
+
+
+def _backend(
+    phase: Phase, rows: list[dict[str, Any]], head_dim: int, tiles: PrefillGeometry
+) -> str:
+    """The kernel that `backend="auto"` takes on the device of these rows, if it was measured there."""
+    measured = any(row["backend"] == "hopper" and row["head_dim"] == head_dim for row in rows)
+    suits = phase == "prefill" and head_dim in _HOPPER_HEAD_DIMS and tiles == _HOPPER_TILES
+    return "hopper" if suits and measured else "triton"
 
 
 def _curve(rows: list[dict[str, Any]]) -> Curve:
@@ -125,13 +143,6 @@ def _curve(rows: list[dict[str, Any]]) -> Curve:
         tuple(float(t) for t in times),
         int(rows[0]["kv_len"]),
     )
-
-
-def _bundled_files() -> list[Path]:
-    for folder in _BUNDLED:
-        if folder.is_dir():
-            return sorted(folder.glob("*.jsonl"))
-    return []
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -241,7 +241,12 @@ def _speed(
     """The measured kernel curve of the run's cost model, and the speed-up it predicts for the setting."""
     if thresholds is None:
         return None
-    cost = load_curves(config.cost, max(config.prompts.lengths), thresholds.model.head_dim)
+    cost = load_curves(
+        config.cost,
+        max(config.prompts.lengths),
+        thresholds.model.head_dim,
+        config.geometry.prefill,
+    )
     curve = cost.curves[phase]
     share, time = np.asarray(curve.sparsity), np.asarray(curve.relative_time)
     found: dict[str, Any] = {

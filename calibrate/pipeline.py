@@ -252,7 +252,10 @@ class Work:
     @cached_property
     def cost(self) -> Cost:
         return load_curves(
-            self.config.cost, max(self.config.prompts.lengths), self.loaded.calibratable[0].head_dim
+            self.config.cost,
+            max(self.config.prompts.lengths),
+            self.loaded.calibratable[0].head_dim,
+            self.config.geometry.prefill,
         )
 
     @cached_property

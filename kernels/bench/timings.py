@@ -1,0 +1,313 @@
+"""The gate, and what is measured behind it; `run.py` is the command line.
+
+Times are medians of replays of a captured graph, by device events, queued one behind another: what the
+device does for one call, without the host's part. FlashInfer's calls are queued alike, but not captured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import rivals
+import torch
+import triton
+from inputs import Kind, planted
+
+import skip_softmax as ss
+from skip_softmax import histogram
+
+HEADS, KV_HEADS = 64, 4
+TILE_Q, TILE_KV, DECODE_TILE_KV, DECODE_HEAD_DIM = 64, 128, 64, 128  # [tokens]
+SPARSITIES = (0.0, 0.3, 0.57, 0.77, 0.91, 0.97)
+SINK_SPARSITIES = (0.57, 0.77, 0.91)
+DECODE_SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9, 0.99)
+AGREEMENT = 0.02  # relative error at which a rival computes something else
+DEVICE = "cuda"
+Row = dict[str, Any]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def gate(dtype: torch.dtype, backend: str, q_len: int = 1000, kv_len: int = 1500) -> list[str]:
+    """What a backend computes unlike the reference on this device; empty: green."""
+    wrong = []
+    for head_dim in (64, 128):
+        q, k, v, factor = planted(
+            "blocks", 1, 4, 2, q_len, kv_len, head_dim, TILE_KV, 0.5, dtype, DEVICE
+        )
+        calls: dict[str, Callable[..., Any]] = {
+            "prefill": partial(ss.attention, q, k, v, scale_factor=factor),
+            "dense prefill": partial(ss.attention, q, k, v),
+        }
+        if backend == "triton":
+            calls["decode"] = partial(
+                ss.decode_attention, q[:, :, :2], k, v, scale_factor=factor, running_max="seeded"
+            )
+        for name, call in calls.items():
+            out, stats = call(backend=backend, return_stats=True)
+            truth, true_stats = call(backend="reference", return_stats=True)
+            if not torch.equal(stats.visited, true_stats.visited) or not torch.equal(
+                stats.skipped, true_stats.skipped
+            ):
+                wrong.append(
+                    f"{backend} {name} head_dim {head_dim}: skipped {stats.skipped.tolist()} of "
+                    f"{stats.visited.tolist()} tiles, not {true_stats.skipped.tolist()} of "
+                    f"{true_stats.visited.tolist()}"
+                )
+            error = _relative_error(out, truth)
+            if not error < 2 * torch.finfo(dtype).eps:
+                wrong.append(f"{backend} {name} head_dim {head_dim}: relative error {error:.2e}")
+        if backend == "triton":
+            wrong += _wrong_statistics(q, k, v)
+    return wrong
+
+
+def _wrong_statistics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
+    found = ss.tile_statistics(q, k, v, backend="triton")[1]
+    true = ss.tile_statistics(q, k, v, backend="reference")[1]
+    moved = (found.counts.cumsum(1) - true.counts.cumsum(1)).abs().max().item()
+    if moved <= 0.01 * true.counts.sum().item() and torch.allclose(
+        found.mass.sum(1), true.mass.sum(1), rtol=1e-3
+    ):
+        return []
+    return [f"triton statistics head_dim {q.shape[-1]}: {moved} tiles moved"]
+
+
+def _relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((out.float() - truth.float()).norm() / truth.float().norm())
+
+
+def milliseconds(call: Callable[[], object], repeats: int, *, captured: bool = True) -> float:
+    """Median device time of one call.
+
+    Args:
+        call: what is timed; it runs once before, to compile and to allocate.
+        repeats: how many times are taken.
+        captured: whether the call is replayed as a graph, without the host's part.
+    """
+    call()
+    torch.cuda.synchronize()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        call = graph.replay
+    call()
+    pairs = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return float(statistics.median(start.elapsed_time(end) for start, end in pairs))
+
+
+def sdpa_times(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, repeats: int, *, causal: bool
+) -> dict[str, float]:
+    """Dense times of cuDNN and flash [ms]; one that PyTorch refuses here is named on stderr."""
+    found = {}
+    for name, call in rivals.sdpa(q, k, v, causal=causal).items():
+        try:
+            found[name] = milliseconds(call, repeats)
+        except RuntimeError as error:
+            # A refusal is a plain RuntimeError; a fault of the device or of its memory is a subclass.
+            if type(error) is not RuntimeError:
+                raise
+            phase = "prefill" if causal else "decode"
+            rivals.say(f"{name} refuses {phase}, so it is not measured: {_first_line(error)}")
+    return found
+
+
+def _working(
+    name: str, make: Callable[[], Any], truth: torch.Tensor | None, *arguments: float
+) -> Callable[..., torch.Tensor] | None:
+    """A rival's call, if it runs here and computes the truth (None: not asked); said on stderr if not."""
+    try:
+        call: Callable[..., torch.Tensor] | None = make()
+        if call is None:
+            return None
+        out = call(*arguments)
+        torch.cuda.synchronize()
+    except Exception as error:  # another package's fault must not end the run
+        rivals.say(f"{name} fails, so it is not measured: {_first_line(error)}")
+        return None
+    if truth is None:
+        return call
+    rows = min(256, out.shape[0])  # the last queries see most keys
+    off = _relative_error(out[-rows:], truth[0, :, -rows:].transpose(0, 1))
+    if not off < AGREEMENT:
+        rivals.say(f"{name} computes something else (relative error {off:.2g}): not measured")
+        return None
+    return call
+
+
+def prefill_rows(
+    length: int, head_dim: int, dtype: torch.dtype, repeats: int, backends: Sequence[str]
+) -> Iterator[Row]:
+    """Every sparsity of both kinds of inputs with each backend, and the rivals' rows."""
+    flops = 4 * HEADS * length * length / 2 * head_dim
+    shape = {
+        "phase": "prefill", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": head_dim,
+        "q_len": length, "kv_len": length, "tile_q": TILE_Q, "tile_kv": TILE_KV,
+    }  # fmt: skip
+    few = max(3, repeats // 3)
+
+    def row(name: str, ms: float, dense: float, sparsity: float, about: Row) -> Row:
+        return {
+            "backend": name, **shape, **about, "sparsity": round(sparsity, 4), "ms": ms, "dense_ms": dense,
+            "tflops": flops / ms / 1e9, "dense_tflops": flops / dense / 1e9,
+            **_compared(ms, dense, sparsity, others),
+        }  # fmt: skip
+
+    trtllm = True  # until it fails here: a failure can cost a compilation
+    for number, (about, q, k, v, factor) in enumerate(_prefill_inputs(length, head_dim, dtype)):
+        # Rivals again beside every input: the clock moves with the load.
+        others = sdpa_times(q, k, v, few, causal=True)
+        for backend in backends:
+            call: Callable[..., Any] = partial(
+                ss.attention, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend=backend
+            )
+            out, stats = call(scale_factor=factor, return_stats=True)
+            sparsity = (stats.skipped.sum() / stats.visited.sum()).item()
+            dense = milliseconds(partial(call, scale_factor=0.0), repeats)
+            armed = milliseconds(partial(call, scale_factor=factor), repeats)
+            times = {f"{name}_ms": ms for name, ms in others.items()}
+            yield {**row(backend, armed, dense, sparsity, about), **_taken(repeats), **times}
+        if number == 0:  # the first inputs skip nothing: `out` is dense attention
+            for name, ms in others.items():
+                yield {**row(name, ms, ms, 0.0, {}), **_taken(few)}
+            theirs = _working("flashinfer", partial(rivals.flashinfer_dense, q, k, v), out)
+            if theirs is not None:
+                ms = milliseconds(theirs, few, captured=False)
+                yield {**row("flashinfer", ms, ms, 0.0, {}), **_taken(few, captured=False)}
+        if not trtllm:
+            continue
+        # On `sink` inputs many tiles are so near the threshold that rounding decides.
+        truth = out if about["inputs"] == "blocks" else None
+        theirs = _working("fmha_v2", partial(rivals.fmha_v2, q, k, v), truth, factor)
+        trtllm = theirs is not None
+        if theirs is not None:
+            dense = milliseconds(partial(theirs, 0.0), few, captured=False)
+            armed = milliseconds(partial(theirs, factor), few, captured=False)
+            # The same tiles and the same rule: our share of skipped tiles is theirs, but for rounding.
+            yield {**row("fmha_v2", armed, dense, sparsity, about), **_taken(few, captured=False)}
+
+
+def _prefill_inputs(
+    length: int, head_dim: int, dtype: torch.dtype
+) -> Iterator[tuple[Row, torch.Tensor, torch.Tensor, torch.Tensor, float]]:
+    """What a row says about its inputs, the inputs, and the scale factor that skips so much of them."""
+
+    def made(kind: Kind, sparsity: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        return planted(
+            kind, 1, HEADS, KV_HEADS, length, length, head_dim, TILE_KV, sparsity, dtype, DEVICE
+        )
+
+    sink = made("sink", 0.0)[:3]
+    for sparsity in SPARSITIES:
+        yield {"inputs": "blocks", "requested_sparsity": sparsity}, *made("blocks", sparsity)
+        if sparsity in SINK_SPARSITIES:
+            yield (
+                {"inputs": "sink", "requested_sparsity": sparsity},
+                *sink,
+                factor_for(*sink, sparsity),
+            )
+
+
+def factor_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparsity: float) -> float:
+    """The scale factor that skips this share of tiles, by the statistics of the same input."""
+    histograms = ss.tile_statistics(q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend="triton")[1]
+    counts = histograms.counts.sum(0)
+    share = counts.cumsum(0)[: histogram.EDGES] / counts.sum()
+    return float(histogram.edges()[int((share - sparsity).abs().argmin())])
+
+
+def statistics_rows(length: int, head_dim: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+    """The statistics kernel against cuDNN's dense time."""
+    q, k, v, _ = planted(
+        "blocks", 1, HEADS, KV_HEADS, length, length, head_dim, TILE_KV, 0.5, dtype, DEVICE
+    )
+    others = sdpa_times(q, k, v, repeats, causal=True)
+    call = partial(ss.tile_statistics, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend="triton")
+    ms = milliseconds(call, repeats)
+    yield {
+        "backend": "triton", "phase": "statistics", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS,
+        "head_dim": head_dim, "q_len": length, "kv_len": length, "tile_q": TILE_Q, "tile_kv": TILE_KV,
+        "inputs": "blocks", "ms": ms, "tflops": 4 * HEADS * length * length / 2 * head_dim / ms / 1e9,
+        "times_cudnn": ms / others["cudnn"] if "cudnn" in others else None,
+        "speedup_to_cudnn": others["cudnn"] / ms if "cudnn" in others else None,
+        **_taken(repeats), **{f"{name}_ms": t for name, t in others.items()},
+    }  # fmt: skip
+
+
+def copy_bandwidth() -> float:
+    """What a device copy reads and writes [TB/s]; a graph would copy by another, slower engine."""
+    source = torch.empty(2**30, dtype=torch.bfloat16, device=DEVICE).normal_()
+    target = torch.empty_like(source)
+    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    return 2 * source.numel() * 2 / ms / 1e9
+
+
+def decode_rows(
+    batch: int, length: int, dtype: torch.dtype, repeats: int, backends: Sequence[str]
+) -> Iterator[Row]:
+    """Every sparsity with each backend, against a device copy's bandwidth, and the rivals' rows."""
+    copy = copy_bandwidth()
+    size = 2 * batch * KV_HEADS * length * DECODE_HEAD_DIM * dtype.itemsize
+    shape = {
+        "phase": "decode", "batch": batch, "q_heads": HEADS, "kv_heads": KV_HEADS,
+        "head_dim": DECODE_HEAD_DIM, "q_len": 1, "kv_len": length, "tile_kv": DECODE_TILE_KV,
+    }  # fmt: skip
+
+    def row(name: str, ms: float, dense: float, sparsity: float, about: Row) -> Row:
+        return {
+            "backend": name, **shape, **about, "sparsity": round(sparsity, 4), "ms": ms, "dense_ms": dense,
+            # A skipped tile's keys are read, its values are not.
+            "tb_per_s": size * (1 - sparsity / 2) / ms / 1e9, "dense_tb_per_s": size / dense / 1e9,
+            "copy_tb_per_s": copy, "dense_to_copy": size / dense / 1e9 / copy,
+            **_compared(ms, dense, sparsity, others),
+        }  # fmt: skip
+
+    for number, requested in enumerate(DECODE_SPARSITIES):
+        q, k, v, factor = planted(
+            "blocks", batch, HEADS, KV_HEADS, 1, length, DECODE_HEAD_DIM, DECODE_TILE_KV, requested, dtype,
+            DEVICE,
+        )  # fmt: skip
+        if number == 0:
+            others = sdpa_times(q, k, v, repeats, causal=False)
+        about = {"running_max": "seeded", "inputs": "blocks", "requested_sparsity": requested}
+        for backend in backends:
+            call: Callable[..., Any] = partial(
+                ss.decode_attention, q, k, v, tile_kv=DECODE_TILE_KV, running_max="seeded", backend=backend
+            )  # fmt: skip
+            counted = call(scale_factor=factor, return_stats=True)[1]
+            sparsity = (counted.skipped.sum() / counted.visited.sum()).item()
+            dense = milliseconds(partial(call, scale_factor=0.0), repeats)
+            armed = milliseconds(partial(call, scale_factor=factor), repeats)
+            yield {**row(backend, armed, dense, sparsity, about), **_taken(repeats)}
+        if number == 0:
+            for name, ms in others.items():
+                yield {**row(name, ms, ms, 0.0, {}), **_taken(repeats)}
+
+
+def _compared(ms: float, dense: float, sparsity: float, others: dict[str, float]) -> Row:
+    """A time against its own dense time, the bound 2 / (2 - sparsity) and cuDNN's dense time."""
+    bound, cudnn = 2 / (2 - sparsity), others.get("cudnn")
+    return {
+        "speedup_to_dense": dense / ms, "bound": bound, "share_of_bound": dense / ms / bound,
+        "speedup_to_cudnn": None if cudnn is None else cudnn / ms,
+        "dense_to_cudnn": None if cudnn is None else cudnn / dense,
+    }  # fmt: skip
+
+
+def _taken(repeats: int, *, captured: bool = True) -> Row:
+    return {"repeats": repeats, "timing": "graph replay" if captured else "queued calls"}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,6 +21,15 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=[False, True], ids=["waits", "ahead"])
+def both_ways(request, monkeypatch):
+    """V loaded where it is used, and ahead of it; the splits joined in several ways too."""
+    config = decode.AHEAD._replace(ahead=request.param)
+    if request.param:
+        config = config._replace(join=4, join_columns=16)
+    monkeypatch.setattr(decode, "AHEAD", config)
+
+
 def planted(*, tokens=1, kv_len=500, tile_kv=32, **keywords):
     return plant(q_len=tokens, kv_len=kv_len, tile_q=1, tile_kv=tile_kv, **keywords)
 
@@ -65,6 +74,7 @@ def check(
     return out, stats
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("kv_len", [1, 63, 129, 500])
@@ -80,6 +90,7 @@ def test_skipped_tiles_are_the_planted_ones():
     assert stats.skipped.tolist() == [[middle.sum().item()]]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("tokens, window", [(2, None), (4, None), (3, 100), (4, 33)])
 def test_runs_of_tokens_vote_one_by_one(tokens, window, running_max):
@@ -91,6 +102,7 @@ def test_groups_of_heads(heads, kv_heads):
     check(planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim):
     check(planted(head_dim=head_dim, kv_len=200))
@@ -101,6 +113,7 @@ def test_tiles(tile_kv):
     check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_pages_equal_a_contiguous_cache(page):
     p = planted(batch=2, heads=4, kv_heads=2, kv_len=300, tokens=2)
@@ -110,6 +123,7 @@ def test_pages_equal_a_contiguous_cache(page):
     assert torch.equal(stats.skipped, counted.skipped) and stats.skipped.sum() > 0
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_ragged_requests_equal_each_one_alone():
     p = planted(batch=4, heads=4, kv_heads=2, kv_len=500)
     kv_lens = [500, 0, 33, 260]
@@ -129,6 +143,7 @@ def test_ragged_requests_equal_each_one_alone():
             torch.testing.assert_close(alone[0], out[b])
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
 def test_decisions_do_not_depend_on_the_number_of_splits(splits):
     p = planted(kv_len=500, tokens=2)
@@ -141,6 +156,7 @@ def test_decisions_do_not_depend_on_the_number_of_splits(splits):
     assert_accurate(out[0], p, Request(2, 500, 0, True, None, None, 32, "seeded"))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_zero_is_bit_identical_to_the_kernel_without_skipping():
     p = planted(kv_len=500, heads=4, kv_heads=2)
     keywords = {"tile_kv": 32, "running_max": "seeded", "backend": "triton"}
@@ -149,6 +165,51 @@ def test_zero_is_bit_identical_to_the_kernel_without_skipping():
     assert torch.equal(dense, ss.decode_attention(p.q, p.k, p.v, scale_factor=zeros, **keywords))
 
 
+def test_loading_ahead_changes_no_bit(monkeypatch):
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=500, tokens=2)
+    found = []
+    for ahead in (False, True):
+        monkeypatch.setattr(decode, "AHEAD", decode.AHEAD._replace(ahead=ahead))
+        found.append(
+            decode.decode(
+                p.q, p.k, p.v, None, None, p.scale_factor, None, 0.2, None, 32, True, 5, True
+            )
+        )
+    (out, counts), (other, others) = found
+    assert torch.equal(counts, others) and counts[..., 1].sum() > 0
+    assert torch.equal(out, other)
+
+
+@pytest.mark.parametrize(
+    "change, ahead",
+    [
+        ({}, True),
+        ({"scale_factor": 0.0}, True),
+        ({"tokens": 16, "heads": 4}, False),  # 64 rows: Triton 3.6 aborts on such a product
+        ({"tile_kv": 256, "head_dim": 64}, False),  # more shared memory than there may be
+        ({"running_max": "ascending"}, False),
+    ],
+)
+def test_v_is_loaded_ahead_where_that_compiles(change, ahead, monkeypatch):
+    seen = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *arguments, **keywords: seen.append(keywords)
+
+    monkeypatch.setattr(decode, "_decode", Launched())
+    monkeypatch.setattr(decode, "_combine", Launched())
+    shape = {k: v for k, v in change.items() if k in ("tokens", "heads", "tile_kv", "head_dim")}
+    p = planted(**{"tile_kv": 32, "kv_len": 600, **shape})
+    keywords = {"scale_factor": p.scale_factor, "running_max": "seeded", **change}
+    keywords = {
+        k: v for k, v in keywords.items() if k in ("scale_factor", "running_max", "tile_kv")
+    }
+    ss.decode_attention(p.q, p.k, p.v, backend="triton", **{"tile_kv": 32, **keywords})
+    assert (seen[0]["STAGES"] < 0) == ahead
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_one_number_per_kv_head():
     p = planted(heads=4, kv_heads=2, kv_len=300)
     factors = torch.tensor([0.0, p.scale_factor], device=DEVICE)
@@ -198,6 +259,7 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
         ss.decode_attention(p.q, p.k, p.v, backend="triton")
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page", [0, 16, 128])
@@ -209,6 +271,7 @@ def test_long_caches(page, dtype):
     check(p, tile_kv=64, page=page, window=2000, running_max="ascending")
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.gpu
 def test_128k_tokens():
     p = planted(heads=16, kv_heads=1, kv_len=131072, head_dim=128, tile_kv=64, dtype=torch.bfloat16)
@@ -216,6 +279,7 @@ def test_128k_tokens():
     assert 0.5 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.gpu
 def test_a_captured_graph_follows_new_thresholds_and_lengths():
     p = planted(

@@ -9,6 +9,11 @@ memory traffic:
         bits     = the tokens that keep the tile
         if bits: p, l, acc, with v_j loaded here
 
+Loaded there, the whole latency of v_j lies open in every kept tile. With `ahead` the load stands outside
+the `if` and is masked by `bits` (a skipped tile makes no traffic): Triton's pipeliner then decides
+`stages - 1` tiles before it computes p and acc, and v_j is under way meanwhile. The seed tiles (below) are
+the first steps of the same loop then. Decisions and the order of sums are the same in both.
+
 What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
 `seeded`: the row maximum over the first and the last visited tile, which every program computes for
 itself and which are never skipped. `ascending`: the running maximum over all earlier tiles, which only a
@@ -16,6 +21,8 @@ program that walks them all knows, so it runs with a single split.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,6 +39,37 @@ from skip_softmax.tiles import (
 )
 
 MOST_TOKENS = 16  # query tokens per request
+
+
+class Config(NamedTuple):
+    """A launch configuration.
+
+    Attributes:
+        per_processor: programs per multiprocessor, which sets the number of splits.
+        warps: of `_decode`.
+        stages: of its pipeline.
+        ahead: whether v is loaded ahead of its use too (module docstring).
+        join: splits that `_combine` reads at once, at most.
+        join_warps: of `_combine`.
+        join_columns: columns of the output per program of `_combine`, a power of two; 0: all.
+    """
+
+    per_processor: int
+    warps: int
+    stages: int
+    ahead: bool = False
+    join: int = 64
+    join_warps: int = 4
+    join_columns: int = 0
+
+
+# Measured on an H100, see kernels/bench/results.
+AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
+# Of calls that cannot load v ahead: few programs without splitting, or enough.
+FEW_WAITING = Config(2, warps=4, stages=3, join=256, join_columns=32)
+MANY_WAITING = Config(4, warps=2, stages=2)
+# Of one tile of k and v, at most, to load v ahead: its buffers are twice as many.
+AHEAD_BYTES = 2**15
 
 
 @triton.jit
@@ -157,6 +195,10 @@ def _decode(
     else:
         table += batch.to(tl.int64) * stride_table
 
+    AHEAD: tl.constexpr = STAGES < 0
+    firsts = 0
+    high_first = 0
+    count = 0
     seed = tl.full([ROWS], float("-inf"), tl.float32)
     if ARMED:
         if factors is not None:
@@ -171,28 +213,31 @@ def _decode(
                 firsts + high - high_first,
                 0,
             )
-            for i in tl.range(0, count, num_stages=2):
-                tile = tl.where(i < firsts, low + i, high_first + i - firsts)
-                start = tile * TILE_KV
-                keys = _load_keys(
-                    k,
-                    k_offset,
-                    stride_kb,
-                    stride_ks,
-                    table,
-                    start,
-                    kv_len,
-                    TILE_KV,
-                    HEAD_DIM,
-                    WIDTH,
-                    PAGE,
-                )
-                scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-                seen = visible(
-                    position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
-                )
-                seen = seen & ((tile == first_tile) | (tile == last_tile))[:, None]
-                seed = tl.maximum(seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale)
+            if not AHEAD:
+                for i in tl.range(0, count, num_stages=2):
+                    tile = tl.where(i < firsts, low + i, high_first + i - firsts)
+                    start = tile * TILE_KV
+                    keys = _load_keys(
+                        k,
+                        k_offset,
+                        stride_kb,
+                        stride_ks,
+                        table,
+                        start,
+                        kv_len,
+                        TILE_KV,
+                        HEAD_DIM,
+                        WIDTH,
+                        PAGE,
+                    )
+                    scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+                    seen = visible(
+                        position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
+                    )
+                    seen = seen & ((tile == first_tile) | (tile == last_tile))[:, None]
+                    seed = tl.maximum(
+                        seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale
+                    )
 
     tiles = tl.maximum(high - low, 0)
     first = low + (tiles * split) // tl.num_programs(0)
@@ -201,44 +246,64 @@ def _decode(
     l = tl.zeros([ROWS], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     kept = 0
-    for tile in tl.range(first, last, num_stages=STAGES):
-        start = tile * TILE_KV
-        keys = _load_keys(
-            k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE
-        )
-        if not ARMED:
+    if AHEAD:
+        for i in tl.range(0, count + last - first, num_stages=-STAGES):
+            tile = first + i - count
+            if ARMED and SEEDED:
+                end = tl.where(i < firsts, low + i, high_first + i - firsts)
+                tile = tl.where(i < count, end, tile)
+            start = tile * TILE_KV
+            keys = _load_keys(
+                k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE
+            )  # fmt: skip
+            scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+            seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
+            scores = tl.where(seen, scores, float("-inf"))
+            tile_max = tl.max(scores, 1) * scale
+            if ARMED:
+                if SEEDED:
+                    ends = ((tile == first_tile) | (tile == last_tile)) & (tile_max > float("-inf"))
+                    seed = tl.maximum(seed, tl.where(ends, tile_max, float("-inf")))
+                    bits = kept_votes(keeps(tile_max, seed, threshold) | ends, ballot)
+                    bits = tl.where(i < count, 0, bits)
+                else:
+                    bits = kept_votes(keeps(tile_max, m, threshold), ballot)
+                if STATS:
+                    kept += count_bits(bits, TOKENS)
+                absent = (bits & ballot) == 0
+                m_new = tl.where(absent, m, tl.maximum(m, tile_max))
+                limit = tl.where(bits != 0, kv_len, 0)
+            else:
+                bits = 1
+                absent = ballot == 0
+                m_new = tl.maximum(m, tile_max)
+                limit = kv_len
             values = _load_keys(
-                v,
-                v_offset,
-                stride_vb,
-                stride_vs,
+                v, v_offset, stride_vb, stride_vs, table, start, limit, TILE_KV, HEAD_DIM_V, WIDTH_V, PAGE
+            )  # fmt: skip
+            if bits != 0:
+                weights, l, acc = online_softmax(
+                    scores, scale, m, m_new, absent, l, acc, True, True
+                )
+                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+            m = m_new
+    else:
+        for tile in tl.range(first, last, num_stages=STAGES):
+            start = tile * TILE_KV
+            keys = _load_keys(
+                k,
+                k_offset,
+                stride_kb,
+                stride_ks,
                 table,
                 start,
                 kv_len,
                 TILE_KV,
-                HEAD_DIM_V,
-                WIDTH_V,
+                HEAD_DIM,
+                WIDTH,
                 PAGE,
             )
-        scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-        seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
-        scores = tl.where(seen, scores, float("-inf"))
-        tile_max = tl.max(scores, 1) * scale
-        if ARMED:
-            if SEEDED:
-                objects = keeps(tile_max, seed, threshold)
-                objects = objects | ((tile == first_tile) | (tile == last_tile)) & (
-                    tile_max > float("-inf")
-                )
-            else:
-                objects = keeps(tile_max, m, threshold)
-            bits = kept_votes(objects, ballot)
-            if STATS:
-                kept += count_bits(bits, TOKENS)
-            if bits != 0:
-                absent = (bits & ballot) == 0
-                # A split's own running maximum may lie below a tile that its token skips.
-                m_new = tl.where(absent, m, tl.maximum(m, tile_max))
+            if not ARMED:
                 values = _load_keys(
                     v,
                     v_offset,
@@ -252,18 +317,50 @@ def _decode(
                     WIDTH_V,
                     PAGE,
                 )
+            scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+            seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
+            scores = tl.where(seen, scores, float("-inf"))
+            tile_max = tl.max(scores, 1) * scale
+            if ARMED:
+                if SEEDED:
+                    objects = keeps(tile_max, seed, threshold)
+                    objects = objects | ((tile == first_tile) | (tile == last_tile)) & (
+                        tile_max > float("-inf")
+                    )
+                else:
+                    objects = keeps(tile_max, m, threshold)
+                bits = kept_votes(objects, ballot)
+                if STATS:
+                    kept += count_bits(bits, TOKENS)
+                if bits != 0:
+                    absent = (bits & ballot) == 0
+                    # A split's own running maximum may lie below a tile that its token skips.
+                    m_new = tl.where(absent, m, tl.maximum(m, tile_max))
+                    values = _load_keys(
+                        v,
+                        v_offset,
+                        stride_vb,
+                        stride_vs,
+                        table,
+                        start,
+                        kv_len,
+                        TILE_KV,
+                        HEAD_DIM_V,
+                        WIDTH_V,
+                        PAGE,
+                    )
+                    weights, l, acc = online_softmax(
+                        scores, scale, m, m_new, absent, l, acc, True, True
+                    )
+                    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                    m = m_new
+            else:
+                m_new = tl.maximum(m, tile_max)
                 weights, l, acc = online_softmax(
-                    scores, scale, m, m_new, absent, l, acc, True, True
+                    scores, scale, m, m_new, ballot == 0, l, acc, True, True
                 )
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
                 m = m_new
-        else:
-            m_new = tl.maximum(m, tile_max)
-            weights, l, acc = online_softmax(
-                scores, scale, m, m_new, ballot == 0, l, acc, True, True
-            )
-            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-            m = m_new
 
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     columns = tl.arange(0, WIDTH_V)
@@ -305,11 +402,12 @@ def _combine(
     """Joins the splits of one row by their log-sum-exp."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0)
+    blocks: tl.constexpr = (HEAD_DIM_V + WIDTH_V - 1) // WIDTH_V
+    row = tl.program_id(0) // blocks
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
     base = (batch * tl.num_programs(1) + kv_head).to(tl.int64) * splits
-    columns = tl.arange(0, WIDTH_V)
+    columns = tl.program_id(0) % blocks * WIDTH_V + tl.arange(0, WIDTH_V)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([WIDTH_V], tl.float32)
@@ -351,20 +449,28 @@ def why_not(
     return why_not_here(q, v, scale, kv_start)
 
 
-def choose(batch_heads: int, tiles: int, processors: int) -> tuple[int, int, int]:
-    """Splits, warps and pipeline stages; measured on an H100, see kernels/bench/results.
+def config_for(batch_heads: int, processors: int, can_load_ahead: bool) -> Config:
+    """The configuration of a call; `choose` has its arguments."""
+    if can_load_ahead:
+        return AHEAD
+    return MANY_WAITING if batch_heads >= processors else FEW_WAITING
+
+
+def choose(
+    batch_heads: int, tiles: int, processors: int, can_load_ahead: bool = True
+) -> tuple[int, int, int]:
+    """Splits, warps and `STAGES`, which is below zero where v is loaded ahead.
 
     Args:
         batch_heads: requests times KV heads.
         tiles: KV tiles of the longest request.
         processors: multiprocessors of the device.
+        can_load_ahead: whether the call may load v ahead of its use.
     """
-    if batch_heads >= processors:
-        # Enough programs without splitting: small ones, many to a processor.
-        splits, warps, stages = 4 * processors // batch_heads, 2, 2
-    else:
-        splits, warps, stages = 2 * processors // batch_heads, 4, 3
-    return max(1, min(splits, tiles // 4)), warps, stages
+    config = config_for(batch_heads, processors, can_load_ahead)
+    splits = config.per_processor * processors // batch_heads
+    stages = -config.stages if config.ahead else config.stages
+    return max(1, min(splits, tiles // 4)), config.warps, stages
 
 
 def launch(
@@ -396,7 +502,14 @@ def launch(
     processors = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
     )
-    chosen, warps, stages = choose(batch * kv_heads, triton.cdiv(capacity, tile_kv), processors)
+    rows = max(16, triton.next_power_of_2(tokens * group))
+    # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
+    # the running maximum of the tile before.
+    tile_bytes = tile_kv * (width(k.shape[-1]) + width(v.shape[-1])) * k.element_size()
+    can = rows < 64 and tile_bytes <= AHEAD_BYTES and (seeded or not armed)
+    config = config_for(batch * kv_heads, processors, can)
+    tiles = triton.cdiv(capacity, tile_kv)
+    chosen, warps, stages = choose(batch * kv_heads, tiles, processors, can)
     splits = 1 if armed and not seeded else splits or chosen
     shape = (batch, kv_heads, splits, tokens * group)
     parts = torch.empty(
@@ -409,17 +522,18 @@ def launch(
         factor, scale * LOG2E, capacity, window or 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         0 if table is None else table.stride(0),
-        TOKENS=tokens, GROUP=group, ROWS=max(16, triton.next_power_of_2(tokens * group)),
+        TOKENS=tokens, GROUP=group, ROWS=rows,
         HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]),
         TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2], WINDOWED=window is not None, ARMED=armed,
         SEEDED=seeded, SPLIT=splits > 1, EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
         STAGES=stages, num_warps=warps,
     )  # fmt: skip
     if splits > 1:
-        _combine[(tokens * group, kv_heads, batch)](
+        columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
+        _combine[(tokens * group * triton.cdiv(v.shape[-1], columns), kv_heads, batch)](
             parts, lse, out, splits, *out.stride()[:3], TOKENS=tokens, GROUP=group, HEAD_DIM_V=v.shape[-1],
-            WIDTH_V=width(v.shape[-1]), BLOCK=min(64, triton.next_power_of_2(splits)), EARLY=early,
-            num_warps=4,
+            WIDTH_V=columns, BLOCK=min(config.join, triton.next_power_of_2(splits)), EARLY=early,
+            num_warps=config.join_warps,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out, counts

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Literal, overload
@@ -131,16 +132,12 @@ def attention(
     _check_qkv(q, k, v)
     _check_geometry(tile_kv, window, tile_q)
     scale = _scale(scale, q)
-    if (
-        _choose_backend(
-            backend, q, lambda: _prefill().why_not(q, v, tile_q, tile_kv, scale, kv_start)
-        )
-        == "triton"
-    ):
+    chosen = _choose_prefill(backend, q, k, v, window, tile_q, tile_kv, scale, kv_start)
+    if chosen != "reference":
         factor, factors = _kernel_factors(scale_factor, q.shape[1], q.device, "query")
         _warn_if_known_meaningless(factor, kv_lens, k.shape[2])
-        out, counts = _prefill().prefill(
-            q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv,
+        out, counts = _run_prefill(
+            chosen, q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv,
             _kernel_lengths("q_lens", q_lens, q.shape[0], q.shape[2], q.device),
             _kernel_lengths("kv_lens", kv_lens, q.shape[0], k.shape[2], q.device),
             None, None, q.shape[2], return_stats,
@@ -263,13 +260,11 @@ def attention_varlen(
     _check_qkv(*heads_first)
     _check_geometry(tile_kv, window, tile_q)
     scale = _scale(scale, q)
-    if (
-        _choose_backend(backend, q, lambda: _prefill().why_not(q, v, tile_q, tile_kv, scale, 0))
-        == "triton"
-    ):
+    chosen = _choose_prefill(backend, *heads_first, window, tile_q, tile_kv, scale, 0)
+    if chosen != "reference":
         factor, factors = _kernel_factors(scale_factor, q.shape[1], q.device, "query")
-        out, counts = _prefill().prefill(
-            *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
+        out, counts = _run_prefill(
+            chosen, *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
             cu_seqlens_q.to(q.device, torch.int32), cu_seqlens_k.to(q.device, torch.int32),
             max_seqlen_q,
             return_stats,
@@ -392,7 +387,7 @@ def decode_attention(
         reason: str | None = _decode().why_not(run, v_cache, tile_kv, scale, kv_start, page)
         return reason
 
-    if _choose_backend(backend, q, why_not) == "triton":
+    if _choose_backend(backend, q, {"triton": why_not}) == "triton":
         factor, factors = _kernel_factors(scale_factor, k_cache.shape[1], q.device, "KV")
         capacity = page * block_table.shape[1] if block_table is not None else k_cache.shape[2]
         _warn_if_known_meaningless(factor, kv_lens, capacity, tokens=run.shape[2])
@@ -460,7 +455,9 @@ def tile_gaps(
     """
     _check_qkv(q, k, k)
     _check_geometry(tile_kv, window, tile_q)
-    _choose_backend(backend, q, lambda: "tile_gaps has no kernel; `tile_statistics` has")
+    _choose_backend(
+        backend, q, {"triton": lambda: "tile_gaps has no kernel; `tile_statistics` has"}
+    )
     tiles = (-(-q.shape[2] // tile_q), -(-k.shape[2] // tile_kv))
     result = torch.full((*q.shape[:2], *tiles), -torch.inf, device=q.device, dtype=torch.float32)
     result = result.double() if q.dtype == torch.float64 else result
@@ -517,7 +514,7 @@ def tile_statistics(
         reason: str | None = _gaps().why_not(q, v, rows, tile_kv, scale, kv_start)
         return reason
 
-    if _choose_backend(backend, q, why_not) == "triton":
+    if _choose_backend(backend, q, {"triton": why_not}) == "triton":
         out, histogram = _gaps().statistics(
             q, k, v, decode=decode, causal=causal, scale=scale, window=window, tile_q=tile_q,
             tile_kv=tile_kv,
@@ -557,6 +554,12 @@ def _decode() -> ModuleType:
     return decode
 
 
+def _hopper() -> ModuleType:
+    from skip_softmax import hopper
+
+    return hopper
+
+
 def _gaps() -> ModuleType:
     from skip_softmax import gaps
 
@@ -564,33 +567,87 @@ def _gaps() -> ModuleType:
 
 
 def _choose_backend(
-    backend: Backend, q: torch.Tensor, why_not: Callable[[], str | None]
-) -> Literal["reference", "triton"]:
-    """The backend that runs a call; `why_not` says why the Triton kernels cannot."""
+    backend: Backend, q: torch.Tensor, kernels: dict[str, Callable[[], str | None]]
+) -> str:
+    """The backend that runs a call.
+
+    Args:
+        backend: as asked.
+        q: queries; only their device matters.
+        kernels: the kernels of this operation, best first: each says why it cannot run the call, or None.
+    """
     if backend not in ("auto", "reference", "triton", "hopper"):
         raise ValueError(f"backend must be auto, reference, triton or hopper, but got {backend!r}")
-    if backend == "hopper":
-        raise NotImplementedError(
-            "backend='hopper' is not part of this version; use backend='auto' or 'triton'"
-        )
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         return "reference"
-    if not _HAS_TRITON:
-        reason: str | None = (
-            "triton is not installed; `pip install skip-softmax-calibrate[gpu]` brings it"
+    if backend != "auto" and backend not in kernels:
+        raise NotImplementedError(
+            f"backend={backend!r} has no such operation; use {' or '.join(kernels)}"
         )
-    else:
-        reason = why_not()
-    if reason is None:
-        return "triton"
-    if backend == "triton":
-        raise NotImplementedError(f"backend='triton' cannot run this call: {reason}")
+    reason: str | None = None
+    for name, why_not in kernels.items():
+        if backend not in ("auto", name):
+            continue
+        if not _HAS_TRITON:
+            reason = "triton is not installed; `pip install skip-softmax-calibrate[gpu]` brings it"
+        else:
+            reason = why_not()
+        if reason is None:
+            return name
+    if backend != "auto":
+        raise NotImplementedError(f"backend={backend!r} cannot run this call: {reason}")
     if reason not in _warned:
-        _warned.add(reason)
+        _warned.add(str(reason))
         warnings.warn(
             f"the reference runs this call, slowly: {reason}", FallbackWarning, stacklevel=3
         )
     return "reference"
+
+
+def _choose_prefill(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    scale: float,
+    kv_start: int,
+) -> str:
+    return _choose_backend(
+        backend,
+        q,
+        {
+            "hopper": lambda: _hopper().why_not(q, k, v, tile_q, tile_kv, window, scale, kv_start),
+            "triton": lambda: _prefill().why_not(q, v, tile_q, tile_kv, scale, kv_start),
+        },
+    )
+
+
+def _run_prefill(
+    chosen: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    *lengths_and_stats: torch.Tensor | int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if chosen == "hopper":
+        # Window and geometry are those it accepted.
+        run = partial(_hopper().hopper, q, k, v, factor, factors, causal, scale)
+    else:
+        run = partial(
+            _prefill().prefill, q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv
+        )
+    out, counts = run(*lengths_and_stats)
+    return out, counts
 
 
 def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool = False) -> None:

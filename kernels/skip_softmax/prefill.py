@@ -716,9 +716,7 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one configuration; `prefill` says what the arguments mean."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty_strided(
-        (*q.shape[:3], v.shape[-1]), _like(q, v.shape[-1]), dtype=q.dtype, device=q.device
-    )
+    out = empty_output(q, v.shape[-1])
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     counts = torch.zeros(
         requests if stats else 0, q.shape[1], 2, dtype=torch.int64, device=q.device
@@ -745,12 +743,14 @@ def launch(
     return out, counts
 
 
-def _like(q: torch.Tensor, columns: int) -> tuple[int, int, int, int]:
-    """Strides of a dense tensor [B, H, S, columns] whose heads and tokens nest as q's do."""
+def empty_output(q: torch.Tensor, columns: int) -> torch.Tensor:
+    """A dense tensor [B, H, S, columns] whose heads and tokens nest as q's do."""
     heads, rows = q.shape[1:3]
     if q.stride(1) < q.stride(2):
-        return rows * heads * columns, columns, heads * columns, 1
-    return heads * rows * columns, rows * columns, columns, 1
+        strides = rows * heads * columns, columns, heads * columns, 1
+    else:
+        strides = heads * rows * columns, rows * columns, columns, 1
+    return q.new_empty_strided((*q.shape[:3], columns), strides)
 
 
 @torch.library.custom_op("skip_softmax::prefill", mutates_args=())
@@ -824,5 +824,6 @@ def _(
     stats,
 ):
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    out = q.new_empty_strided((*q.shape[:3], v.shape[-1]), _like(q, v.shape[-1]))
-    return out, q.new_empty((requests if stats else 0, q.shape[1], 2), dtype=torch.int64)
+    return empty_output(q, v.shape[-1]), q.new_empty(
+        (requests if stats else 0, q.shape[1], 2), dtype=torch.int64
+    )

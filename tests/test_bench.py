@@ -60,10 +60,16 @@ def small(program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any
     for cached in (rivals.say, rivals._flashinfer, rivals._fmha_v2):
         cached.cache_clear()
 
-    def clock(call: Callable[[], object], repeats: int, *, captured: bool = True) -> float:
+    def ready(call: Callable[[], object]) -> Callable[[], object]:
         call()
-        return 2.0 if captured else 4.0
+        return call
 
+    def clock(call: Callable[[], object], repeats: int) -> float:
+        call()
+        return 4.0
+
+    monkeypatch.setattr(timings, "ready", ready)
+    monkeypatch.setattr(timings, "median_times", lambda calls, repeats: dict.fromkeys(calls, 2.0))
     monkeypatch.setattr(timings, "milliseconds", clock)
     monkeypatch.setattr(timings, "copy_bandwidth", lambda: 3.0)
     monkeypatch.setattr(timings, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
@@ -120,8 +126,10 @@ def test_every_phase_is_measured_and_shown(
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(
     small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(small, "sdpa_ready", lambda *_, causal: {"cudnn": int, "flash": int})
+    theirs = {"cudnn": 3.0, "flash": 2.5}
     monkeypatch.setattr(
-        small, "sdpa_times", lambda *_, causal: {"cudnn": 3.0, "flash": 2.5 if causal else 2.0}
+        small, "median_times", lambda calls, repeats: dict.fromkeys(calls, 2.0) | theirs
     )
     code, out, err = verb(*SMALL, "--phase", "prefill", "decode")
     assert code == 0, err
@@ -307,7 +315,7 @@ def test_a_red_gate_exits_1_and_times_nothing(
     small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "gate", lambda dtype, backend: [f"{backend} is wrong"])
-    monkeypatch.setattr(small, "milliseconds", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(small, "median_times", lambda *_: pytest.fail("it was timed"))
     code, out, err = verb(*SMALL)
     assert (code, out) == (1, "")
     assert err == "error: the gate is red, nothing is timed: triton is wrong\n"

@@ -240,27 +240,41 @@ def _print_table(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Speed-up against sparsity, one panel per phase."""
+    """Speed-up against sparsity, a panel per phase and head_dim; colour: backend, dash: kind of inputs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, phase, key in zip(
-        axes, ("prefill", "decode"), ("speedup_to_cudnn", "speedup_to_dense"), strict=True
-    ):
-        chosen = [
-            row
-            for row in rows
-            if row["phase"] == phase and "inputs" in row and row[key] is not None
-        ]
-        for label in dict.fromkeys(_label(row) for row in chosen):
-            line = sorted((row["sparsity"], row[key]) for row in chosen if _label(row) == label)
-            axis.plot(*zip(*line, strict=True), marker="o", label=label)
-        curve = [i / 100 for i in range(101)]
-        axis.plot(curve, [2 / (2 - s) for s in curve], "k:", label="2 / (2 - sparsity)")
-        axis.set(xlabel="skipped tiles / visited tiles", ylabel=key.replace("_", " "), title=phase)
+    drawn = [row for row in rows if row["phase"] in ("prefill", "decode") and "inputs" in row]
+    panels = sorted({(row["phase"], row["head_dim"]) for row in drawn}, reverse=True)
+    figure, axes = plt.subplots(
+        1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4.5), layout="constrained", squeeze=False
+    )  # fmt: skip
+    for axis, (phase, head_dim) in zip(axes[0], panels, strict=False):
+        key = "speedup_to_cudnn" if phase == "prefill" else "speedup_to_dense"
+        mine = [row for row in drawn if (row["phase"], row["head_dim"]) == (phase, head_dim)]
+        mine = [row for row in mine if row[key] is not None]
+        shapes = sorted({(row["kv_len"], row["batch"]) for row in mine})
+        for label in dict.fromkeys(_label(row) for row in mine):
+            line = sorted((row["sparsity"], row[key]) for row in mine if _label(row) == label)
+            one = next(row for row in mine if _label(row) == label)
+            axis.plot(
+                *zip(*line, strict=True), label=label, markersize=5,
+                color=f"C{list(BACKENDS).index(one['backend'])}",
+                linestyle="-" if one["inputs"] == "blocks" else "--",
+                marker="os^vD"[shapes.index((one["kv_len"], one["batch"])) % 5],
+            )  # fmt: skip
+        if phase == "decode":
+            curve = [i / 100 for i in range(101)]
+            axis.plot(curve, [2 / (2 - s) for s in curve], "k:", label="2 / (2 - sparsity)")
+        else:
+            axis.axhline(1.0, color="black", linestyle=":", label="cuDNN, dense")
+        axis.set(
+            xlabel="skipped tiles / visited tiles",
+            ylabel="speed-up to cuDNN's dense" if phase == "prefill" else "speed-up to own dense",
+            title=f"{phase}, head_dim {head_dim}",
+        )
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.savefig(path)
@@ -268,8 +282,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def _label(row: Row) -> str:
     tiles = f"{row['tile_q']}x{row['tile_kv']}" if "tile_q" in row else f"{row['tile_kv']}"
-    shape = f"batch {row['batch']}, {row['kv_len'] / 1024:g}K, D {row['head_dim']}"
-    return f"{row['backend']}, {shape}, tiles {tiles}, {row['inputs']}"
+    return f"{row['backend']}, batch {row['batch']}, {row['kv_len'] / 1024:g}K, tiles {tiles}, {row['inputs']}"
 
 
 def _commit() -> str:

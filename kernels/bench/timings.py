@@ -1,7 +1,8 @@
 """The gate, and what is measured behind it; `run.py` is the command line.
 
-Times are medians of replays of a captured graph, by device events, queued one behind another: what the
-device does for one call, without the host's part. FlashInfer's calls are queued alike, but not captured.
+Times are medians of replays of captured graphs, by device events, queued one behind another: what the device
+does for one call, without the host's part. Everything that is compared takes turns, for the clock moves with
+the load. FlashInfer's calls are queued too, but neither captured nor in turns.
 """
 
 from __future__ import annotations
@@ -79,41 +80,55 @@ def _relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
     return float((out.float() - truth.float()).norm() / truth.float().norm())
 
 
-def milliseconds(call: Callable[[], object], repeats: int, *, captured: bool = True) -> float:
-    """Median device time of one call.
+def ready(call: Callable[[], object], *, captured: bool = True) -> Callable[[], object]:
+    """The call after a first run, which compiles and allocates; as a graph, which leaves out the host."""
+    call()
+    torch.cuda.synchronize()
+    if not captured:
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def median_times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median device time of each call [ms], taken in turns: the clock moves with the load.
 
     Args:
-        call: what is timed; it runs once before, to compile and to allocate.
-        repeats: how many times are taken.
-        captured: whether the call is replayed as a graph, without the host's part.
+        calls: what is timed, by name; each is `ready`.
+        repeats: rounds.
     """
-    call()
-    torch.cuda.synchronize()
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        call = graph.replay
-    call()
-    pairs = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    for call in calls.values():
         call()
-        end.record()
-        pairs.append((start, end))
+    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            pairs[name].append((start, end))
     torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(end) for start, end in pairs))
+    return {
+        name: float(statistics.median(start.elapsed_time(end) for start, end in taken))
+        for name, taken in pairs.items()
+    }
 
 
-def sdpa_times(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, repeats: int, *, causal: bool
-) -> dict[str, float]:
-    """Dense times of cuDNN and flash [ms]; one that PyTorch refuses here is named on stderr."""
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    """Median device time of calls of another package, which are queued, not captured."""
+    return median_times({"": ready(call, captured=False)}, repeats)[""]
+
+
+def sdpa_ready(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
+) -> dict[str, Callable[[], object]]:
+    """Dense attention of cuDNN and flash; one that PyTorch refuses here is named on stderr."""
     found = {}
     for name, call in rivals.sdpa(q, k, v, causal=causal).items():
         try:
-            found[name] = milliseconds(call, repeats)
+            found[name] = ready(call)
         except RuntimeError as error:
             # A refusal is a plain RuntimeError; a fault of the device or of its memory is a subclass.
             if type(error) is not RuntimeError:
@@ -166,24 +181,29 @@ def prefill_rows(
 
     trtllm = True  # until it fails here: a failure can cost a compilation
     for number, (about, q, k, v, factor) in enumerate(_prefill_inputs(length, head_dim, dtype)):
-        # Rivals again beside every input: the clock moves with the load.
-        others = sdpa_times(q, k, v, few, causal=True)
+        sdpa = sdpa_ready(q, k, v, causal=True)
+        ours, sparsities = {}, {}
         for backend in backends:
             call: Callable[..., Any] = partial(
                 ss.attention, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend=backend
             )
             out, stats = call(scale_factor=factor, return_stats=True)
-            sparsity = (stats.skipped.sum() / stats.visited.sum()).item()
-            dense = milliseconds(partial(call, scale_factor=0.0), repeats)
-            armed = milliseconds(partial(call, scale_factor=factor), repeats)
-            times = {f"{name}_ms": ms for name, ms in others.items()}
-            yield {**row(backend, armed, dense, sparsity, about), **_taken(repeats), **times}
+            sparsities[backend] = (stats.skipped.sum() / stats.visited.sum()).item()
+            ours[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
+            ours[backend] = ready(partial(call, scale_factor=factor))
+        times = median_times({**sdpa, **ours}, repeats)
+        others = {name: times[name] for name in sdpa}
+        for backend, sparsity in sparsities.items():
+            yield {
+                **row(backend, times[backend], times[f"{backend} dense"], sparsity, about),
+                **_taken(repeats), **{f"{name}_ms": ms for name, ms in others.items()},
+            }  # fmt: skip
         if number == 0:  # the first inputs skip nothing: `out` is dense attention
             for name, ms in others.items():
-                yield {**row(name, ms, ms, 0.0, {}), **_taken(few)}
+                yield {**row(name, ms, ms, 0.0, {}), **_taken(repeats)}
             theirs = _working("flashinfer", partial(rivals.flashinfer_dense, q, k, v), out)
             if theirs is not None:
-                ms = milliseconds(theirs, few, captured=False)
+                ms = milliseconds(theirs, few)
                 yield {**row("flashinfer", ms, ms, 0.0, {}), **_taken(few, captured=False)}
         if not trtllm:
             continue
@@ -192,8 +212,8 @@ def prefill_rows(
         theirs = _working("fmha_v2", partial(rivals.fmha_v2, q, k, v), truth, factor)
         trtllm = theirs is not None
         if theirs is not None:
-            dense = milliseconds(partial(theirs, 0.0), few, captured=False)
-            armed = milliseconds(partial(theirs, factor), few, captured=False)
+            dense = milliseconds(partial(theirs, 0.0), few)
+            armed = milliseconds(partial(theirs, factor), few)
             # The same tiles and the same rule: our share of skipped tiles is theirs, but for rounding.
             yield {**row("fmha_v2", armed, dense, sparsity, about), **_taken(few, captured=False)}
 
@@ -232,9 +252,9 @@ def statistics_rows(length: int, head_dim: int, dtype: torch.dtype, repeats: int
     q, k, v, _ = planted(
         "blocks", 1, HEADS, KV_HEADS, length, length, head_dim, TILE_KV, 0.5, dtype, DEVICE
     )
-    others = sdpa_times(q, k, v, repeats, causal=True)
     call = partial(ss.tile_statistics, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend="triton")
-    ms = milliseconds(call, repeats)
+    others = median_times({**sdpa_ready(q, k, v, causal=True), "triton": ready(call)}, repeats)
+    ms = others.pop("triton")
     yield {
         "backend": "triton", "phase": "statistics", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS,
         "head_dim": head_dim, "q_len": length, "kv_len": length, "tile_q": TILE_Q, "tile_kv": TILE_KV,
@@ -278,18 +298,22 @@ def decode_rows(
             "blocks", batch, HEADS, KV_HEADS, 1, length, DECODE_HEAD_DIM, DECODE_TILE_KV, requested, dtype,
             DEVICE,
         )  # fmt: skip
-        if number == 0:
-            others = sdpa_times(q, k, v, repeats, causal=False)
         about = {"running_max": "seeded", "inputs": "blocks", "requested_sparsity": requested}
+        sdpa = sdpa_ready(q, k, v, causal=False)
+        ours, sparsities = {}, {}
         for backend in backends:
             call: Callable[..., Any] = partial(
                 ss.decode_attention, q, k, v, tile_kv=DECODE_TILE_KV, running_max="seeded", backend=backend
             )  # fmt: skip
             counted = call(scale_factor=factor, return_stats=True)[1]
-            sparsity = (counted.skipped.sum() / counted.visited.sum()).item()
-            dense = milliseconds(partial(call, scale_factor=0.0), repeats)
-            armed = milliseconds(partial(call, scale_factor=factor), repeats)
-            yield {**row(backend, armed, dense, sparsity, about), **_taken(repeats)}
+            sparsities[backend] = (counted.skipped.sum() / counted.visited.sum()).item()
+            ours[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
+            ours[backend] = ready(partial(call, scale_factor=factor))
+        times = median_times({**sdpa, **ours}, repeats)
+        others = {name: times[name] for name in sdpa}
+        for backend, sparsity in sparsities.items():
+            dense = times[f"{backend} dense"]
+            yield {**row(backend, times[backend], dense, sparsity, about), **_taken(repeats)}
         if number == 0:
             for name, ms in others.items():
                 yield {**row(name, ms, ms, 0.0, {}), **_taken(repeats)}

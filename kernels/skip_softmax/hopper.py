@@ -60,7 +60,8 @@ ITEM_FREE = gl.constexpr(13)
 
 
 @gluon.jit
-def _ptx(text: gl.constexpr, a, b):
+def _ptx(text: gl.constexpr, a=0, b=0):
+    """Runs PTX in every thread: $0 is the result, $1 and $2 are the arguments."""
     return gl.inline_asm_elementwise(
         text,
         "=r,r,r",
@@ -79,9 +80,7 @@ def _declare():
         .reg .b32 skip_vote;
         .reg .f32 skip_alpha;
         mov.b32 $0, 0;
-        """,
-        0,
-        0,
+        """
     )
 
 
@@ -115,10 +114,9 @@ def _arrive(barrier):
         mov.u32 at, skip_words;
         mad.lo.u32 at, $1, 8, at;
         @first mbarrier.arrive.shared::cta.b64 _, [at];
-        mov.b32 $0, $2;
+        mov.b32 $0, 0;
         }""",
         barrier,
-        0,
     )
 
 
@@ -166,17 +164,15 @@ def _read(byte):
         add.u32 at, at, $1;
         ld.shared.b32 at, [at];
         redux.sync.or.b32 $0, at, 0xffffffff;
-        mov.b32 at, $2;
         }""",
         byte,
-        0,
     )
 
 
 @gluon.jit
 def _uniform(x):
     """The same value, known to be one per warp."""
-    return _ptx("redux.sync.or.b32 $0, $1, 0xffffffff; // $2", x, 0)
+    return _ptx("redux.sync.or.b32 $0, $1, 0xffffffff;", x)
 
 
 @gluon.jit
@@ -198,17 +194,15 @@ def _any(objects, W: gl.constexpr):
         bar.red.or.pred all, $1, 128, mine;
         vote.sync.any.pred all, all, 0xffffffff;
         selp.b32 $0, 1, 0, all;
-        mov.b32 skip_vote, $2;
         }""",
         8 + W,
-        0,
     )
 
 
 @gluon.jit
 def _meet(W: gl.constexpr):
     """The threads of warpgroup W wait for each other."""
-    _ptx("bar.sync $1, 128; mov.b32 $0, $2;", 8 + W, 0)
+    _ptx("bar.sync $1, 128; mov.b32 $0, 0;", 8 + W)
 
 
 @gluon.jit
@@ -228,11 +222,7 @@ def _moved(alpha):
         setp.lt.f32 any, skip_alpha, 0f3F800000;
         vote.sync.any.pred any, any, 0xffffffff;
         selp.b32 $0, 1, 0, any;
-        mov.b32 skip_vote, $1;
-        mov.b32 skip_vote, $2;
-        }""",
-        0,
-        0,
+        }"""
     )
 
 
@@ -262,24 +252,9 @@ class _Call:
 
     @gluon.constexpr_function
     def __init__(
-        self,
-        q_len,
-        kv_len,
-        items,
-        group,
-        kv_heads,
-        blocks,
-        q_lens,
-        kv_lens,
-        q_starts,
-        kv_starts,
-        factors,
-        GROUPS,
-        D,
-        TILE,
-        CAUSAL,
-        ARMED,
-    ):
+        self, q_len, kv_len, items, group, kv_heads, blocks, q_lens, kv_lens, q_starts, kv_starts, factors,
+        GROUPS, D, TILE, CAUSAL, ARMED,
+    ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
         self.items = items

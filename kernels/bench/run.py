@@ -282,7 +282,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def _label(row: Row) -> str:
     tiles = f"{row['tile_q']}x{row['tile_kv']}" if "tile_q" in row else f"{row['tile_kv']}"
-    return f"{row['backend']}, batch {row['batch']}, {row['kv_len'] / 1024:g}K, tiles {tiles}, {row['inputs']}"
+    shape = f"batch {row['batch']}, {row['kv_len'] / 1024:g}K"
+    return f"{row['backend']}, {shape}, tiles {tiles}, {row['inputs']}"
 
 
 def _commit() -> str:

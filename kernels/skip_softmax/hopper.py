@@ -919,8 +919,8 @@ def hopper(
     """
     batch, heads, _, head_dim = q.shape
     requests = batch if q_starts is None else q_starts.shape[0] - 1
-    out = prefill.empty_output(q, head_dim)
-    counts = torch.zeros(requests if stats else 0, heads, 2, dtype=torch.int64, device=q.device)
+    out, counts = prefill.empty_results(q, v, q_starts, stats)
+    counts.zero_()
     groups = GROUPS[head_dim]
     blocks = triton.cdiv(most_q, ROWS.value * groups)
     items = requests * heads * blocks
@@ -945,21 +945,6 @@ def hopper(
 
 
 @hopper.register_fake
-def _(
-    q,
-    k,
-    v,
-    factor,
-    factors,
-    causal,
-    scale,
-    q_lens,
-    kv_lens,
-    q_starts,
-    kv_starts,
-    most_q,
-    stats,
-):
-    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    counts = q.new_empty((requests if stats else 0, q.shape[1], 2), dtype=torch.int64)
-    return prefill.empty_output(q, v.shape[-1]), counts
+def _(q, k, v, *others):
+    *_, q_starts, _, _, stats = others
+    return prefill.empty_results(q, v, q_starts, stats)

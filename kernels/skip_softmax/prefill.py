@@ -716,14 +716,12 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one configuration; `prefill` says what the arguments mean."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = empty_output(q, v.shape[-1])
-    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    counts = torch.zeros(
-        requests if stats else 0, q.shape[1], 2, dtype=torch.int64, device=q.device
-    )
+    out, counts = empty_results(q, v, q_starts, stats)
+    counts.zero_()
     if not out.numel():
         return out, counts
     tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
+    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     grid = (q.shape[1], triton.cdiv(most_q, config.block_m), requests)
     _prefill[grid](
         q,
@@ -804,26 +802,16 @@ def prefill(
     )  # fmt: skip
 
 
-@prefill.register_fake
-def _(
-    q,
-    k,
-    v,
-    factor,
-    factors,
-    causal,
-    scale,
-    window,
-    tile_q,
-    tile_kv,
-    q_lens,
-    kv_lens,
-    q_starts,
-    kv_starts,
-    most_q,
-    stats,
-):
+def empty_results(
+    q: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor | None, stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `prefill` returns, with nothing in it."""
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    return empty_output(q, v.shape[-1]), q.new_empty(
-        (requests if stats else 0, q.shape[1], 2), dtype=torch.int64
-    )
+    counts = q.new_empty((requests if stats else 0, q.shape[1], 2), dtype=torch.int64)
+    return empty_output(q, v.shape[-1]), counts
+
+
+@prefill.register_fake
+def _(q, k, v, *others):
+    *_, q_starts, _, _, stats = others
+    return empty_results(q, v, q_starts, stats)

@@ -47,42 +47,20 @@ class Stats:
 
 @overload
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale_factor: float | torch.Tensor = ...,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    tile_q: int = ...,
-    tile_kv: int = ...,
-    backend: Backend = ...,
-    q_lens: Lengths = ...,
-    kv_lens: Lengths = ...,
-    kv_start: int = ...,
-    return_stats: Literal[False] = ...,
-) -> torch.Tensor: ...
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: float | torch.Tensor = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
+    tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
+    kv_start: int = ..., return_stats: Literal[False] = ...,
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale_factor: float | torch.Tensor = ...,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    tile_q: int = ...,
-    tile_kv: int = ...,
-    backend: Backend = ...,
-    q_lens: Lengths = ...,
-    kv_lens: Lengths = ...,
-    kv_start: int = ...,
-    return_stats: Literal[True],
-) -> tuple[torch.Tensor, Stats]: ...
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: float | torch.Tensor = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
+    tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
+    kv_start: int = ..., return_stats: Literal[True],
+) -> tuple[torch.Tensor, Stats]: ...  # fmt: skip
 
 
 def attention(
@@ -115,7 +93,8 @@ def attention(
         window: a query sees its own position and the `window - 1` before it; None: no window.
         tile_q: query rows that vote together [tokens], a power of two.
         tile_kv: keys per tile [tokens], a power of two.
-        backend: `auto`, or one by name.
+        backend: one by name, which runs or says why it cannot; or `auto`: hopper on sm_90 where it can, else
+            triton, and the reference on a CPU.
         q_lens: valid queries per request [B], right-padded; None: Sq. Rows of padding come out as
             zero.
         kv_lens: KV length per request, counted from position 0 [B]; None: kv_start + Skv.
@@ -158,44 +137,22 @@ def attention(
 
 @overload
 def attention_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale_factor: float | torch.Tensor = ...,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    tile_q: int = ...,
-    tile_kv: int = ...,
-    backend: Backend = ...,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    scale_factor: float | torch.Tensor = ..., causal: bool = ..., scale: float | None = ...,
+    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
     return_stats: Literal[False] = ...,
-) -> torch.Tensor: ...
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def attention_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale_factor: float | torch.Tensor = ...,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    tile_q: int = ...,
-    tile_kv: int = ...,
-    backend: Backend = ...,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    scale_factor: float | torch.Tensor = ..., causal: bool = ..., scale: float | None = ...,
+    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
     return_stats: Literal[True],
-) -> tuple[torch.Tensor, Stats]: ...
+) -> tuple[torch.Tensor, Stats]: ...  # fmt: skip
 
 
 def attention_varlen(
@@ -293,40 +250,22 @@ def attention_varlen(
 
 @overload
 def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_lens: Lengths = ...,
-    *,
-    scale_factor: float | torch.Tensor = ...,
-    block_table: torch.Tensor | None = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    tile_kv: int = ...,
-    running_max: RunningMax = ...,
-    backend: Backend = ...,
-    kv_start: int = ...,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
+    scale_factor: float | torch.Tensor = ..., block_table: torch.Tensor | None = ...,
+    scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
+    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[False] = ...,
-) -> torch.Tensor: ...
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_lens: Lengths = ...,
-    *,
-    scale_factor: float | torch.Tensor = ...,
-    block_table: torch.Tensor | None = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    tile_kv: int = ...,
-    running_max: RunningMax = ...,
-    backend: Backend = ...,
-    kv_start: int = ...,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
+    scale_factor: float | torch.Tensor = ..., block_table: torch.Tensor | None = ...,
+    scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
+    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[True],
-) -> tuple[torch.Tensor, Stats]: ...
+) -> tuple[torch.Tensor, Stats]: ...  # fmt: skip
 
 
 def decode_attention(

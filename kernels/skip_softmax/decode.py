@@ -74,18 +74,9 @@ AHEAD_BYTES = 2**15
 
 @triton.jit
 def _load_keys(
-    x,
-    offset,
-    stride_page,
-    stride,
-    table,
-    start,
-    limit,
-    TILE_KV: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAGE: tl.constexpr,
-):
+    x, offset, stride_page, stride, table, start, limit, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
     """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on."""
     keys = start + tl.arange(0, TILE_KV)
     columns = tl.arange(0, WIDTH)
@@ -105,50 +96,14 @@ def _load_keys(
 
 @triton.jit(do_not_specialize=["kv_len", "window"])
 def _decode(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    stats,
-    factors,
-    kv_lens,
-    table,
-    factor,
-    scale,
-    kv_len,
-    window,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_table,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    TILE_KV: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    ARMED: tl.constexpr,
-    SEEDED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EARLY: tl.constexpr,
-    STATS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, k, v, out, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, stride_qb,
+    stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
+    stride_oh, stride_ot, stride_table, TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
+    SEEDED: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     if EARLY:
         # `_combine` may take its place on the device already; it waits there for these programs.
         tl.extra.cuda.gdc_launch_dependents()
@@ -218,18 +173,9 @@ def _decode(
                     tile = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = tile * TILE_KV
                     keys = _load_keys(
-                        k,
-                        k_offset,
-                        stride_kb,
-                        stride_ks,
-                        table,
-                        start,
-                        kv_len,
-                        TILE_KV,
-                        HEAD_DIM,
-                        WIDTH,
-                        PAGE,
-                    )
+                        k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM,
+                        WIDTH, PAGE,
+                    )  # fmt: skip
                     scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
                     seen = visible(
                         position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
@@ -291,32 +237,13 @@ def _decode(
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * TILE_KV
             keys = _load_keys(
-                k,
-                k_offset,
-                stride_kb,
-                stride_ks,
-                table,
-                start,
-                kv_len,
-                TILE_KV,
-                HEAD_DIM,
-                WIDTH,
-                PAGE,
-            )
+                k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE,
+            )  # fmt: skip
             if not ARMED:
                 values = _load_keys(
-                    v,
-                    v_offset,
-                    stride_vb,
-                    stride_vs,
-                    table,
-                    start,
-                    kv_len,
-                    TILE_KV,
-                    HEAD_DIM_V,
-                    WIDTH_V,
-                    PAGE,
-                )
+                    v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V,
+                    WIDTH_V, PAGE,
+                )  # fmt: skip
             scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
             scores = tl.where(seen, scores, float("-inf"))
@@ -337,18 +264,9 @@ def _decode(
                     # A split's own running maximum may lie below a tile that its token skips.
                     m_new = tl.where(absent, m, tl.maximum(m, tile_max))
                     values = _load_keys(
-                        v,
-                        v_offset,
-                        stride_vb,
-                        stride_vs,
-                        table,
-                        start,
-                        kv_len,
-                        TILE_KV,
-                        HEAD_DIM_V,
-                        WIDTH_V,
-                        PAGE,
-                    )
+                        v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V,
+                        WIDTH_V, PAGE,
+                    )  # fmt: skip
                     weights, l, acc = online_softmax(
                         scores, scale, m, m_new, absent, l, acc, True, True
                     )
@@ -385,20 +303,9 @@ def _decode(
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
-    parts,
-    lse,
-    out,
-    splits,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    parts, lse, out, splits, stride_ob, stride_oh, stride_ot, TOKENS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Joins the splits of one row by their log-sum-exp."""
     if EARLY:
         tl.extra.cuda.gdc_wait()

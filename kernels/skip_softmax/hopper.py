@@ -346,16 +346,9 @@ def _item(number, c):
     if c.kv_lens is not None:
         kv_len = gl.minimum(_uniform(gl.load(c.kv_lens + request)), kv_len)
     return _Item(
-        request,
-        kv_head * c.group + member,
-        kv_head,
-        block * (ROWS * c.GROUPS),
-        q_start,
-        kv_start,
-        q_len,
-        kv_len,
-        held,
-    )
+        request, kv_head * c.group + member, kv_head, block * (ROWS * c.GROUPS), q_start, kv_start,
+        q_len, kv_len, held,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -533,13 +526,20 @@ def _product(weights, s, slot, acc, c):
 
 
 @gluon.jit
-def _masked(scores, first, item, row, c, S: gl.constexpr):
-    key = first + gl.arange(0, c.TILE, gl.SliceLayout(0, S))
-    if c.CAUSAL:
-        position = row + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + (item.kv_len - item.q_len)
-        last = gl.minimum(position, item.kv_len - 1)
-        return gl.where(key[None, :] <= last[:, None], scores, float("-inf"))
-    return gl.where((key < item.kv_len)[None, :], scores, float("-inf"))
+def _taken(scores, slot, tile, item, row, MASKED: gl.constexpr, c, S: gl.constexpr):
+    """Finished scores, -inf where a row does not see the key; the slot of the keys is given back."""
+    _arrive(K_FREE + slot)
+    if MASKED:
+        key = tile * c.TILE + gl.arange(0, c.TILE, gl.SliceLayout(0, S))
+        last = item.kv_len - 1
+        if c.CAUSAL:
+            position = row + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + (item.kv_len - item.q_len)
+            scores = gl.where(
+                key[None, :] <= gl.minimum(position, last)[:, None], scores, float("-inf")
+            )
+        else:
+            scores = gl.where((key <= last)[None, :], scores, float("-inf"))
+    return scores
 
 
 @gluon.jit
@@ -611,9 +611,7 @@ def _walk(
             mbarrier.wait(s.v_full.index(old), old_phase)
             flying = _product(weights, s, old, acc, c)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            _arrive(K_FREE + k_slot)
-            if MASKED:
-                scores = _masked(scores, tile * c.TILE, item, row, c, S)
+            scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             p, alpha, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, MASKED, S)
             acc = _finished(flying, old, old_phase)
             _arrive(V_FREE + old)
@@ -624,9 +622,7 @@ def _walk(
             mbarrier.wait(s.v_full.index(old), old_phase)
             flying = _product(weights, s, old, acc, c)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            _arrive(K_FREE + k_slot)
-            if MASKED:
-                scores = _masked(scores, tile * c.TILE, item, row, c, S)
+            scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
             keep = _vote(tops, m, bar, slot, MASKED, W, c)
             if keep != 0:
@@ -641,9 +637,7 @@ def _walk(
         else:
             scores = _scores(queries, s, k_slot, c, S)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            _arrive(K_FREE + k_slot)
-            if MASKED:
-                scores = _masked(scores, tile * c.TILE, item, row, c, S)
+            scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
             keep = _vote(tops, m, bar, slot, MASKED, W, c)
             if keep != 0:
@@ -714,8 +708,7 @@ def _consume(
             k_slot = n % K_STAGES
             mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
             scores = warpgroup_mma_wait(0, deps=[_scores(queries, s, k_slot, c, S)])
-            _arrive(K_FREE + k_slot)
-            scores = _masked(scores, 0, item, row, c, S)
+            scores = _taken(scores, k_slot, 0, item, row, True, c, S)
             m = gl.full([ROWS], float("-inf"), gl.float32, ROW)
             p, unused, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, True, S)
             weights = gl.convert_layout(p.to(s.v.dtype), A)

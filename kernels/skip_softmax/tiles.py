@@ -134,19 +134,9 @@ def place_of(offset, stride):
 
 @triton.jit
 def load_tile(
-    x,
-    offset,
-    place,
-    stride,
-    first,
-    limit,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TMA: tl.constexpr,
-    MASKED: tl.constexpr,
-    CLEAN: tl.constexpr,
-):
+    x, offset, place, stride, first, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr,
+):  # fmt: skip
     """Rows `first` to `first + ROWS` of one head, [ROWS, WIDTH]; columns beyond COLUMNS are zero.
 
     The head starts at `offset` for pointers, at row and column `place` for a descriptor.

@@ -17,6 +17,7 @@ from skip_softmax.api import tile_statistics
 from skip_softmax.transformers import Call, intercepted
 
 if TYPE_CHECKING:
+    from skip_softmax.histogram import TileHistogram
     from skip_softmax.thresholds import Phase
 
 
@@ -92,6 +93,8 @@ def observe(
     """
     length_bin = nearest_bin(prompt.length, statistics.lengths)
     prompt_len, steps = len(prompt.ids), len(prompt.continuation)
+    # Read back after the pass: in every call it would make the GPU wait.
+    seen: list[tuple[int, Phase, TileHistogram]] = []
 
     def handler(call: Call) -> torch.Tensor:
         tiles = (
@@ -113,12 +116,14 @@ def observe(
             kv_start=call.kv_start,
             **tiles,
         )
-        statistics.add(call.layer, call.phase, length_bin, histogram)
+        seen.append((call.layer, call.phase, histogram))
         return out
 
     left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
     with intercepted(loaded.model, handler, decode_from=prompt_len, left_alone=left_alone):
         logits = forward(loaded, prompt)
+    for layer, phase, histogram in seen:
+        statistics.add(layer, phase, length_bin, histogram)
     lengths: dict[Phase, tuple[int, int]] = {
         "prefill": (prompt_len, 1),
         "decode": (sum(range(prompt_len + 1, prompt_len + steps + 1)), steps),

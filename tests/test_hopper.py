@@ -112,7 +112,7 @@ def test_packed_requests_equal_each_one_alone(head_dim):
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
     lengths = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k)]
     keywords = {"scale_factor": p.scale_factor, "backend": "hopper", "return_stats": True}
-    out, stats = ss.api.attention_varlen(*tokens_first, *lengths, 529, 833, **keywords)
+    out, stats = ss.attention_varlen(*tokens_first, *lengths, 529, 833, **keywords)
     for b in range(4):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         alone, counted = ss.attention(p.q[:, :, rows], p.k[:, :, keys], p.v[:, :, keys], **keywords)

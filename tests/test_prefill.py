@@ -130,7 +130,7 @@ def test_packed_requests_equal_each_one_alone(backend):
     cu_q, cu_k = [0, 70, 71, 200], [0, 150, 160, 333]
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
     lengths = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_q, cu_k)]
-    out, stats = ss.api.attention_varlen(
+    out, stats = ss.attention_varlen(
         *tokens_first,
         *lengths,
         129,
@@ -247,7 +247,7 @@ def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
 @pytest.mark.gpu
 def test_auto_names_once_what_it_runs_on_the_reference():
     p = plant(dtype=torch.float64, q_len=10, kv_len=20)
-    with pytest.warns(ss.api.FallbackWarning, match="dtype torch.float64"):
+    with pytest.warns(ss.FallbackWarning, match="dtype torch.float64"):
         ss.attention(p.q, p.k, p.v)
 
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skip_softmax.api import (
-        DenseCallWarning,
-        FallbackWarning,
         Stats,
         attention,
         attention_varlen,
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
         tile_gaps,
         tile_statistics,
     )
+    from skip_softmax.arguments import DenseCallWarning
+    from skip_softmax.backends import FallbackWarning
     from skip_softmax.thresholds import Thresholds
     from skip_softmax.transformers import applied
 
@@ -29,8 +29,8 @@ _HOME = {
     "tile_gaps": "skip_softmax.api",
     "tile_statistics": "skip_softmax.api",
     "Stats": "skip_softmax.api",
-    "DenseCallWarning": "skip_softmax.api",
-    "FallbackWarning": "skip_softmax.api",
+    "DenseCallWarning": "skip_softmax.arguments",
+    "FallbackWarning": "skip_softmax.backends",
     "Thresholds": "skip_softmax.thresholds",
     "applied": "skip_softmax.transformers",
 }

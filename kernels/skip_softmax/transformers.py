@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skip_softmax.api import Backend, attention, decode_attention
+from skip_softmax.api import attention, decode_attention
+from skip_softmax.backends import Backend
 from skip_softmax.mask_recipe import MaskRecipe
 from skip_softmax.thresholds import PHASES, DecodeGeometry, Phase, PrefillGeometry, Thresholds
 

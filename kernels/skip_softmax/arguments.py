@@ -1,0 +1,163 @@
+"""What a call may hold: shapes, lengths, scale factors. Errors state the law, the value and the cure."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+Lengths = torch.Tensor | Sequence[int] | None
+
+
+class DenseCallWarning(UserWarning):
+    """A call ran dense because its threshold would be 1 or more, which has no meaning."""
+
+
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool = False) -> None:
+    """Shapes, heads and dtypes agree; `paged`: keys and values are pages."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            "q, k and v must be [batch, heads, tokens, head_dim], but got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    batch_agrees = paged or q.shape[0] == k.shape[0]
+    if k.shape[:3] != v.shape[:3] or not batch_agrees or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q, k and v must agree in batch and head_dim, k and v also in heads and tokens, but got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, but got {q.shape[1]} and {k.shape[1]}"
+        )
+    if not q.is_floating_point() or len({q.dtype, k.dtype, v.dtype}) != 1:
+        raise ValueError(
+            f"q, k and v must share one floating dtype, but got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+
+
+def check_geometry(tile_kv: int, window: int | None, tile_q: int | None) -> None:
+    """Tiles are powers of two, and a window holds a key."""
+    for name, tile in (("tile_q", tile_q), ("tile_kv", tile_kv)):
+        if tile is not None and (tile < 1 or tile & (tile - 1)):
+            raise ValueError(f"`{name}` must be a power of two, but got {tile}")
+    if window is not None and window < 1:
+        raise ValueError(f"`window >= 1` must hold, but got {window}; pass None for no window")
+
+
+def scale_factors(
+    value: float | torch.Tensor, heads: int, device: torch.device, kind: str
+) -> torch.Tensor:
+    """One number per head, float64 [heads], each finite and not below 0."""
+    factors = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if factors.dim() > 1 or (factors.dim() == 1 and factors.shape[0] != heads):
+        raise ValueError(
+            f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head), "
+            f"but got shape {tuple(factors.shape)}"
+        )
+    if not bool(torch.isfinite(factors).all()) or bool((factors < 0).any()):
+        raise ValueError(
+            f"`scale_factor >= 0` and finite must hold, but got {value}; 0 means dense"
+        )
+    return factors.expand(heads)
+
+
+def kernel_factors(
+    value: float | torch.Tensor, heads: int, device: torch.device, kind: str
+) -> tuple[float, torch.Tensor | None]:
+    """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is, without a wait."""
+    if not isinstance(value, torch.Tensor):
+        scale_factors(value, heads, torch.device("cpu"), kind)
+        return float(value), None
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = scale_factors(value, heads, device, kind)
+    elif value.shape not in ((), (heads,)):
+        raise ValueError(
+            f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head), "
+            f"but got shape {tuple(value.shape)}"
+        )
+    return 0.0, value.to(device, torch.float32).expand(heads).contiguous()
+
+
+def kernel_lengths(
+    name: str, lengths: Lengths, batch: int, most: int, device: torch.device
+) -> torch.Tensor | None:
+    """int32 [batch] on the device; the host's numbers are checked, the kernel clamps the device's."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, torch.Tensor) or (
+        lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):
+        values = [int(n) for n in lengths]
+        if len(values) != batch or any(not 0 <= n <= most for n in values):
+            raise ValueError(
+                f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}"
+            )
+        return torch.tensor(values, dtype=torch.int32, device=device)
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"`{name}` must hold {batch} numbers, but got shape {tuple(lengths.shape)}"
+        )
+    return lengths.to(device, torch.int32)
+
+
+def lengths_of(
+    q_lens: Lengths, kv_lens: Lengths, q: torch.Tensor, k: torch.Tensor, kv_start: int
+) -> list[tuple[int, int]]:
+    """Query and KV length of each request, from what the caller gave or the shapes say."""
+    batch, most_q, most_kv = q.shape[0], q.shape[2], kv_start + k.shape[2]
+    queries = [most_q] * batch if q_lens is None else [int(n) for n in q_lens]
+    keys = [most_kv] * batch if kv_lens is None else [int(n) for n in kv_lens]
+    for name, values, most in (("q_lens", queries, most_q), ("kv_lens", keys, most_kv)):
+        if len(values) != batch or any(not 0 <= n <= most for n in values):
+            raise ValueError(
+                f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}"
+            )
+    return list(zip(queries, keys, strict=True))
+
+
+def scale_of(scale: float | None, q: torch.Tensor) -> float:
+    """Factor of the scores: 1 / sqrt(head_dim) unless given."""
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def warn_if_meaningless(factors: torch.Tensor, kv_lens: list[int], stacklevel: int = 3) -> None:
+    """Says that a call runs dense because its threshold would be 1 or more."""
+    shortest, largest = min(kv_lens, default=0), float(factors.max()) if factors.numel() else 0.0
+    if largest > 0 and largest >= shortest:
+        warnings.warn(
+            f"`scale_factor < kv_len` must hold, but got scale_factor={largest:g} with kv_len={shortest}; "
+            "such votes run dense. Lower the scale factor, or send short requests to dense attention",
+            DenseCallWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def warn_if_known_meaningless(
+    factor: float, kv_lens: Lengths, capacity: int, tokens: int = 1
+) -> None:
+    """As `warn_if_meaningless`, from what the host knows."""
+    if factor == 0 or isinstance(kv_lens, torch.Tensor) or torch.compiler.is_compiling():
+        return
+    lengths = [capacity] if kv_lens is None else [int(n) for n in kv_lens]
+    warn_if_meaningless(torch.tensor([factor]), [n - tokens + 1 for n in lengths], stacklevel=4)
+
+
+def check_block_table(
+    block_table: torch.Tensor, kv_lens: Lengths, k_cache: torch.Tensor, kv_start: int
+) -> None:
+    """A block table is [batch, pages]; a paged cache comes with its lengths and its first keys."""
+    if block_table.dim() != 2 or block_table.is_floating_point():
+        raise ValueError(
+            f"block_table must be integers [batch, pages], but got {tuple(block_table.shape)}"
+        )
+    if kv_lens is None or kv_start:
+        raise ValueError("a paged cache needs `kv_lens`, and `kv_start=0`")
+
+
+def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """[pages, Hkv, page_size, D] -> [B, Hkv, tokens, D]; table entries below 0 are unused."""
+    pages = cache[block_table.clamp_min(0).long()]
+    return pages.permute(0, 2, 1, 3, 4).flatten(2, 3)

@@ -297,6 +297,17 @@ def test_zero_is_bit_identical_to_dense(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_request_without_keys_is_empty_and_no_reason_to_warn(phase: str) -> None:
+    q, k, v = planted(2, 1, 1 if phase == "decode" else 100, 100)
+    q, k, v = (torch.cat([x, x]) for x in (q, k, v))
+    run = ss.decode_attention if phase == "decode" else ss.attention
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, stats = run(q, k, v, kv_lens=[100, 0], scale_factor=5.0, return_stats=True)
+    assert (out[1] == 0).all() and stats.visited[0].sum() > 0 == stats.visited[1].sum()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_threshold_of_one_or_more_runs_dense_with_one_warning(phase: str) -> None:
     q, k, v = planted(2, 1, 1 if phase == "decode" else 100, 100)
     run = ss.decode_attention if phase == "decode" else ss.attention

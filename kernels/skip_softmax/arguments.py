@@ -124,8 +124,11 @@ def scale_of(scale: float | None, q: torch.Tensor) -> float:
 
 
 def warn_if_meaningless(factors: torch.Tensor, kv_lens: list[int], stacklevel: int = 3) -> None:
-    """Says that a call runs dense because its threshold would be 1 or more."""
-    shortest, largest = min(kv_lens, default=0), float(factors.max()) if factors.numel() else 0.0
+    """Says that a call runs dense because its threshold would be 1 or more; without keys it just is empty."""
+    kv_lens = [n for n in kv_lens if n > 0]
+    if not kv_lens or not factors.numel():
+        return
+    shortest, largest = min(kv_lens), float(factors.max())
     if largest > 0 and largest >= shortest:
         warnings.warn(
             f"`scale_factor < kv_len` must hold, but got scale_factor={largest:g} with kv_len={shortest}; "

@@ -20,7 +20,7 @@ from calibrate.cost import load_curves
 from calibrate.errors import UserError
 from calibrate.provenance import digest
 from calibrate.schema import RunConfig
-from calibrate.search import front, open_study, points
+from calibrate.search import front, points, read_study
 from calibrate.stats import Statistics
 from calibrate.validate import upper_bound
 from skip_softmax.histogram import NEVER, edges
@@ -111,7 +111,7 @@ def _search(folder: Path, config: RunConfig, attempt: Any) -> dict[str, Any]:
     """Trials of the study, in the order they were made."""
     if config.search.storage is None and not (folder / "study.db").exists():
         return {"trials": [], "pruned": 0, "front": []}
-    study = open_study(config, folder)
+    study = read_study(config, folder)
     trials: list[dict[str, Any]] = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         loss, time = trial.values

@@ -22,7 +22,7 @@ from calibrate.errors import UserError
 from calibrate.findings import Findings, findings
 from calibrate.report_tables import loss_text, percent_text, tables_of
 from calibrate.schema import RunConfig
-from calibrate.search import open_study
+from calibrate.search import read_study
 from skip_softmax.strict_yaml import write_text_atomically
 
 _TRIALS_FOR_IMPORTANCE = 8
@@ -43,7 +43,7 @@ def write_report(folder: Path, config: RunConfig, output: Path | None = None) ->
         UserError: the folder lacks statistics, or the file cannot be written.
     """
     found = findings(folder, config)
-    study = open_study(config, folder) if found["trials"] else None
+    study = read_study(config, folder) if found["trials"] else None
     drawn = _figures(found, study)
     html = render(
         "report.html.j2",

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from calibrate.errors import UserError, WorkFailed
+from calibrate.interrupts import AtOnce, held_back
 from calibrate.measure import Outcome, Setting, sparsity
 from calibrate.prompts import Prompt
 from calibrate.schema import RunConfig
@@ -28,6 +29,7 @@ from skip_softmax.thresholds import PHASES, Phase
 Evaluate = Callable[[Setting, Prompt], Outcome]
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_METRICS = ["loss [nats/token]", "predicted attention time"]
 _HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
 
 
@@ -50,6 +52,7 @@ class Point:
     sparsity: dict[Phase, float]
 
 
+@held_back()
 def open_study(config: RunConfig, folder: Path) -> optuna.Study:
     """Creates or reopens the study.
 
@@ -76,8 +79,18 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
         reason = str(error).splitlines()[0]
         raise UserError(f"search.storage: `{url}` cannot be used by Optuna: {reason}") from error
-    study.set_metric_names(["loss [nats/token]", "predicted attention time"])
+    study.set_metric_names(_METRICS)
     return study
+
+
+@held_back()
+def read_study(config: RunConfig, folder: Path) -> optuna.Study:
+    """A copy of the study in memory, for those who only look; arguments and errors of `open_study`."""
+    study = open_study(config, folder)
+    copy = optuna.create_study(study_name=study.study_name, directions=study.directions)
+    copy.set_metric_names(_METRICS)
+    copy.add_trials(study.get_trials(deepcopy=False))
+    return copy
 
 
 def search(
@@ -100,17 +113,17 @@ def search(
         Each finished trial's point, or None for a pruned one.
     """
     shared = config.search.storage is not None
-    _drop_unfinished(study, shared=shared)
     seeds = space.seeds()
     bounds = space.bounds()
 
-    def objective(trial: optuna.Trial) -> tuple[float, float]:
+    def objective(trial: optuna.Trial, at_once: AtOnce) -> tuple[float, float]:
         params = {key: trial.suggest_float(key, low, high) for key, (low, high) in bounds.items()}
         setting = space.setting(params)
         trial.set_user_attr("setting", {phase: list(factors) for phase, factors in setting.items()})
         outcomes: list[Outcome] = []
         for prompt in prompts:
-            outcomes.append(evaluate(setting, prompt))
+            with at_once():
+                outcomes.append(evaluate(setting, prompt))
             so_far = sum(outcome.kl for outcome in outcomes) / len(prompts)
             if so_far > config.search.prune_factor * config.budget.kl:
                 trial.set_user_attr("kl_at_least", so_far)
@@ -121,7 +134,7 @@ def search(
         trial.set_user_attr("sparsity", {phase: sparsity(outcomes, phase) for phase in PHASES})
         return so_far, space.relative_time(setting)
 
-    while (finished := _finished(study)) < config.search.trials:
+    def one_more(finished: int, at_once: AtOnce) -> Point | None:
         # A fresh sampler per trial: its state is a function of seed and history, so a resumed
         # search goes the same way.
         # Workers of one study must not all draw the same point: there the trials that run count too.
@@ -135,11 +148,22 @@ def search(
             )
         elif config.search.sampler == "qmc":
             study.enqueue_trial(_sobol(bounds, finished - len(seeds), config.seed))
-        study.optimize(objective, n_trials=1)
+        study.optimize(lambda trial: objective(trial, at_once), n_trials=1)
         last = study.get_trials(deepcopy=False)[-1]
-        yield _point(last) if last.state == TrialState.COMPLETE else None
+        return _point(last) if last.state == TrialState.COMPLETE else None
+
+    with held_back():
+        _drop_unfinished(study, shared=shared)
+        finished = _finished(study)
+    while finished < config.search.trials:
+        # Only the model's work can be interrupted: what the database is told, it is told whole.
+        with held_back() as at_once:
+            point = one_more(finished, at_once)
+            finished = _finished(study)
+        yield point
 
 
+@held_back()
 def points(study: optuna.Study) -> list[Point]:
     """All completed trials, in the order they were made."""
     return [

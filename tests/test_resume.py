@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy.engine.default import DefaultDialect
 
 from calibrate.capture import observe
 from calibrate.measure import Outcome, compare
@@ -392,6 +393,31 @@ def test_a_search_stopped_between_planning_a_trial_and_starting_it_goes_on(tmp_p
     config = RunConfig.model_validate({"model": {"path": "none"}})
     study = open_study(config, tmp_path / "stopped")
     study.enqueue_trial({"x": 0.5, "y": 0.5}, user_attrs={"name": "analytic"})
+    assert small_search(tmp_path / "stopped", "tpe", {}) == whole
+
+
+@pytest.mark.parametrize("moment", ["do_rollback", "do_commit", "do_execute"])
+def test_ctrl_c_inside_the_database_says_nothing_and_loses_nothing(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
+) -> None:
+    """SQLAlchemy logs a traceback when it is interrupted, or swallows the interruption."""
+    whole = small_search(tmp_path / "whole", "tpe", {})
+    untouched = getattr(DefaultDialect, moment)
+    for stop in (5, 40, 120):
+        calls = iter(range(stop))
+
+        def pressed(*arguments: Any, calls: Iterator[int] = calls) -> Any:
+            if next(calls, None) is None:
+                monkeypatch.setattr(DefaultDialect, moment, untouched)
+                signal.raise_signal(signal.SIGINT)
+            return untouched(*arguments)
+
+        monkeypatch.setattr(DefaultDialect, moment, pressed)
+        with pytest.raises(KeyboardInterrupt):
+            small_search(tmp_path / "stopped", "tpe", {})
+        assert getattr(DefaultDialect, moment) is untouched, "never pressed"
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
     assert small_search(tmp_path / "stopped", "tpe", {}) == whole
 
 

@@ -52,11 +52,7 @@ def scale_factors(
 ) -> torch.Tensor:
     """One number per head, float64 [heads], each finite and not below 0."""
     factors = torch.as_tensor(value, dtype=torch.float64, device=device)
-    if factors.dim() > 1 or (factors.dim() == 1 and factors.shape[0] != heads):
-        raise ValueError(
-            f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head), "
-            f"but got shape {tuple(factors.shape)}"
-        )
+    _check_one_per_head(factors, heads, kind)
     if not bool(torch.isfinite(factors).all()) or bool((factors < 0).any()):
         raise ValueError(
             f"`scale_factor >= 0` and finite must hold, but got {value}; 0 means dense"
@@ -73,12 +69,17 @@ def kernel_factors(
         return float(value), None
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         value = scale_factors(value, heads, device, kind)
-    elif value.shape not in ((), (heads,)):
+    else:
+        _check_one_per_head(value, heads, kind)
+    return 0.0, value.to(device, torch.float32).expand(heads).contiguous()
+
+
+def _check_one_per_head(factors: torch.Tensor, heads: int, kind: str) -> None:
+    if factors.shape not in ((), (heads,)):
         raise ValueError(
             f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head), "
-            f"but got shape {tuple(value.shape)}"
+            f"but got shape {tuple(factors.shape)}"
         )
-    return 0.0, value.to(device, torch.float32).expand(heads).contiguous()
 
 
 def kernel_lengths(
@@ -90,11 +91,7 @@ def kernel_lengths(
     if not isinstance(lengths, torch.Tensor) or (
         lengths.device.type == "cpu" and not torch.compiler.is_compiling()
     ):
-        values = [int(n) for n in lengths]
-        if len(values) != batch or any(not 0 <= n <= most for n in values):
-            raise ValueError(
-                f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}"
-            )
+        values = _on_the_host(name, lengths, batch, most)
         return torch.tensor(values, dtype=torch.int32, device=device)
     if lengths.shape != (batch,):
         raise ValueError(
@@ -108,14 +105,20 @@ def lengths_of(
 ) -> list[tuple[int, int]]:
     """Query and KV length of each request, from what the caller gave or the shapes say."""
     batch, most_q, most_kv = q.shape[0], q.shape[2], kv_start + k.shape[2]
-    queries = [most_q] * batch if q_lens is None else [int(n) for n in q_lens]
-    keys = [most_kv] * batch if kv_lens is None else [int(n) for n in kv_lens]
-    for name, values, most in (("q_lens", queries, most_q), ("kv_lens", keys, most_kv)):
-        if len(values) != batch or any(not 0 <= n <= most for n in values):
-            raise ValueError(
-                f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}"
-            )
+    queries = [most_q] * batch if q_lens is None else _on_the_host("q_lens", q_lens, batch, most_q)
+    keys = (
+        [most_kv] * batch if kv_lens is None else _on_the_host("kv_lens", kv_lens, batch, most_kv)
+    )
     return list(zip(queries, keys, strict=True))
+
+
+def _on_the_host(
+    name: str, lengths: torch.Tensor | Sequence[int], batch: int, most: int
+) -> list[int]:
+    values = [int(n) for n in lengths]
+    if len(values) != batch or any(not 0 <= n <= most for n in values):
+        raise ValueError(f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}")
+    return values
 
 
 def scale_of(scale: float | None, q: torch.Tensor) -> float:

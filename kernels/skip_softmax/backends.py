@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Literal
 
@@ -136,20 +135,11 @@ def run_prefill(
     """Runs a kernel that `choose_prefill` chose; arguments and results are those of `prefill.prefill`."""
     if chosen == "hopper":
         # Window and geometry are those it accepted.
-        run = partial(hopper_kernel().hopper, q, k, v, factor, factors, causal, scale)
-    else:
-        run = partial(
-            prefill_kernel().prefill,
-            q,
-            k,
-            v,
-            factor,
-            factors,
-            causal,
-            scale,
-            window,
-            tile_q,
-            tile_kv,
+        out, counts = hopper_kernel().hopper(
+            q, k, v, factor, factors, causal, scale, *lengths_and_stats
         )
-    out, counts = run(*lengths_and_stats)
+    else:
+        out, counts = prefill_kernel().prefill(
+            q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv, *lengths_and_stats
+        )
     return out, counts

@@ -380,11 +380,11 @@ def choose(
     return max(1, min(splits, tiles // 4)), config.warps, stages
 
 
-def launch(
+@torch.library.custom_op("skip_softmax::decode", mutates_args=())
+def decode(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
     kv_lens: torch.Tensor | None,
     table: torch.Tensor | None,
     factor: float,
@@ -396,7 +396,26 @@ def launch(
     splits: int,
     stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs one configuration; `decode` says what the arguments mean."""
+    """Skip-softmax decode attention; nothing in it waits for the device.
+
+    Args:
+        q: queries [B, Hq, T, D].
+        k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
+        v: as `k`.
+        kv_lens: KV length per request, int32 [B]; None: Skv.
+        table: page numbers, int32 [B, pages per request], or None.
+        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
+        factors: scale factor per KV head, fp32 [Hkv]; wins over `factor`.
+        scale: factor of the scores.
+        window: sliding window [tokens], or None.
+        tile_kv: keys per tile.
+        seeded: what a tile is compared with (module docstring).
+        splits: programs per KV head and request; 0 chooses.
+        stats: whether to count tiles.
+
+    Returns:
+        Output [B, Hq, T, Dv]; visited and skipped tiles, int64 [B, Hkv, 2], empty without `stats`.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, _ = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
@@ -444,48 +463,6 @@ def launch(
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out, counts
-
-
-@torch.library.custom_op("skip_softmax::decode", mutates_args=())
-def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_lens: torch.Tensor | None,
-    table: torch.Tensor | None,
-    factor: float,
-    factors: torch.Tensor | None,
-    scale: float,
-    window: int | None,
-    tile_kv: int,
-    seeded: bool,
-    splits: int,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skip-softmax decode attention; nothing in it waits for the device.
-
-    Args:
-        q: queries [B, Hq, T, D].
-        k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
-        v: as `k`.
-        kv_lens: KV length per request, int32 [B]; None: Skv.
-        table: page numbers, int32 [B, pages per request], or None.
-        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
-        factors: scale factor per KV head, fp32 [Hkv]; wins over `factor`.
-        scale: factor of the scores.
-        window: sliding window [tokens], or None.
-        tile_kv: keys per tile.
-        seeded: what a tile is compared with (module docstring).
-        splits: programs per KV head and request; 0 chooses.
-        stats: whether to count tiles.
-
-    Returns:
-        Output [B, Hq, T, Dv]; visited and skipped tiles, int64 [B, Hkv, 2], empty without `stats`.
-    """
-    return launch(
-        q, k, v, kv_lens=kv_lens, table=table, factor=factor, factors=factors, scale=scale, window=window,
-        tile_kv=tile_kv, seeded=seeded, splits=splits, stats=stats,
-    )  # fmt: skip
 
 
 @decode.register_fake

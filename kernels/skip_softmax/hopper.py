@@ -48,13 +48,16 @@ DECIDED = gl.constexpr(5)
 Q_FREE = gl.constexpr(8)
 ITEM_THERE = gl.constexpr(11)
 ITEM_FREE = gl.constexpr(13)
+# Bytes of the words behind them: a warpgroup's decision on a tile, and the number of an item.
+KEEP_AT = gl.constexpr(512)
+ITEM_AT = gl.constexpr(768)
 
 
 # --- Words that Gluon lacks, in PTX -----------------------------------------------------------------------
 # Gluon's own arrive makes the whole warpgroup meet first, and its reduction to a scalar goes through shared
 # memory; both would stand between two products of a skipped tile. These words keep their barriers, the
 # warpgroups' decisions and the item numbers in 1024 bytes of their own (so the rest of shared memory stays
-# aligned for TMA): 16 mbarriers, decisions from byte 512 on, items from byte 768 on. A thread is chosen by
+# aligned for TMA): 16 mbarriers, then decisions, then items. A thread is chosen by
 # `elect`, and loaded scalars pass through `redux`, because ptxas then knows that a warp does not diverge;
 # a predicate on %tid costs it the uniform registers of the whole loop.
 
@@ -393,13 +396,21 @@ def _settle(n, v, batch, head, row, fetched, s, c):
     _await(DECIDED + slot, (n // V_STAGES) & 1)
     keep = 0
     for w in gl.static_range(c.GROUPS):
-        keep |= _read(512 + 4 * (slot * c.GROUPS + w))
+        keep |= _read(KEEP_AT + 4 * (slot * c.GROUPS + w))
     if fetched == 0:
         if keep != 0:
             _fetch(v, batch, head, row, s.v, s.v_full, slot, c.TILE * c.D * 2)
         else:
             mbarrier.arrive(s.v_full.index(slot), count=1)
     return keep
+
+
+@gluon.jit
+def _give(number, turn):
+    """Tells the consumers the number of the next item; that of no item ends their loop (`_take`)."""
+    _await(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
+    _write(ITEM_AT + 4 * (turn % 2), number)
+    _arrive(ITEM_THERE + turn % 2)
 
 
 @gluon.jit
@@ -420,9 +431,7 @@ def _produce(q, k, v, s, c, counter):
     row1 = 0
     row2 = 0
     while number < c.items:
-        _await(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
-        _write(768 + 4 * (turn % 2), number)
-        _arrive(ITEM_THERE + turn % 2)
+        _give(number, turn)
         turn += 1
         item = _item(number, c)
         # Sparsity varies between heads, so whoever is free takes the next item; asked for early.
@@ -479,9 +488,7 @@ def _produce(q, k, v, s, c, counter):
                 _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
             n += 1
         number = following
-    _await(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
-    _write(768 + 4 * (turn % 2), number)
-    _arrive(ITEM_THERE + turn % 2)
+    _give(number, turn)
     if c.ARMED:
         if n >= 2:
             _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
@@ -496,7 +503,7 @@ def _produce(q, k, v, s, c, counter):
 def _take(turn):
     """The number of the next item; that of no item ends the loop."""
     _await(ITEM_THERE + turn % 2, (turn // 2) & 1)
-    number = _read(768 + 4 * (turn % 2))
+    number = _read(ITEM_AT + 4 * (turn % 2))
     _arrive(ITEM_FREE + turn % 2)
     return number
 
@@ -504,7 +511,7 @@ def _take(turn):
 @gluon.jit
 def _announce(keep, slot, W: gl.constexpr, c):
     """Tells the producer; the values of a skipped tile are given back at once."""
-    _write(512 + 4 * (slot * c.GROUPS + W), keep)
+    _write(KEEP_AT + 4 * (slot * c.GROUPS + W), keep)
     _arrive(DECIDED + slot)
     if keep == 0:
         _arrive(V_FREE + slot)
@@ -523,6 +530,15 @@ def _product(weights, s, slot, acc, c):
     """Starts acc + p v of the tile in a slot."""
     values = s.v.index(slot).reshape([c.TILE, c.D])
     return warpgroup_mma(weights, values, acc, is_async=True)
+
+
+@gluon.jit
+def _both(queries, weights, acc, s, k_slot, old, old_phase, c, S: gl.constexpr):
+    """Starts q k^T of one tile and p v of the tile before; the scores are finished, p v is under way."""
+    scores = _scores(queries, s, k_slot, c, S)
+    mbarrier.wait(s.v_full.index(old), old_phase)
+    flying = _product(weights, s, old, acc, c)
+    return warpgroup_mma_wait(1, deps=[scores]), flying
 
 
 @gluon.jit
@@ -607,10 +623,7 @@ def _walk(
         old_phase = ((n - 1) // V_STAGES) & 1
         mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
         if not c.ARMED:
-            scores = _scores(queries, s, k_slot, c, S)
-            mbarrier.wait(s.v_full.index(old), old_phase)
-            flying = _product(weights, s, old, acc, c)
-            scores = warpgroup_mma_wait(1, deps=[scores])
+            scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             p, alpha, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, MASKED, S)
             acc = _finished(flying, old, old_phase)
@@ -618,10 +631,7 @@ def _walk(
             acc = _rescaled(acc, alpha, O)
             weights = gl.convert_layout(p.to(s.v.dtype), A)
         elif keep != 0:
-            scores = _scores(queries, s, k_slot, c, S)
-            mbarrier.wait(s.v_full.index(old), old_phase)
-            flying = _product(weights, s, old, acc, c)
-            scores = warpgroup_mma_wait(1, deps=[scores])
+            scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
             keep = _vote(tops, m, bar, slot, MASKED, W, c)

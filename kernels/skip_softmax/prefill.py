@@ -421,54 +421,6 @@ def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, [last // row + 1, row], [row, 1], block)
 
 
-def launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: Config,
-    *,
-    factor: float,
-    factors: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    tile_q: int,
-    tile_kv: int,
-    q_lens: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-    q_starts: torch.Tensor | None,
-    kv_starts: torch.Tensor | None,
-    most_q: int,
-    armed: bool,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs one configuration; `prefill` says what the arguments mean."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, counts = empty_results(q, v, q_starts, stats)
-    counts.zero_()
-    if not out.numel():
-        return out, counts
-    tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
-    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    grid = (q.shape[1], triton.cdiv(most_q, config.block_m), requests)
-    _prefill[grid](
-        q,
-        descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
-        descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
-        out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
-        factor, scale * LOG2E, most_q, k.shape[2], window or 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
-        WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
-        TILE_KV=tile_kv, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
-        TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
-        TMA=tma, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
-        STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
-        maxnreg=config.registers,
-    )  # fmt: skip
-    return out, counts
-
-
 def empty_output(q: torch.Tensor, columns: int) -> torch.Tensor:
     """A dense tensor [B, H, S, columns] whose heads and tokens nest as q's do."""
     heads, rows = q.shape[1:3]
@@ -521,13 +473,33 @@ def prefill(
     Returns:
         Output [B, Hq, Sq, Dv]; visited and skipped tiles, int64 [requests, Hq, 2], empty without `stats`.
     """
+    config = choose(q, v, tile_q, tile_kv)
     # Known to be dense on the host: the kernel without skipping.
     armed = factors is not None or factor > 0
-    return launch(
-        q, k, v, choose(q, v, tile_q, tile_kv), factor=factor, factors=factors, causal=causal,
-        scale=scale, window=window, tile_q=tile_q, tile_kv=tile_kv, q_lens=q_lens, kv_lens=kv_lens,
-        q_starts=q_starts, kv_starts=kv_starts, most_q=most_q, armed=armed, stats=stats,
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, counts = empty_results(q, v, q_starts, stats)
+    counts.zero_()
+    if not out.numel():
+        return out, counts
+    tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
+    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
+    grid = (q.shape[1], triton.cdiv(most_q, config.block_m), requests)
+    _prefill[grid](
+        q,
+        descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
+        descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
+        out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
+        factor, scale * LOG2E, most_q, k.shape[2], window or 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
+        WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
+        TILE_KV=tile_kv, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
+        TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
+        TMA=tma, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
+        STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
+        maxnreg=config.registers,
     )  # fmt: skip
+    return out, counts
 
 
 def empty_results(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+import skip_softmax as ss
 from skip_softmax import reference
+from skip_softmax.backends import Backend
 from skip_softmax.reference import Request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,3 +125,58 @@ def assert_accurate(
     error = (out.double() - truth).abs().max()
     assert torch.isfinite(out).all()
     assert error <= 2 * low + 4 * rounding, f"error {error:.2e}, PyTorch in {out.dtype} {low:.2e}"
+
+
+def check_prefill(
+    p: Planted,
+    backend: Backend,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    tile_q: int = 64,
+    tile_kv: int = 128,
+    scale_factor: float | None = None,
+    q_lens: list[int] | None = None,
+    kv_lens: list[int] | None = None,
+) -> tuple[torch.Tensor, ss.Stats]:
+    """Output and exact tile counts of every request against the reference."""
+    factor = p.scale_factor if scale_factor is None else scale_factor
+    out, stats = ss.attention(
+        p.q, p.k, p.v, scale_factor=factor, causal=causal, window=window, tile_q=tile_q, tile_kv=tile_kv,
+        q_lens=q_lens, kv_lens=kv_lens, backend=backend, return_stats=True,
+    )  # fmt: skip
+    for b in range(p.q.shape[0]):
+        q_len = p.q.shape[2] if q_lens is None else q_lens[b]
+        kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
+        request = Request(q_len, kv_len, 0, causal, window, tile_q, tile_kv)
+        _, visited, skipped = expected(p, request, b, factor)
+        assert stats.visited[b].tolist() == visited.tolist()
+        assert stats.skipped[b].tolist() == skipped.tolist()
+        assert (out[b, :, q_len:] == 0).all()
+        if q_len and kv_len:
+            assert_accurate(out[b, :, :q_len], p, request, b, factor)
+    return out, stats
+
+
+def check_decisions_near_the_threshold(
+    backend: Backend, head_dim: int, dtype: torch.dtype, tokens: int
+) -> None:
+    """Scores of noise: tiles of every gap, so that some lie within rounding of any threshold."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, tokens, head_dim, generator=generator).to(DEVICE, dtype)
+        for heads in (8, 2, 2)
+    )
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    k[:, :, 0, 0] = 6.0 * head_dim**0.5 / 4.0
+    gaps = ss.tile_gaps(q, k, backend="reference")
+    finite = gaps[torch.isfinite(gaps)]
+    factor = tokens * finite.median().exp().item()
+    found, true = (
+        ss.attention(q, k, v, scale_factor=factor, backend=name, return_stats=True)[1]
+        for name in (backend, "reference")
+    )
+    near = ((finite - finite.median()).abs() < 1e-3).sum().item()
+    differ = (found.skipped - true.skipped).abs().sum().item()
+    print(f"{differ} of {finite.numel()} decisions differ, {near} within 1e-3 nats")
+    assert true.skipped.sum() > 0 and differ <= near

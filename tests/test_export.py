@@ -383,22 +383,14 @@ def test_the_sidecar_holds_the_evidence_of_exactly_these_numbers() -> None:
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
-    def call(file: Thresholds, *arguments: object) -> tuple[int, str, str]:
-        file.save(tmp_path / "t.yaml")
-        words = ["calibrate", "export", tmp_path / "t.yaml", *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
+def run(tmp_path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`calibrate export` of a file."""
 
-    return call
+    def export(file: Thresholds, *arguments: object) -> tuple[int, str, str]:
+        file.save(tmp_path / "t.yaml")
+        return call("export", tmp_path / "t.yaml", *arguments)
+
+    return export
 
 
 SEEDED = thresholds().geometry.model_copy(

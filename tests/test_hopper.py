@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planting import assert_accurate, expected, plant
+from planting import check_decisions_near_the_threshold, check_prefill, plant
 
 import skip_softmax as ss
-from skip_softmax.reference import Request
 
 pytest.importorskip("triton")
 from skip_softmax import hopper, prefill
@@ -29,20 +28,8 @@ def run(p, **keywords):
     return ss.attention(p.q, p.k, p.v, backend="hopper", **keywords)
 
 
-def check(p, *, causal=True, scale_factor=None, q_lens=None, kv_lens=None):
-    factor = p.scale_factor if scale_factor is None else scale_factor
-    out, stats = run(p, scale_factor=factor, causal=causal, q_lens=q_lens, kv_lens=kv_lens)
-    for b in range(p.q.shape[0]):
-        q_len = p.q.shape[2] if q_lens is None else q_lens[b]
-        kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
-        request = Request(q_len, kv_len, 0, causal, None, ROWS, 128)
-        _, visited, skipped = expected(p, request, b, factor)
-        assert stats.visited[b].tolist() == visited.tolist()
-        assert stats.skipped[b].tolist() == skipped.tolist()
-        assert (out[b, :, q_len:] == 0).all()
-        if q_len and kv_len:
-            assert_accurate(out[b, :, :q_len], p, request, b, factor)
-    return out, stats
+def check(p, **call):
+    return check_prefill(p, "hopper", **call)
 
 
 @on_hopper
@@ -193,22 +180,7 @@ def test_a_thousand_runs_are_bit_identical(head_dim):
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_decisions_differ_only_within_rounding_of_the_threshold(head_dim):
-    """Scores of noise: tiles of every gap, so some lie within rounding of any threshold."""
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(1, h, 4096, head_dim, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2)
-    )
-    q[..., 0], k[..., 0] = 4.0, 0.0
-    k[:, :, 0, 0] = 6.0 * head_dim**0.5 / 4.0
-    gaps = ss.tile_gaps(q, k, backend="reference")
-    finite = gaps[torch.isfinite(gaps)]
-    factor = 4096 * finite.median().exp().item()
-    _, stats = ss.attention(q, k, v, scale_factor=factor, backend="hopper", return_stats=True)
-    _, truth = ss.attention(q, k, v, scale_factor=factor, backend="reference", return_stats=True)
-    near = ((finite - finite.median()).abs() < 1e-3).sum().item()
-    differ = (stats.skipped - truth.skipped).abs().sum().item()
-    print(f"{differ} of {finite.numel()} decisions differ, {near} within 1e-3 nats")
-    assert truth.skipped.sum() > 0 and differ <= near
+    check_decisions_near_the_threshold("hopper", head_dim, torch.bfloat16, 4096)
 
 
 @on_hopper

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 import calibrate
-from calibrate import cli, project
+from calibrate import project
 from calibrate.engines import ENGINES, Server, Votes
 from calibrate.export import Served, export
 from calibrate.pipeline import open_run
@@ -23,23 +22,6 @@ from calibrate.search import open_study, points
 from skip_softmax.thresholds import LayerOverride, Thresholds
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture

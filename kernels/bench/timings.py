@@ -161,6 +161,24 @@ def _working(
     return call
 
 
+def _beside(
+    rivals_ready: dict[str, Callable[[], object]],
+    attend: Callable[..., Any],
+    factor: float,
+    backends: Sequence[str],
+    repeats: int,
+) -> tuple[dict[str, float], dict[str, float], torch.Tensor]:
+    """Rivals and each backend, dense and armed, in turns: times [ms], sparsities, and one armed output."""
+    calls, sparsities = dict(rivals_ready), {}
+    for backend in backends:
+        call = partial(attend, backend=backend)
+        out, stats = call(scale_factor=factor, return_stats=True)
+        sparsities[backend] = (stats.skipped.sum() / stats.visited.sum()).item()
+        calls[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
+        calls[backend] = ready(partial(call, scale_factor=factor))
+    return median_times(calls, repeats), sparsities, out
+
+
 def prefill_rows(
     length: int, head_dim: int, dtype: torch.dtype, repeats: int, backends: Sequence[str]
 ) -> Iterator[Row]:
@@ -181,17 +199,9 @@ def prefill_rows(
 
     trtllm = True  # until it fails here: a failure can cost a compilation
     for number, (about, q, k, v, factor) in enumerate(_prefill_inputs(length, head_dim, dtype)):
+        call = partial(ss.attention, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV)
         sdpa = sdpa_ready(q, k, v, causal=True)
-        ours, sparsities = {}, {}
-        for backend in backends:
-            call: Callable[..., Any] = partial(
-                ss.attention, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend=backend
-            )
-            out, stats = call(scale_factor=factor, return_stats=True)
-            sparsities[backend] = (stats.skipped.sum() / stats.visited.sum()).item()
-            ours[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
-            ours[backend] = ready(partial(call, scale_factor=factor))
-        times = median_times({**sdpa, **ours}, repeats)
+        times, sparsities, out = _beside(sdpa, call, factor, backends, repeats)
         others = {name: times[name] for name in sdpa}
         for backend, sparsity in sparsities.items():
             yield {
@@ -299,17 +309,9 @@ def decode_rows(
             DEVICE,
         )  # fmt: skip
         about = {"running_max": "seeded", "inputs": "blocks", "requested_sparsity": requested}
+        call = partial(ss.decode_attention, q, k, v, tile_kv=DECODE_TILE_KV, running_max="seeded")
         sdpa = sdpa_ready(q, k, v, causal=False)
-        ours, sparsities = {}, {}
-        for backend in backends:
-            call: Callable[..., Any] = partial(
-                ss.decode_attention, q, k, v, tile_kv=DECODE_TILE_KV, running_max="seeded", backend=backend
-            )  # fmt: skip
-            counted = call(scale_factor=factor, return_stats=True)[1]
-            sparsities[backend] = (counted.skipped.sum() / counted.visited.sum()).item()
-            ours[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
-            ours[backend] = ready(partial(call, scale_factor=factor))
-        times = median_times({**sdpa, **ours}, repeats)
+        times, sparsities, _ = _beside(sdpa, call, factor, backends, repeats)
         others = {name: times[name] for name in sdpa}
         for backend, sparsity in sparsities.items():
             dense = times[f"{backend} dense"]

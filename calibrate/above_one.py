@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from calibrate.capture import forward
-from calibrate.measure import Outcome, kl_divergence, score
+from calibrate.measure import Outcome, outcome
 from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from skip_softmax.thresholds import PHASES, Phase, Thresholds
@@ -48,16 +48,7 @@ def compare_unguarded(
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
     with intercepted(loaded.model, handler, decode_from=len(prompt.ids), left_alone=left_alone):
         sparse = forward(loaded, prompt).float().cpu()
-    return Outcome(
-        prompt.key,
-        prompt.task,
-        prompt.length,
-        kl_divergence(dense, sparse),
-        score(sparse, prompt),
-        score(dense, prompt),
-        visited,
-        skipped,
-    )
+    return outcome(prompt, dense, sparse, visited, skipped)
 
 
 def _attend(call: Call, rows: slice, thresholds: Thresholds) -> tuple[torch.Tensor, int, int]:

@@ -122,6 +122,17 @@ def compare(
         sparse = forward(loaded, prompt).float().cpu()
     visited = {phase: tiles.visited[phase].sum(1).tolist() for phase in PHASES}
     skipped = {phase: tiles.skipped[phase].sum(1).tolist() for phase in PHASES}
+    return outcome(prompt, dense, sparse, visited, skipped)
+
+
+def outcome(
+    prompt: Prompt,
+    dense: torch.Tensor,
+    sparse: torch.Tensor,
+    visited: dict[Phase, list[int]],
+    skipped: dict[Phase, list[int]],
+) -> Outcome:
+    """What two runs of a prompt differ by, and the tiles that the sparse one counted."""
     return Outcome(
         prompt.key,
         prompt.task,

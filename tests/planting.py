@@ -127,6 +127,23 @@ def assert_accurate(
     assert error <= 2 * low + 4 * rounding, f"error {error:.2e}, PyTorch in {out.dtype} {low:.2e}"
 
 
+def paged(p: Planted, page: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same cache in shuffled pages whose unused rows are NaN, and its table."""
+    batch, heads, kv_len, dim = p.k.shape
+    count = -(-kv_len // page)
+    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).view(
+        batch, count
+    )
+    pages = []
+    for cache in (p.k, p.v):
+        padded = torch.nn.functional.pad(cache, (0, 0, 0, count * page - kv_len), value=torch.nan)
+        split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+        pages.append(
+            torch.empty_like(split).index_copy_(0, table.flatten().to(cache.device), split)
+        )
+    return *pages, table.to(p.k.device)
+
+
 def check_prefill(
     p: Planted,
     backend: Backend,

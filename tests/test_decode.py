@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planting import DEVICE, DTYPES, assert_accurate, expected, plant
+from planting import DEVICE, DTYPES, assert_accurate, expected, paged, plant
 
 import skip_softmax as ss
 from skip_softmax.reference import Request
@@ -32,23 +32,6 @@ def both_ways(request, monkeypatch):
 
 def planted(*, tokens=1, kv_len=500, tile_kv=32, **keywords):
     return plant(q_len=tokens, kv_len=kv_len, tile_q=1, tile_kv=tile_kv, **keywords)
-
-
-def paged(p, page, seed=0):
-    """The same cache in shuffled pages whose unused rows are NaN, and its table."""
-    batch, heads, kv_len, dim = p.k.shape
-    count = -(-kv_len // page)
-    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).view(
-        batch, count
-    )
-    pages = []
-    for cache in (p.k, p.v):
-        padded = torch.nn.functional.pad(cache, (0, 0, 0, count * page - kv_len), value=torch.nan)
-        split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
-        pages.append(
-            torch.empty_like(split).index_copy_(0, table.flatten().to(cache.device), split)
-        )
-    return *pages, table.to(p.k.device)
 
 
 def check(

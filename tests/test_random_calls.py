@@ -1,6 +1,7 @@
 """Random legal calls of every kernel against the reference: what no list of cases thought of.
 
-A case is drawn from its number, which a failure names. A GPU gets many more of them, and longer ones.
+A case is drawn from its number, which a failure names. A GPU gets more of them, and longer ones; most
+compile a kernel of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import skip_softmax as ss
 pytest.importorskip("triton")
 from skip_softmax import hopper
 
-CASES, LONGEST = (300, 5000) if DEVICE == "cuda" else (10, 600)
+CASES, LONGEST = (20, 5000) if DEVICE == "cuda" else (10, 600)
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
 

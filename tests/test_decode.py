@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from planting import DEVICE, DTYPES, assert_accurate, expected, paged, plant
@@ -282,3 +283,52 @@ def test_a_captured_graph_follows_new_thresholds_and_lengths():
     eager, counted = ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
     assert torch.equal(out, eager)
     assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
+
+
+def test_freed_pages_before_the_window_and_stale_entries_are_not_read():
+    p = planted(kv_len=190, tile_kv=64, batch=2)
+    k, v, table = paged(p, 16)
+    lost = table[:, :7].clone()  # no key that the window of 70 reaches
+    k[lost.flatten()], v[lost.flatten()] = torch.nan, torch.nan
+    table = torch.nn.functional.pad(table, (0, 3), value=10**6)
+    table[:, :7] = -1
+    call = {
+        "scale_factor": p.scale_factor, "window": 70, "tile_kv": 64, "block_table": table,
+        "return_stats": True,
+    }  # fmt: skip
+    found = ss.decode_attention(p.q, k, v, [190, 190], backend="triton", **call)
+    true = ss.decode_attention(p.q, k, v, [190, 190], backend="reference", **call)
+    assert torch.isfinite(found[0]).all()
+    torch.testing.assert_close(found[0], true[0], rtol=1e-4, atol=1e-4)
+    assert found[1].skipped.tolist() == true[1].skipped.tolist()
+    with pytest.raises(ValueError, match=r"must name pages from 0 to 23 .* 190 keys"):
+        ss.decode_attention(p.q, k, v, [190, 190], backend="reference", **{**call, "window": 90})
+
+
+@pytest.mark.parametrize("change", ["rows", "dtype"])
+def test_a_table_that_does_not_fit_the_batch_is_refused(change):
+    p = planted(kv_len=64, batch=2)
+    k, v, table = paged(p, 16)
+    table = table[:1] if change == "rows" else table.short()
+    with pytest.raises(ValueError, match=r"block_table must be int32 or int64 \[2, pages\]"):
+        ss.decode_attention(p.q, k, v, [64, 64], block_table=table, backend="triton")
+
+
+def test_tables_and_lengths_need_not_be_contiguous():
+    p = planted(kv_len=100, batch=3)
+    k, v, table = paged(p, 16)
+    lengths = torch.tensor([[77, 1], [100, 2], [30, 3]], dtype=torch.int32, device=DEVICE)[:, 0]
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    strided = table.int().t().contiguous().t()
+    out = ss.decode_attention(p.q, k, v, lengths, block_table=strided, **call)
+    assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, [77, 100, 30], **call))
+
+
+def test_queries_far_apart_in_memory():
+    p = planted(heads=4, kv_len=100, dtype=torch.float16)
+    # Offsets beyond 2^31 elements. NumPy's memory is not filled: what is never touched takes none.
+    whole = torch.from_numpy(np.empty((1, 4, 20_000_000, 32), np.float16)).to(DEVICE)
+    far = whole[:, :, -1:].copy_(p.q)
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    out = ss.decode_attention(far, p.k, p.v, **call)
+    assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, **call))

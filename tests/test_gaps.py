@@ -147,3 +147,17 @@ def test_memory_grows_with_length_not_with_its_square():
     noted = peak(lambda: ss.tile_statistics(q, k, v, backend="triton"))
     print(f"peak memory at 128K: {noted / plain:.3f} of plain attention")
     assert noted <= 1.2 * plain
+
+
+def test_rows_that_see_no_key_weigh_nothing():
+    p = plant(q_len=100, kv_len=70)
+    found = compare(p, tile_q=64, tile_kv=16, moved=0.02)
+    assert found.mass.sum().item() == pytest.approx(2 * 70)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_an_empty_batch_counts_nothing(backend):
+    p = plant(q_len=10, kv_len=20)
+    out, found = ss.tile_statistics(p.q[:0], p.k[:0], p.v[:0], backend=backend)
+    assert out.shape == (0, *p.q.shape[1:]) and found.counts.shape[0] == 2
+    assert found.counts.sum() == found.mass.sum() == found.rows == 0

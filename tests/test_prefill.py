@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from planting import DEVICE, DTYPES, KINDS, check_decisions_near_the_threshold, check_prefill, plant
@@ -200,7 +202,7 @@ def test_torch_compile_sees_one_graph():
     [
         ({"dtype": torch.float64}, "dtype torch.float64"),
         ({"kv_start": 8}, "kv_start 8"),
-        ({"tile_q": 256}, "tile_q 256 is above 128"),
+        ({"tile_q": 256}, "tile_q 256 is not between 4 and 128"),
         ({"tile_kv": 8}, "tile_kv 8"),
         ({"scale": -1.0}, "scale -1.0"),
     ],
@@ -319,3 +321,101 @@ def test_a_captured_graph_follows_new_thresholds_and_lengths():
     eager, counted = ss.attention(p.q, p.k, p.v, scale_factor=factors, kv_lens=kv_lens, **keywords)
     assert torch.equal(out, eager)
     assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
+
+
+def test_scores_that_are_no_numbers_show():
+    p = plant(q_len=70, kv_len=130)
+    p.q[:, :, 3] = torch.nan
+    out = ss.attention(p.q, p.k, p.v, scale_factor=p.scale_factor, tile_kv=32, backend="triton")
+    assert out[:, :, 3].isnan().all()
+    assert torch.isfinite(out[:, :, 64:]).all()
+    with pytest.raises(NotImplementedError, match="scale nan"):
+        ss.attention(p.q, p.k, p.v, scale=math.nan, backend="triton")
+
+
+@pytest.mark.parametrize("tile_q", [1, 2, 4])
+def test_more_votes_than_bits_are_refused(tile_q):
+    p = plant(q_len=150, kv_len=100, tile_q=tile_q)
+    if tile_q == 4:
+        check(p, tile_q=tile_q)
+        return
+    with pytest.raises(NotImplementedError, match=f"tile_q {tile_q} is not between 4 and 128"):
+        ss.attention(p.q, p.k, p.v, tile_q=tile_q, backend="triton")
+
+
+def test_lengths_need_not_be_contiguous():
+    p = plant(batch=3, q_len=90, kv_len=90)
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    wide = torch.tensor([[77, 0], [90, 0], [30, 0]], dtype=torch.int32, device=DEVICE)
+    compiled = torch.compile(
+        lambda lengths: ss.attention(p.q, p.k, p.v, kv_lens=lengths, **call), backend="aot_eager"
+    )
+    assert torch.equal(
+        compiled(wide[:, 0]), ss.attention(p.q, p.k, p.v, kv_lens=[77, 90, 30], **call)
+    )
+    tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
+    starts = torch.tensor([[0, 7], [40, 8], [90, 9]], dtype=torch.int32, device=DEVICE)[:, 0]
+    packed = [
+        ss.attention_varlen(*tokens_first, x, x, 50, 50, **call) for x in (starts, starts.clone())
+    ]
+    assert torch.equal(*packed)
+
+
+@pytest.mark.parametrize(
+    "starts, longest", [([0, 50, 40], 50), ([-1, 40, 90], 50), ([0, 40, 91], 51), ([0, 40, 90], 49)]
+)
+def test_packed_lengths_on_the_host_are_checked(starts, longest):
+    x = torch.zeros(90, 2, 32)
+    starts = torch.tensor(starts, dtype=torch.int32)
+    for backend in ("triton", "reference"):
+        with pytest.raises(
+            ValueError, match=f"rise within 0 to 90 by at most max_seqlen_q {longest}"
+        ):
+            ss.attention_varlen(x, x, x, starts, starts, longest, longest, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_who_asks_for_a_gradient_is_told_that_there_is_none(backend):
+    p = plant(q_len=70, kv_len=70)
+    q = p.q.clone().requires_grad_()
+    cu = torch.tensor([0, 70], dtype=torch.int32)
+    tokens_first = [x[0].transpose(0, 1) for x in (q, p.k, p.v)]
+    call = {"tile_kv": 32, "backend": backend}
+    outputs = [
+        ss.attention(q, p.k, p.v, scale_factor=1.0, **call),
+        ss.attention_varlen(*tokens_first, cu, cu, 70, 70, scale_factor=1.0, **call),
+        ss.decode_attention(q[:, :, :2], p.k, p.v, **call),
+        ss.tile_statistics(q, p.k, p.v, **call)[0],
+    ]
+    for out in outputs:
+        with pytest.raises(RuntimeError, match="skip-softmax attention has no backward"):
+            (out.sum() + q.sum()).backward()
+    with torch.no_grad():
+        assert torch.equal(outputs[0], ss.attention(q, p.k, p.v, scale_factor=1.0, **call))
+
+
+def test_a_list_of_factors_is_one_number_per_head():
+    p = plant(q_len=70, kv_len=130)
+    call = {"tile_kv": 32, "backend": "triton"}
+    factors = [p.scale_factor, 0.0]
+    listed = ss.attention(p.q, p.k, p.v, scale_factor=factors, **call)
+    assert torch.equal(
+        listed, ss.attention(p.q, p.k, p.v, scale_factor=torch.tensor(factors), **call)
+    )
+
+
+def test_odd_places_in_memory():
+    """Keys that are one key, and queries whose last dimension is not the innermost."""
+    p = plant(q_len=70, kv_len=128, head_dim=64, dtype=torch.float16)
+    call = {"tile_kv": 32, "backend": "triton"}
+    one = p.k[:, :, :1].expand(-1, -1, 128, -1)
+    assert torch.equal(
+        ss.attention(p.q, one, p.v, **call), ss.attention(p.q, one.contiguous(), p.v, **call)
+    )
+    q = p.q.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert q.stride(-1) != 1
+    whole = torch.compile(
+        lambda q: ss.attention(q, p.k, p.v, **call) * 1,
+        backend="inductor" if DEVICE == "cuda" else "aot_eager",
+    )
+    assert torch.equal(whole(q), ss.attention(p.q, p.k, p.v, **call))

@@ -419,3 +419,22 @@ def test_memory_grows_with_the_length_and_not_with_its_square(length: int) -> No
     held = [block.scores.numel() for block in reference.blocks(q[0], k[0], request, 0.5)]
     assert max(held) <= max(reference._BLOCK_ELEMENTS, 2 * 64 * (length + 128)) * 1.1
     assert sum(held) >= length * length, "every pair was looked at"
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    q, k, v = planted(4, 2, 200, 200, dtype=torch.float32)
+    keywords = {"tile_q": 16, "tile_kv": 16, "backend": "reference"}
+    out, stats = ss.attention(q, k, v, scale_factor=60.0, return_stats=True, **keywords)
+    gaps = ss.tile_gaps(q, k, **keywords)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered, same = ss.attention(q, k, v, scale_factor=60.0, return_stats=True, **keywords)
+        assert torch.equal(gaps, ss.tile_gaps(q, k, **keywords))
+    assert torch.equal(out, lowered) and torch.equal(stats.skipped, same.skipped)
+    assert stats.skipped.sum() > 0
+
+
+@pytest.mark.parametrize("heads, head_dim", [(0, 16), (2, 0)])
+def test_no_heads_and_no_head_dim_are_named(heads: int, head_dim: int) -> None:
+    x = torch.zeros(1, heads, 5, head_dim)
+    with pytest.raises(ValueError, match="heads and head_dim must be above 0"):
+        ss.attention(x, x, x)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -16,6 +16,8 @@ from skip_softmax.arguments import (
     Lengths,
     check_block_table,
     check_geometry,
+    check_packed,
+    check_pages,
     check_qkv,
     gather_pages,
     kernel_factors,
@@ -34,7 +36,7 @@ from skip_softmax.backends import (
     run_prefill,
     statistics_kernel,
 )
-from skip_softmax.histogram import TileHistogram
+from skip_softmax.histogram import BINS, TileHistogram
 from skip_softmax.reference import Request, RunningMax
 
 
@@ -44,6 +46,27 @@ class Stats:
 
     visited: torch.Tensor
     skipped: torch.Tensor
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Passes an output on; who asks for its gradient is told that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "skip-softmax attention has no backward, but a gradient through it was asked for; run it under "
+            "torch.no_grad(), or train with the model's own attention"
+        )
+
+
+def _forward_only(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out = _ForwardOnly.apply(out, *inputs)  # type: ignore[no-untyped-call]
+    return out
 
 
 @overload
@@ -122,6 +145,7 @@ def attention(
             kernel_lengths("kv_lens", kv_lens, q.shape[0], k.shape[2], q.device),
             None, None, q.shape[2], return_stats,
         )  # fmt: skip
+        out = _forward_only(out, q, k, v)
         return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
     factors = scale_factors(scale_factor, q.shape[1], q.device, "query")
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -133,6 +157,7 @@ def attention(
         out[b, :, :q_len], stats.visited[b], stats.skipped[b] = reference.attend(
             q[b], k[b], v[b], request, scale, factors
         )
+    out = _forward_only(out, q, k, v)
     return (out, stats) if return_stats else out
 
 
@@ -194,10 +219,12 @@ def attention_varlen(
         return_stats: also return tile counts.
 
     Returns:
-        Output [total_q, Hq, Dv], and with `return_stats` the tile counts [requests, Hq].
+        Output [total_q, Hq, Dv], and with `return_stats` the tile counts [requests, Hq]. A kernel leaves
+        rows of no request as they were in memory.
 
     Raises:
-        ValueError: shapes, lengths, geometry or scale factors break a law.
+        ValueError: shapes, lengths (where `cu_seqlens` are on the CPU), geometry or scale factors break a
+            law.
         NotImplementedError: the named backend cannot run this call.
     """
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
@@ -214,6 +241,8 @@ def attention_varlen(
             "cu_seqlens_q and cu_seqlens_k must be [requests + 1] alike, but got "
             f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
+    check_packed(cu_seqlens_q, q.shape[0], max_seqlen_q, "q")
+    check_packed(cu_seqlens_k, k.shape[0], max_seqlen_k, "k")
     heads_first = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     check_qkv(*heads_first)
     check_geometry(tile_kv, window, tile_q)
@@ -223,11 +252,10 @@ def attention_varlen(
         factor, factors = kernel_factors(scale_factor, q.shape[1], q.device, "query")
         out, counts = run_prefill(
             chosen, *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
-            cu_seqlens_q.to(q.device, torch.int32), cu_seqlens_k.to(q.device, torch.int32),
-            max_seqlen_q,
-            return_stats,
+            *(x.to(q.device, torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)),
+            max_seqlen_q, return_stats,
         )  # fmt: skip
-        out = out[0].transpose(0, 1)
+        out = _forward_only(out[0].transpose(0, 1), q, k, v)
         return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
@@ -317,7 +345,7 @@ def decode_attention(
     """
     run = q if q.dim() == 4 else q[:, :, None]
     if block_table is not None:
-        check_block_table(block_table, kv_lens, k_cache, kv_start)
+        check_block_table(block_table, kv_lens, q.shape[0], kv_start)
     check_geometry(tile_kv, window, None)
     scale = scale_of(scale, q)
     page = 0 if block_table is None else k_cache.shape[2]
@@ -333,14 +361,14 @@ def decode_attention(
         warn_if_known_meaningless(factor, kv_lens, capacity, tokens=run.shape[2])
         out, counts = decode_kernel().decode(
             run, k_cache, v_cache, kernel_lengths("kv_lens", kv_lens, q.shape[0], capacity, q.device),
-            None if block_table is None else block_table.to(q.device, torch.int32),
+            None if block_table is None else block_table.to(q.device, torch.int32).contiguous(),
             factor, factors, scale, window, tile_kv, running_max == "seeded", 0, return_stats,
         )  # fmt: skip
-        out = out if q.dim() == 4 else out[:, :, 0]
+        out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
         return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
+    inputs = q, k_cache, v_cache
     if block_table is not None:
-        if bool((block_table >= k_cache.shape[0]).any()):
-            raise ValueError(f"block_table names a page that is not below {k_cache.shape[0]}")
+        pool = k_cache
         k_cache, v_cache = (gather_pages(cache, block_table) for cache in (k_cache, v_cache))
     kv_heads, tokens = k_cache.shape[1], run.shape[2]
     factors = scale_factors(scale_factor, kv_heads, q.device, "KV")
@@ -348,13 +376,15 @@ def decode_attention(
     shape = (q.shape[0], kv_heads)
     stats = Stats(*(torch.zeros(shape, dtype=torch.int64, device=q.device) for _ in range(2)))
     lengths = lengths_of(None, kv_lens, run, k_cache, kv_start)
+    if block_table is not None:
+        check_pages(block_table, lengths, window, pool)
     warn_if_meaningless(factors, [kv_len - tokens + 1 for _, kv_len in lengths])
     for b, (_, kv_len) in enumerate(lengths):
         request = Request(tokens, kv_len, kv_start, True, window, None, tile_kv, running_max)
         out[b], stats.visited[b], stats.skipped[b] = reference.attend(
             run[b], k_cache[b], v_cache[b], request, scale, factors
         )
-    out = out if q.dim() == 4 else out[:, :, 0]
+    out = _forward_only(out if q.dim() == 4 else out[:, :, 0], *inputs)
     return (out, stats) if return_stats else out
 
 
@@ -458,7 +488,7 @@ def tile_statistics(
             tile_kv=tile_kv,
             seeded=running_max == "seeded",
         )  # fmt: skip
-        return out, histogram
+        return _forward_only(out, q, k, v), histogram
     kv_len = kv_start + k.shape[2]
     request = Request(
         q.shape[2],
@@ -472,9 +502,14 @@ def tile_statistics(
     )
     pairs = [reference.statistics(*qkv, request, scale) for qkv in zip(q, k, v, strict=True)]
     histograms = [histogram for _, histogram in pairs]
+    heads = k.shape[1] if decode else q.shape[1]
+    none = torch.zeros(heads, BINS, dtype=torch.int64, device=q.device)
     total = TileHistogram(
-        counts=torch.stack([h.counts for h in histograms]).sum(0),
-        mass=torch.stack([h.mass for h in histograms]).sum(0),
+        counts=torch.stack([none, *(h.counts for h in histograms)]).sum(0),
+        mass=torch.stack([none.double(), *(h.mass for h in histograms)]).sum(0),
         rows=sum(h.rows for h in histograms),
     )
-    return torch.stack([out for out, _ in pairs]), total
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    for b, (part, _) in enumerate(pairs):
+        out[b] = part
+    return _forward_only(out, q, k, v), total

@@ -28,6 +28,10 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool = F
             "q, k and v must agree in batch and head_dim, k and v also in heads and tokens, but got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if not k.shape[1] or not q.shape[1] or not q.shape[3]:
+        raise ValueError(
+            f"heads and head_dim must be above 0, but got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"query heads must be a multiple of KV heads, but got {q.shape[1]} and {k.shape[1]}"
@@ -64,6 +68,8 @@ def kernel_factors(
     value: float | torch.Tensor, heads: int, device: torch.device, kind: str
 ) -> tuple[float, torch.Tensor | None]:
     """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is, without a wait."""
+    if isinstance(value, list | tuple):
+        value = torch.as_tensor(value)
     if not isinstance(value, torch.Tensor):
         scale_factors(value, heads, torch.device("cpu"), kind)
         return float(value), None
@@ -97,7 +103,7 @@ def kernel_lengths(
         raise ValueError(
             f"`{name}` must hold {batch} numbers, but got shape {tuple(lengths.shape)}"
         )
-    return lengths.to(device, torch.int32)
+    return lengths.to(device, torch.int32).contiguous()
 
 
 def lengths_of(
@@ -151,19 +157,56 @@ def warn_if_known_meaningless(
     warn_if_meaningless(torch.tensor([factor]), [n - tokens + 1 for n in lengths], stacklevel=4)
 
 
+def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> None:
+    """`cu_seqlens` rise from 0 or more to the tokens at most; looked at on the host only: no wait."""
+    if starts.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lengths = starts.diff()
+    if starts[0] < 0 or starts[-1] > total or (lengths < 0).any() or (lengths > longest).any():
+        raise ValueError(
+            f"cu_seqlens_{name} must rise within 0 to {total} by at most max_seqlen_{name} {longest}, but "
+            f"got {starts.tolist()}"
+        )
+
+
 def check_block_table(
-    block_table: torch.Tensor, kv_lens: Lengths, k_cache: torch.Tensor, kv_start: int
+    block_table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int
 ) -> None:
     """A block table is [batch, pages]; a paged cache comes with its lengths and its first keys."""
-    if block_table.dim() != 2 or block_table.is_floating_point():
+    if (
+        block_table.dim() != 2
+        or block_table.shape[0] != batch
+        or block_table.dtype not in (torch.int32, torch.int64)
+    ):
         raise ValueError(
-            f"block_table must be integers [batch, pages], but got {tuple(block_table.shape)}"
+            f"block_table must be int32 or int64 [{batch}, pages], but got {block_table.dtype} "
+            f"{tuple(block_table.shape)}"
         )
     if kv_lens is None or kv_start:
         raise ValueError("a paged cache needs `kv_lens`, and `kv_start=0`")
 
 
+def check_pages(
+    block_table: torch.Tensor,
+    lengths: list[tuple[int, int]],
+    window: int | None,
+    k_cache: torch.Tensor,
+) -> None:
+    """Entries that a request's keys need name pages of the cache; the others may hold anything."""
+    pages, page = k_cache.shape[0], k_cache.shape[2]
+    for row, (tokens, kv_len) in zip(block_table.tolist(), lengths, strict=True):
+        first = 0 if window is None else max(kv_len - tokens + 1 - window, 0) // page
+        needed = row[first : -(-kv_len // page)]
+        if any(not 0 <= number < pages for number in needed):
+            raise ValueError(
+                f"block_table must name pages from 0 to {pages - 1} for a request's {kv_len} keys, but "
+                f"got {needed}"
+            )
+
+
 def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-    """[pages, Hkv, page_size, D] -> [B, Hkv, tokens, D]; table entries below 0 are unused."""
-    pages = cache[block_table.clamp_min(0).long()]
+    """[pages, Hkv, page_size, D] -> [B, Hkv, tokens, D]; an entry that names no page gives zeros."""
+    named = (block_table >= 0) & (block_table < cache.shape[0])
+    pages = cache[torch.where(named, block_table, 0).long()]
+    pages = pages.masked_fill(~named[:, :, None, None, None], 0.0)
     return pages.permute(0, 2, 1, 3, 4).flatten(2, 3)

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from skip_softmax.prefill import LOG2E, device, precision, why_not_here, width
+from skip_softmax.prefill import LOG2E, device, on_device, precision, why_not_here, width
 from skip_softmax.tiles import (
     count_bits,
     keeps,
@@ -74,13 +74,19 @@ AHEAD_BYTES = 2**15
 
 @triton.jit
 def _load_keys(
-    x, offset, stride_page, stride, table, start, limit, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    x, offset, stride_page, stride, table, start, begin, limit, TILE_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on."""
+    """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on.
+
+    Those below `begin` are in no token's window: their pages may be gone.
+    """
     keys = start + tl.arange(0, TILE_KV)
     columns = tl.arange(0, WIDTH)
-    held = (keys < limit)[:, None]
+    in_use = keys < limit
+    if WINDOWED:
+        in_use = in_use & (keys >= begin)
+    held = in_use[:, None]
     if WIDTH != HEAD_DIM:
         held = held & (columns < HEAD_DIM)[None, :]
     if PAGE == 0:
@@ -89,7 +95,7 @@ def _load_keys(
         page = tl.load(table + start // PAGE).to(tl.int64)
         rows = offset + page * stride_page + (start % PAGE + tl.arange(0, TILE_KV)) * stride
     else:
-        page = tl.load(table + keys // PAGE, mask=keys < limit, other=0).to(tl.int64)
+        page = tl.load(table + keys // PAGE, mask=in_use, other=0).to(tl.int64)
         rows = offset + page * stride_page + (keys % PAGE) * stride
     return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
 
@@ -122,10 +128,12 @@ def _decode(
     position = length - 1
     if WINDOWED:
         first_tile = tl.maximum(length - window, 0) // TILE_KV
-        low = tl.maximum(kv_len - (TOKENS - 1) - window, 0) // TILE_KV
+        begin = tl.maximum(kv_len - (TOKENS - 1) - window, 0)
+        low = begin // TILE_KV
         low_last = tl.maximum(kv_len - window, 0) // TILE_KV
     else:
         first_tile = tl.zeros([ROWS], tl.int32)
+        begin = 0
         low = 0
         low_last = 0
     last_tile = position // TILE_KV
@@ -134,8 +142,8 @@ def _decode(
     columns = tl.arange(0, WIDTH)
     q_rows = (
         batch.to(tl.int64) * stride_qb
-        + (kv_head * GROUP + row % GROUP) * stride_qh
-        + token * stride_qt
+        + (kv_head * GROUP + row % GROUP).to(tl.int64) * stride_qh
+        + token.to(tl.int64) * stride_qt
     )
     q_tile = tl.load(
         q + q_rows[:, None] + columns[None, :],
@@ -173,8 +181,8 @@ def _decode(
                     tile = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = tile * TILE_KV
                     keys = _load_keys(
-                        k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM,
-                        WIDTH, PAGE,
+                        k, k_offset, stride_kb, stride_ks, table, start, begin, kv_len, TILE_KV, HEAD_DIM,
+                        WIDTH, PAGE, WINDOWED,
                     )  # fmt: skip
                     scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
                     seen = visible(
@@ -200,7 +208,8 @@ def _decode(
                 tile = tl.where(i < count, end, tile)
             start = tile * TILE_KV
             keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE
+                k, k_offset, stride_kb, stride_ks, table, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
+                PAGE, WINDOWED,
             )  # fmt: skip
             scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
@@ -225,7 +234,8 @@ def _decode(
                 m_new = tl.maximum(m, tile_max)
                 limit = kv_len
             values = _load_keys(
-                v, v_offset, stride_vb, stride_vs, table, start, limit, TILE_KV, HEAD_DIM_V, WIDTH_V, PAGE
+                v, v_offset, stride_vb, stride_vs, table, start, begin, limit, TILE_KV, HEAD_DIM_V,
+                WIDTH_V, PAGE, WINDOWED,
             )  # fmt: skip
             if bits != 0:
                 weights, l, acc = online_softmax(
@@ -237,12 +247,13 @@ def _decode(
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * TILE_KV
             keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, table, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, PAGE,
+                k, k_offset, stride_kb, stride_ks, table, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
+                PAGE, WINDOWED,
             )  # fmt: skip
             if not ARMED:
                 values = _load_keys(
-                    v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V,
-                    WIDTH_V, PAGE,
+                    v, v_offset, stride_vb, stride_vs, table, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
+                    WIDTH_V, PAGE, WINDOWED,
                 )  # fmt: skip
             scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
@@ -264,8 +275,8 @@ def _decode(
                     # A split's own running maximum may lie below a tile that its token skips.
                     m_new = tl.where(absent, m, tl.maximum(m, tile_max))
                     values = _load_keys(
-                        v, v_offset, stride_vb, stride_vs, table, start, kv_len, TILE_KV, HEAD_DIM_V,
-                        WIDTH_V, PAGE,
+                        v, v_offset, stride_vb, stride_vs, table, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
+                        WIDTH_V, PAGE, WINDOWED,
                     )  # fmt: skip
                     weights, l, acc = online_softmax(
                         scores, scale, m, m_new, absent, l, acc, True, True
@@ -443,25 +454,26 @@ def decode(
     )
     lse = torch.empty(shape if splits > 1 else (0,), dtype=torch.float32, device=q.device)
     early = splits > 1 and q.is_cuda and device(q.device)[0] >= 9
-    _decode[(splits, kv_heads, batch)](
-        q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,
-        factor, scale * LOG2E, capacity, window or 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        0 if table is None else table.stride(0),
-        TOKENS=tokens, GROUP=group, ROWS=rows,
-        HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]),
-        TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2], WINDOWED=window is not None, ARMED=armed,
-        SEEDED=seeded, SPLIT=splits > 1, EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
-        STAGES=stages, num_warps=warps,
-    )  # fmt: skip
-    if splits > 1:
-        columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
-        _combine[(tokens * group * triton.cdiv(v.shape[-1], columns), kv_heads, batch)](
-            parts, lse, out, splits, *out.stride()[:3], TOKENS=tokens, GROUP=group, HEAD_DIM_V=v.shape[-1],
-            WIDTH_V=columns, BLOCK=min(config.join, triton.next_power_of_2(splits)), EARLY=early,
-            num_warps=config.join_warps,
-            **({"launch_pdl": True} if early else {}),
+    with on_device(q):
+        _decode[(splits, kv_heads, batch)](
+            q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,
+            factor, scale * LOG2E, capacity, window or 0,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            0 if table is None else table.stride(0),
+            TOKENS=tokens, GROUP=group, ROWS=rows,
+            HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
+            WIDTH_V=width(v.shape[-1]), TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2],
+            WINDOWED=window is not None, ARMED=armed, SEEDED=seeded, SPLIT=splits > 1,
+            EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv), STAGES=stages, num_warps=warps,
         )  # fmt: skip
+        if splits > 1:
+            columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
+            _combine[(tokens * group * triton.cdiv(v.shape[-1], columns), kv_heads, batch)](
+                parts, lse, out, splits, *out.stride()[:3], TOKENS=tokens, GROUP=group,
+                HEAD_DIM_V=v.shape[-1], WIDTH_V=columns, EARLY=early,
+                BLOCK=min(config.join, triton.next_power_of_2(splits)), num_warps=config.join_warps,
+                **({"launch_pdl": True} if early else {}),
+            )  # fmt: skip
     return out, counts
 
 

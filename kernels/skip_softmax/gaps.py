@@ -23,6 +23,7 @@ from skip_softmax.prefill import (
     LOG2E,
     descriptor,
     descriptor_fits,
+    on_device,
     precision,
     why_not_blackwell,
     why_not_here,
@@ -260,7 +261,8 @@ def _statistics(
             )
             tl.store(
                 row_lse + lse_base + sub * BLOCK_M + local,
-                tl.where(valid, m + tl.log2(total), float("inf")),
+                # A row that saw no key weighs nothing, like padding.
+                tl.where(valid & (l > 0.0), m + tl.log2(total), float("inf")),
             )
         # Notes were written by other threads of this program.
         tl.debug_barrier()
@@ -347,21 +349,22 @@ def statistics(
     if items and kv_len:
         modern = INTERPRETED or torch.cuda.get_device_capability(q.device)[0] >= 9
         tma, tma_v = modern and descriptor_fits(k), modern and descriptor_fits(v)
-        _statistics[(programs,)](
-            q,
-            descriptor(k, [block_n, width(k.shape[-1])]) if tma else k,
-            descriptor(v, [block_n, width(v.shape[-1])]) if tma_v else v,
-            out, counts, mass, notes[0], notes[1], row_lse,
-            scale * LOG2E, q_len, kv_len, window or 0, items, blocks, note_blocks,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            HEADS=heads, Q_GROUP=group if decode else 1, KV_GROUP=1 if decode else group, PACK=pack,
-            HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
-            WIDTH_V=width(v.shape[-1]),
-            BLOCK_M=block_m, SUBS=subs, VOTE_ROWS=vote_rows, BLOCK_N=block_n, PARTS=tile_kv // block_n,
-            CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=causal, WINDOWED=window is not None,
-            SEEDED=decode and seeded, DECODE=decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
-            BINS=histogram.BINS, TMA=tma, TMA_V=tma_v, PRECISION=precision(q.dtype, block_n),
-            STAGES=2 if small else 3, num_warps=8,
-        )  # fmt: skip
+        with on_device(q):
+            _statistics[(programs,)](
+                q,
+                descriptor(k, [block_n, width(k.shape[-1])]) if tma else k,
+                descriptor(v, [block_n, width(v.shape[-1])]) if tma_v else v,
+                out, counts, mass, notes[0], notes[1], row_lse,
+                scale * LOG2E, q_len, kv_len, window or 0, items, blocks, note_blocks,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+                HEADS=heads, Q_GROUP=group if decode else 1, KV_GROUP=1 if decode else group, PACK=pack,
+                HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
+                WIDTH_V=width(v.shape[-1]),
+                BLOCK_M=block_m, SUBS=subs, VOTE_ROWS=vote_rows, BLOCK_N=block_n, PARTS=tile_kv // block_n,
+                CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=causal, WINDOWED=window is not None,
+                SEEDED=decode and seeded, DECODE=decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
+                BINS=histogram.BINS, TMA=tma, TMA_V=tma_v, PRECISION=precision(q.dtype, block_n),
+                STAGES=2 if small else 3, num_warps=8,
+            )  # fmt: skip
     rows = batch * q_len * (group if decode else 1)
     return out, TileHistogram(counts, mass.double() * MASS_UNIT, rows)

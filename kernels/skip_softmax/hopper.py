@@ -935,15 +935,16 @@ def hopper(
     # Counts the items given out, beyond the first of each program.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
     heavy, light = REGISTERS[groups]
-    _hopper[(min(items, processors),)](
-        _descriptor(q, ROWS.value), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts, counter,
-        factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * math.log2(math.e), most_q, k.shape[2],
-        items, heads // k.shape[1], k.shape[1], blocks, *out.stride()[:3],
-        GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
-        # Known to be dense on the host: the kernel without skipping.
-        ARMED=factors is not None or factor > 0,
-        STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,
-    )  # fmt: skip
+    with prefill.on_device(q):
+        _hopper[(min(items, processors),)](
+            _descriptor(q, ROWS.value), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
+            counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * math.log2(math.e),
+            most_q, k.shape[2], items, heads // k.shape[1], k.shape[1], blocks, *out.stride()[:3],
+            GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
+            # Known to be dense on the host: the kernel without skipping.
+            ARMED=factors is not None or factor > 0,
+            STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,
+        )  # fmt: skip
     return out, counts
 
 

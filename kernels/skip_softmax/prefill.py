@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -300,7 +301,7 @@ def why_not_here(q: torch.Tensor, v: torch.Tensor, scale: float, kv_start: int) 
         return f"dtype {q.dtype} is not fp16, bf16 or fp32"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"head_dim {max(q.shape[-1], v.shape[-1])} is above 256"
-    if scale <= 0:
+    if not scale > 0:  # NaN included
         return f"scale {scale} is not above 0"
     if kv_start:
         return f"kv_start {kv_start} is not 0 (a cache that dropped its first keys)"
@@ -322,8 +323,10 @@ def why_not(
     """Why these kernels cannot run a call, or None when they can."""
     if not 16 <= tile_kv <= 256:
         return f"tile_kv {tile_kv} is not between 16 and 256"
-    if tile_q > 128:
-        return f"tile_q {tile_q} is above 128, the rows of one block"
+    if not 4 <= tile_q <= 128:
+        return (
+            f"tile_q {tile_q} is not between 4 and 128 (a block has 128 rows and at most 32 votes)"
+        )
     return why_not_here(q, v, scale, kv_start) or why_not_blackwell(q)
 
 
@@ -382,6 +385,11 @@ def device(of: torch.device) -> tuple[int, int]:
     return properties.major, properties.shared_memory_per_block_optin
 
 
+def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def precision(dtype: torch.dtype, tile_kv: int) -> str:
     """How products of fp32 are made: three TF32 products; plain fp32 below 32 keys, where those go wrong."""
     if dtype != torch.float32:
@@ -408,8 +416,8 @@ def descriptor_fits(x: torch.Tensor) -> bool:
         and x.shape[3] == width(x.shape[3])
         and row * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
-        and batch % row == 0
         and x.shape[3] <= row
+        and batch % row == 0
         and (head % row == 0 or in_one_row)
     )
 
@@ -484,21 +492,22 @@ def prefill(
     tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     grid = (q.shape[1], triton.cdiv(most_q, config.block_m), requests)
-    _prefill[grid](
-        q,
-        descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
-        descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
-        out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
-        factor, scale * LOG2E, most_q, k.shape[2], window or 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
-        WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
-        TILE_KV=tile_kv, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
-        TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
-        TMA=tma, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
-        STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
-        maxnreg=config.registers,
-    )  # fmt: skip
+    with on_device(q):
+        _prefill[grid](
+            q,
+            descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
+            descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
+            out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
+            factor, scale * LOG2E, most_q, k.shape[2], window or 0,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
+            WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
+            TILE_KV=tile_kv, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
+            TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
+            TMA=tma, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
+            STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
+            maxnreg=config.registers,
+        )  # fmt: skip
     return out, counts
 
 

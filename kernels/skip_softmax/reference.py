@@ -25,9 +25,10 @@ square.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -93,7 +94,21 @@ class Block:
     blind: bool
 
 
-@torch.no_grad()
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _as_documented(function: F) -> F:
+    """Without gradients, and in the precision that is promised also where autocast would lower it."""
+
+    @wraps(function)
+    def run(q: torch.Tensor, *others: Any) -> Any:
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return function(q, *others)
+
+    return cast(F, run)
+
+
+@_as_documented
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -129,6 +144,7 @@ def attend(
     return out, visited, skipped
 
 
+@_as_documented
 def gaps(q: torch.Tensor, k: torch.Tensor, request: Request, scale: float) -> torch.Tensor:
     """Tile gaps of one request, [vote_heads, votes, KV tiles] nats (see `Block.gaps`)."""
     tile_q = request.tile_q or 1
@@ -145,7 +161,7 @@ def gaps(q: torch.Tensor, k: torch.Tensor, request: Request, scale: float) -> to
     return result
 
 
-@torch.no_grad()
+@_as_documented
 def statistics(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, request: Request, scale: float
 ) -> tuple[torch.Tensor, TileHistogram]:

@@ -35,9 +35,10 @@ def visible(position, key, kv_len, window, CAUSAL: tl.constexpr, WINDOWED: tl.co
 def keeps(tile_max, before, threshold):
     """Whether a row objects to skipping the tile: exp(tile_max - before) >= threshold.
 
-    A row that sees no key of the tile (-inf) never objects.
+    A row that sees no key of the tile (-inf) never objects; one whose scores are no numbers always does.
     """
-    return (tile_max >= before + threshold) & (tile_max > float("-inf"))
+    below = tile_max < before + threshold
+    return (below == 0) & (tile_max != float("-inf"))
 
 
 @triton.jit

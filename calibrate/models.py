@@ -87,7 +87,10 @@ def load(config: ModelConfig) -> LoadedModel:
             f"package://NAME/FILE that transformers can load, but it says: {reason}"
         ) from error
     model = model.to(device).eval()
-    layers = inspect_layers(model)
+    try:
+        layers = inspect_layers(model)
+    except ValueError as error:
+        raise UserError(f"model.path: `{config.path}` cannot be calibrated: {error}") from error
     if all(layer.reason is not None for layer in layers):
         raise UserError(
             f"model.path: no layer of `{config.path}` can be calibrated "

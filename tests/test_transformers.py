@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 
 from calibrate import capture, measure
 from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
 from skip_softmax import Thresholds, applied
+from skip_softmax.mask_recipe import MaskRecipe
 from skip_softmax.thresholds import (
     Geometry,
     LayerOverride,
@@ -337,3 +341,197 @@ def test_layers_that_attend_in_chunks_are_found_out_by_their_first_long_prompt()
     assert [layer.reason is None for layer in named.layers] == [False, False, False, True]
     file = measure.thresholds_for(named, RunConfig.model_validate({"model": {"path": "x"}}), {})
     assert [entry.layer for entry in file.uncalibrated] == [0, 1, 2]
+
+
+def test_layers_left_alone_see_no_later_token_of_a_static_cache() -> None:
+    """The cache's length is a tensor that grows before such a layer builds its mask."""
+    model = tiny.model("llama", SHARPNESS)
+    found = inspect_layers(model)
+    left = tuple(UncalibratedLayer(layer=i, reason="test") for i in (0, 2))
+    prompt = tokens(60)
+
+    def in_chunks() -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+        with torch.no_grad():
+            chunks = [model(part, past_key_values=cache).logits for part in prompt.split(25, 1)]
+        return torch.cat(chunks, 1)
+
+    own = in_chunks()
+    with applied(model, thresholds(found, 0.0, uncalibrated=left)) as counts:
+        torch.testing.assert_close(in_chunks(), own, rtol=1e-4, atol=1e-5)
+    assert counts.visited["prefill"].sum(1).bool().tolist() == [False, True, False]
+
+
+def test_a_model_with_images_keeps_their_attention() -> None:
+    """Tokens of an image see each other, and the image's own layers are none of the file's."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_id=399,
+        boi_token_id=397, eoi_token_id=398,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.mul_(20)
+    found = inspect_layers(model)
+    assert [layer.reason for layer in found] == [None, None]
+    ids = torch.randint(2, 390, (1, 200))
+    ids[0, 20], ids[0, 21:37], ids[0, 37] = 397, 399, 398
+    image = {
+        "input_ids": ids,
+        "token_type_ids": (ids == 399).long(),
+        "pixel_values": torch.randn(1, 3, 32, 32),
+    }
+    file = thresholds(found, 0.0)
+    with torch.no_grad():
+        own = model(**image).logits
+        for module in model.model.vision_tower.modules():
+            if hasattr(module, "is_causal"):
+                module.layer_idx = 0  # as some vision towers have
+        with applied(model, file) as counts:
+            torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
+            assert counts.visited["prefill"].sum() == 0, "no layer is plain causal beside an image"
+            model(input_ids=ids[:, 40:])
+            assert counts.visited["prefill"].sum(1).bool().all()
+
+
+def test_windows_are_known_without_asking_the_mask() -> None:
+    model = tiny.model("gemma3")
+    asked = MaskRecipe._recognise
+    with torch.no_grad(), intercepted(model, lambda call: call.q):
+        MaskRecipe._recognise = None  # type: ignore[assignment, method-assign]
+        try:
+            model(tokens(100))
+        finally:
+            MaskRecipe._recognise = asked  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_mask_that_differs_in_one_row_is_found_out(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skip_softmax.mask_recipe._ASKED_AT_ONCE", 1000)  # seven rows
+
+    def recipe(odd: int | None) -> MaskRecipe:
+        def mask(batch: Any, head: Any, row: Any, key: Any) -> torch.Tensor:
+            seen = (key <= row) | (row == odd if odd is not None else False)
+            return seen if window is None else seen & (key > row - window)
+
+        return MaskRecipe({"batch_size": 1, "q_length": 140, "mask_function": mask}, {})
+
+    assert recipe(None).causal(window) is True
+    for row in (0, 1, 69, 138):
+        assert recipe(row).causal(window) is None
+
+
+def test_one_odd_call_is_left_alone_and_the_next_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    one = loaded("llama")
+    prompt = tokens(100)
+    hole = torch.ones(1, 100, dtype=torch.long)
+    hole[0, 40:45] = 0
+    with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0)) as counts:
+        one.model(prompt)
+        visited = int(counts.visited["prefill"].sum())
+        for _ in range(2):
+            one.model(prompt, attention_mask=hole)
+        assert int(counts.visited["prefill"].sum()) == visited > 0
+        one.model(prompt)
+    assert int(counts.visited["prefill"].sum()) == 2 * visited
+    assert caplog.text.count("layer 0 keeps the model's own attention") == 1
+
+
+def test_hooks_may_move_what_a_layer_is_given() -> None:
+    one = loaded("llama")
+    prompt = tokens(100)
+
+    def moved(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        copies = {
+            k: v.clone().to("cpu") if isinstance(v, torch.Tensor) else v
+            for k, v in keywords.items()
+        }
+        return arguments, copies
+
+    with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0)):
+        own = one.model(prompt).logits
+        for layer in one.model.model.layers:
+            layer.register_forward_pre_hook(moved, with_kwargs=True)
+        assert torch.equal(one.model(prompt).logits, own)
+
+
+def test_models_that_share_a_config() -> None:
+    first = tiny.model("llama", SHARPNESS)
+    second = transformers.LlamaForCausalLM(first.config).eval()
+    file = thresholds(inspect_layers(first), 55.0)
+    prompt = tokens(100)
+    with torch.no_grad():
+        own = second(prompt).logits
+        with applied(first, file):
+            assert torch.equal(second(prompt).logits, own)
+            with (
+                pytest.raises(ValueError, match="one that shares its config, already runs"),
+                applied(second, file),
+            ):
+                pass
+            copied = copy.deepcopy(first)
+        assert torch.equal(second(prompt).logits, own)
+        with pytest.raises(RuntimeError, match="must be copied outside `applied`"):
+            copied(prompt)
+
+
+def test_latent_attention_runs_the_file_that_was_made_for_it() -> None:
+    config = transformers.DeepseekV3Config(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2, first_k_dense_replace=2, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    found = inspect_layers(model)
+    assert {layer.head_dim for layer in found} == {24}
+    prompt = tokens(100)
+    with torch.no_grad():
+        own = model(prompt).logits
+        with applied(model, thresholds(found, 0.0)) as counts:
+            torch.testing.assert_close(model(prompt).logits, own, rtol=1e-4, atol=1e-5)
+    assert counts.visited["prefill"].sum() > 0
+
+
+def test_models_that_cannot_be_looked_into_are_refused_by_name() -> None:
+    sizes = {"vocab_size": 400, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+    with pytest.raises(ValueError, match="GPTJForCausalLM computes attention itself"):
+        inspect_layers(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)).eval())
+    both = transformers.BartConfig(
+        vocab_size=400, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="must be decoder-only, but BartModel also has an encoder"):
+        inspect_layers(transformers.BartModel(both))
+
+
+def test_a_block_entered_in_inference_mode_counts_outside_of_it() -> None:
+    one = loaded("llama")
+    with torch.inference_mode():
+        block = applied(one.model, thresholds(one.layers, 55.0))
+        counts = block.__enter__()
+    with torch.no_grad():
+        one.model(tokens(100))
+    block.__exit__(None, None, None)
+    assert counts.visited["prefill"].sum() > 0
+
+
+def test_training_through_a_block_is_refused_by_name() -> None:
+    one = loaded("llama")
+    with applied(one.model, thresholds(one.layers, 55.0)):
+        logits = one.model(tokens(100)).logits
+    with pytest.raises(RuntimeError, match="skip-softmax attention has no backward"):
+        logits.sum().backward()

@@ -1,7 +1,8 @@
 """What a mask would have said, without building it: who sees which keys, asked row by row.
 
 A mask of transformers is batch x queries x keys. Its recipe is a function of positions and a padding mask
-per request; from a few rows of it we learn whether it is plain causal, windowed or full attention.
+per request. Plain causal, windowed and full attention are known by their functions; any other is asked for
+every row, a part of them at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+_ASKED_AT_ONCE = 1 << 24  # pairs of row and key
 
 
 class MaskRecipe(torch.Tensor):
@@ -21,20 +24,27 @@ class MaskRecipe(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, arguments: dict[str, Any], plain_causal: bool) -> MaskRecipe:  # noqa: D102
+    def __new__(cls, arguments: dict[str, Any], known: dict[int | None, bool]) -> MaskRecipe:  # noqa: D102
         empty = torch.empty(int(arguments["batch_size"]), 1, int(arguments["q_length"]), 0)
         return empty.as_subclass(cls)
 
-    def __init__(self, arguments: dict[str, Any], plain_causal: bool) -> None:
-        self.arguments = arguments
+    def __init__(self, arguments: dict[str, Any], known: dict[int | None, bool]) -> None:
         self.q_len = int(arguments["q_length"])
         self.q_offset = int(arguments.get("q_offset", 0))
         self.kv_offset = int(arguments.get("kv_offset", 0))
+        # A static cache's offset is a tensor that grows with the cache, before the mask may be built.
+        self.arguments = {**arguments, "q_offset": self.q_offset, "kv_offset": self.kv_offset}
         self.kv_len = self.q_offset + self.q_len  # a static cache holds more keys than are written
-        # Known by name, so nothing need be asked: asking a mask on a GPU makes it wait.
-        self._patterns: dict[int | None, bool | None] = {None: True} if plain_causal else {}
+        # Of what is known nothing need be asked: asking a mask on a GPU makes it wait.
+        self._patterns: dict[int | None, bool | None] = {**known}
         self._spans: list[tuple[int, int]] | None = None
         self._spans_known = False
+
+    def _itself(self, *arguments: Any, **keywords: Any) -> MaskRecipe:
+        return self
+
+    # Hooks that move or copy a model's inputs would leave an empty tensor without its recipe.
+    to = clone = detach = contiguous = _itself
 
     def causal(self, window: int | None) -> bool | None:
         """Whether the mask is causal (True) or full (False) with this window; None: it is neither."""
@@ -71,25 +81,20 @@ class MaskRecipe(torch.Tensor):
         if self.arguments.get("use_vmap"):
             return None
         device = self.arguments.get("device", "cpu")
-        rows = torch.tensor(
-            sorted({0, self.q_len // 3, self.q_len // 2, self.q_len - 1}), device=device
-        )
-        rows = (rows + self.q_offset)[None, None, :, None]
+        size = int(self.arguments["batch_size"])
         keys = torch.arange(self.kv_offset, self.kv_len, device=device)[None, None, None, :]
-        batch = torch.arange(int(self.arguments["batch_size"]), device=device)[:, None, None, None]
-        try:
-            seen = self.arguments["mask_function"](batch, torch.zeros_like(batch), rows, keys)
-        except (RuntimeError, TypeError, IndexError):
-            return None  # a custom mask that cannot be asked row by row
-        seen = torch.as_tensor(seen, device=device)
-        in_window = (
-            torch.ones_like(keys, dtype=torch.bool) if window is None else keys > rows - window
-        )
-        for causal in (True, False):
-            expected = in_window & (
-                (keys <= rows) if causal else torch.ones_like(keys, dtype=torch.bool)
-            )
-            shape = torch.broadcast_shapes(expected.shape, seen.shape)  # type: ignore[no-untyped-call]
-            if torch.equal(expected.expand(shape), seen.expand(shape)):
-                return causal
-        return None
+        batch = torch.arange(size, device=device)[:, None, None, None]
+        same = torch.ones(2, dtype=torch.bool, device=device)  # as full, as causal attention
+        step = max(1, _ASKED_AT_ONCE // max(1, size * keys.shape[-1]))
+        for start in range(0, self.q_len, step):
+            rows = torch.arange(start, min(start + step, self.q_len), device=device)
+            rows = (rows + self.q_offset)[None, None, :, None]
+            try:
+                seen = self.arguments["mask_function"](batch, torch.zeros_like(batch), rows, keys)
+            except (RuntimeError, TypeError, IndexError):
+                return None  # a custom mask that cannot be asked row by row
+            seen = torch.as_tensor(seen, device=device)
+            full = keys > rows - window if window is not None else keys >= 0
+            same &= torch.stack([(seen == full).all(), (seen == (full & (keys <= rows))).all()])
+        as_full, as_causal = same.tolist()
+        return True if as_causal else False if as_full else None

@@ -18,7 +18,11 @@ from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skip_softmax.api import attention, decode_attention
@@ -134,24 +138,27 @@ def applied(
         Tile counts, growing as the model runs.
 
     Raises:
-        ValueError: the thresholds are for a model of another shape, or the model already runs in
-            such a block.
+        ValueError: the thresholds are for a model of another shape, the model has an encoder, or it (or
+            one that shares its config) already runs in such a block.
     """
     _check_same_shape(model, thresholds)
     shape = thresholds.model
     heads = {"prefill": shape.q_heads, "decode": shape.kv_heads}
     # Counts stay on the model's device: reading them back in every call would make the GPU wait.
     counts = TileCounts()
-    for phase in PHASES:
-        counts.visited[phase] = torch.zeros(
-            shape.layers, heads[phase], dtype=torch.int64, device=model.device
-        )
-        counts.skipped[phase] = torch.zeros_like(counts.visited[phase])
-    factors = {
-        (layer, phase): _on_device(thresholds.per_head(layer, phase), model.device)
-        for layer in range(shape.layers)
-        for phase in PHASES
-    }
+    with torch.inference_mode(
+        False
+    ):  # the block may be entered inside of it, and the model run outside
+        for phase in PHASES:
+            counts.visited[phase] = torch.zeros(
+                shape.layers, heads[phase], dtype=torch.int64, device=model.device
+            )
+            counts.skipped[phase] = torch.zeros_like(counts.visited[phase])
+        factors = {
+            (layer, phase): _on_device(thresholds.per_head(layer, phase), model.device)
+            for layer in range(shape.layers)
+            for phase in PHASES
+        }
 
     def attend(call: Call) -> torch.Tensor:
         outputs = []
@@ -192,16 +199,24 @@ def intercepted(
         Nothing.
 
     Raises:
-        ValueError: the model is already inside such a block.
+        ValueError: the model has an encoder, or it (or one that shares its config) is already inside such
+            a block.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the model must be decoder-only, but {type(model).__name__} also has an encoder"
+        )
     modules = list(model.modules())
-    if any(module in _ACTIVE for module in modules):
-        raise ValueError("this model already runs inside `applied`; leave that block first")
     AttentionInterface.register(_NAME, _attention_forward)
     AttentionMaskInterface.register(_NAME, _mask_recipe)
     configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if c is not None}
+    if any(config._attn_implementation == _NAME for config in configs.values()):
+        raise ValueError(
+            "this model, or one that shares its config, already runs inside `applied`; leave that block first"
+        )
     before = {key: config._attn_implementation for key, config in configs.items()}
-    interceptor = _Interceptor(handler, decode_from, before, dict(left_alone or {}))
+    text = type(model.config.get_text_config())
+    interceptor = _Interceptor(handler, decode_from, before, dict(left_alone or {}), text)
     try:
         for module in modules:
             _ACTIVE[module] = interceptor
@@ -224,6 +239,9 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
     Returns:
         One entry per layer index of the config; a layer that never called the attention interface
         has a reason.
+
+    Raises:
+        ValueError: the model has an encoder, or adds masks to scores itself.
     """
     config = model.config.get_text_config()
     seen: dict[int, Layer] = {}
@@ -250,10 +268,18 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
             kv_start=call.kv_start,
         )
 
-    with intercepted(model, dense), torch.no_grad():
-        _ACTIVE[model].note = note
-        tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-        model(input_ids=tokens, use_cache=False)
+    try:
+        with intercepted(model, dense), torch.no_grad():
+            _ACTIVE[model].note = note
+            tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+            model(input_ids=tokens, use_cache=False)
+    except RuntimeError as error:
+        if seen:
+            raise
+        raise ValueError(
+            f"a model must use transformers' attention interface, but {type(model).__name__} computes "
+            f"attention itself ({str(error).splitlines()[0]})"
+        ) from error
     layers = []
     main = _most_common([(s.q_heads, s.kv_heads, s.head_dim) for s in seen.values()])
     for index in range(config.num_hidden_layers):
@@ -272,7 +298,9 @@ class _Interceptor:
     decode_from: int | None
     original: dict[int, str]
     left_alone: dict[int, str]
+    text: type  # class of the config that text layers have, and those of images and sound have not
     note: Callable[..., None] | None = None
+    named: set[int] = field(default_factory=set)  # layers that a warning has named
 
     def forward(
         self,
@@ -285,15 +313,17 @@ class _Interceptor:
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, Any]:
         index = getattr(module, "layer_idx", None)
-        if index is None:
+        config = getattr(module, "config", None)
+        if index is None or (config is not None and not isinstance(config, self.text)):
             return self._own_attention(module, q, k, v, mask, scale, kwargs)
         window = kwargs.get("sliding_window")
         reason, causal = self._reason(q, mask, window, kwargs)
         if self.note is not None:
             self.note(module, q, k, window, reason)
         if reason is not None or index in self.left_alone:
-            if reason is not None and index not in self.left_alone:
-                self.left_alone[index] = reason
+            # Another call of the layer may be one that is understood.
+            if reason is not None and index not in self.left_alone and index not in self.named:
+                self.named.add(index)
                 _log.warning("layer %d keeps the model's own attention: %s", index, reason)
             return self._own_attention(module, q, k, v, mask, scale, kwargs)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -372,6 +402,11 @@ class _Interceptor:
         if kwargs.get("dropout"):
             return "attention dropout (training)", True
         if not isinstance(mask, MaskRecipe):
+            if isinstance(mask, torch.Tensor) and not mask.shape[-1]:
+                raise RuntimeError(
+                    "a mask must reach its layers as transformers' mask interface made it, but something "
+                    "copied it on the way; remove the hook, or run this model without `applied`"
+                )
             return "a mask that was built outside transformers' mask interface", True
         causal = mask.causal(window)
         if causal is None:
@@ -414,12 +449,46 @@ def _attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    return _ACTIVE[module].forward(module, query, key, value, attention_mask, scaling, kwargs)
+    interceptor = _ACTIVE.get(module)
+    if interceptor is not None:
+        return interceptor.forward(module, query, key, value, attention_mask, scaling, kwargs)
+    # Another model that shares a config with one inside a block.
+    config = id(getattr(module, "config", None))
+    for interceptor in _ACTIVE.values():
+        if config in interceptor.original:
+            call = (query, key, value, attention_mask, scaling, kwargs)
+            return interceptor._own_attention(module, *call)
+    raise RuntimeError(
+        f"a model must be copied outside `applied`, but this {type(module).__name__} was copied inside; "
+        "copy it again"
+    )
 
 
 def _mask_recipe(**kwargs: Any) -> MaskRecipe:
-    plain = kwargs["mask_function"] is causal_mask_function and not kwargs.get("use_vmap")
-    return MaskRecipe(kwargs, plain_causal=plain)
+    return MaskRecipe(kwargs, {} if kwargs.get("use_vmap") else _known(kwargs["mask_function"]))
+
+
+def _known(function: Any) -> dict[int | None, bool]:
+    """Window of a mask function and whether it is causal, of those that transformers makes itself."""
+    if function is causal_mask_function:
+        return {None: True}
+    if function is bidirectional_mask_function:
+        return {None: False}
+    parts = _closed_over(function).get("mask_functions", ())
+    overlay = "sliding_window_overlay.<locals>.inner_mask"
+    if [getattr(part, "__qualname__", "") for part in parts] == [overlay, "causal_mask_function"]:
+        return {_closed_over(parts[0])["sliding_window"]: True}
+    return {}
+
+
+def _closed_over(function: Any) -> dict[str, Any]:
+    if getattr(function, "__module__", "") != causal_mask_function.__module__:
+        return {}
+    cells = getattr(function, "__closure__", None) or ()
+    return {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
+    }
 
 
 def _requests(
@@ -519,6 +588,10 @@ def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(
+        config, "qk_nope_head_dim", None
+    ):  # latent attention: a part with positions, one without
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     found = (config.num_hidden_layers, heads, kv_heads, head_dim)
     wanted = thresholds.model
     made_for = (wanted.layers, wanted.q_heads, wanted.kv_heads, wanted.head_dim)

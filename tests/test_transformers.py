@@ -362,8 +362,7 @@ def test_layers_left_alone_see_no_later_token_of_a_static_cache() -> None:
     assert counts.visited["prefill"].sum(1).bool().tolist() == [False, True, False]
 
 
-def test_a_model_with_images_keeps_their_attention() -> None:
-    """Tokens of an image see each other, and the image's own layers are none of the file's."""
+def test_tokens_of_an_image_see_each_other() -> None:
     torch.manual_seed(0)
     text = {
         "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -395,14 +394,48 @@ def test_a_model_with_images_keeps_their_attention() -> None:
     file = thresholds(found, 0.0)
     with torch.no_grad():
         own = model(**image).logits
-        for module in model.model.vision_tower.modules():
-            if hasattr(module, "is_causal"):
-                module.layer_idx = 0  # as some vision towers have
         with applied(model, file) as counts:
             torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
             assert counts.visited["prefill"].sum() == 0, "no layer is plain causal beside an image"
             model(input_ids=ids[:, 40:])
             assert counts.visited["prefill"].sum(1).bool().all()
+
+
+def test_layers_of_the_images_are_none_of_the_files() -> None:
+    """Gemma 4 numbers its vision layers as it numbers those of the text."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "global_head_dim": 16,
+        "num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 400, "num_kv_shared_layers": 0, "sliding_window": 512,
+        "layer_types": ["full_attention"] * 2, "use_bidirectional_attention": None,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 3,
+    }  # fmt: skip
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=vision, audio_config=None, image_token_id=399
+    )
+    model = transformers.Gemma4ForConditionalGeneration(config).eval()
+    side = 18  # patches; 9 of them become one token
+    ids = torch.randint(2, 390, (1, 60))
+    ids[0, 5 : 5 + side * side // 9] = 399
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
+    image = {
+        "input_ids": ids,
+        "pixel_values": torch.rand(1, side * side, 48),
+        "image_position_ids": places.reshape(1, -1, 2),
+        "mm_token_type_ids": (ids == 399).long(),
+    }
+    file = thresholds(inspect_layers(model), 250.0, floor=300)  # every text layer runs dense
+    with torch.no_grad():
+        own = model(**image).logits
+        with applied(model, file) as counts:
+            torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
+    assert counts.visited["prefill"].sum(1).tolist() == [40, 40]  # 4 heads, 4 x 4 tiles, causal
+    assert counts.skipped["prefill"].sum() == 0
 
 
 def test_windows_are_known_without_asking_the_mask() -> None:

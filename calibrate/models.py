@@ -66,7 +66,7 @@ def load(config: ModelConfig) -> LoadedModel:
     from skip_softmax.transformers import inspect_layers
 
     location = locate(config.path)
-    tokenizer_at = locate(config.tokenizer) if config.tokenizer else location
+    tokenizer_at = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else location
     device = _device(config.device)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     transformers.utils.logging.disable_progress_bar()
@@ -86,7 +86,11 @@ def load(config: ModelConfig) -> LoadedModel:
             f"model.path: `{config.path}` must be a hub id, a model folder, a .gguf file or "
             f"package://NAME/FILE that transformers can load, but it says: {reason}"
         ) from error
-    model = model.to(device).eval()
+    try:
+        model = model.to(device).eval()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.device: `{device}` cannot hold the model: {reason}") from error
     try:
         layers = inspect_layers(model)
     except ValueError as error:
@@ -108,11 +112,12 @@ def load(config: ModelConfig) -> LoadedModel:
     )
 
 
-def locate(path: str) -> str | Path:
+def locate(path: str, key: str = "model.path") -> str | Path:
     """Turns `model.path` into an existing file or folder, or a hub id.
 
     Args:
         path: hub id, folder, `.gguf` file or `package://NAME/FILE`.
+        key: of the config, for messages.
 
     Returns:
         A `Path` that exists, or the hub id as given.
@@ -125,7 +130,7 @@ def locate(path: str) -> str | Path:
     elif Path(path).exists():
         found = Path(path)
     elif path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path: `{path}` does not exist; check the path")
+        raise UserError(f"{key}: `{path}` does not exist; check the path")
     else:
         return path
     if found.is_file():

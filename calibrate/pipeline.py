@@ -98,7 +98,8 @@ def run(config: RunConfig, folder: str | os.PathLike[str], progress: Progress | 
         UserError: config, model, prompts or folder are wrong.
         WorkFailed: nothing can be skipped within the budget.
     """
-    with locked(prepared(Path(folder), config)) as path:
+    with locked(Path(folder)) as path:
+        config = claimed(path, config)
         work = Work(config, path, progress or Silent())
         work.capture()
         work.fit()
@@ -122,6 +123,11 @@ def search_again(
     """
     path, config = open_run(folder)
     if trials is not None:
+        if trials < config.search.trials:
+            raise UserError(
+                f"--trials must be at least the {config.search.trials} of the run, but got {trials}; trials "
+                "are never taken back"
+            )
         config = config.model_copy(
             update={"search": config.search.model_copy(update={"trials": trials})}
         )
@@ -203,6 +209,14 @@ def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
         )
     data, text = read_mapping(path / "config.yaml")
     return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
+
+
+# What a finished stage has left in the folder; what somebody deleted is made again.
+_RESULTS = {
+    "sensitivity": ("sensitivity.json",),
+    "search": ("study.db",),
+    "validation": ("validation.json", "thresholds.yaml"),
+}
 
 
 class Work:
@@ -316,9 +330,9 @@ class Work:
         self._note_time("sensitivity")
 
     def search(self) -> None:
-        finished = len(points(self.study))
         if self._noted("search"):
             return
+        finished = len(points(self.study))
         self.progress.stage("search", self.config.search.trials, finished)
         trials = search(self.study, self.space, self.config, self.prompts["search"], self._evaluate)
         best: Point | None = None
@@ -390,9 +404,9 @@ class Work:
     def require(self, stage: str) -> None:
         """Refuses a run whose earlier stage is not finished."""
         if not self._noted(stage):
+            cure = "validate" if stage == "validation" and self._noted("search") else "run"
             raise UserError(
-                f"`{self.folder}`: its {stage} is not finished; finish it with `calibrate run` "
-                "(`calibrate search` if you asked for more trials)"
+                f"`{self.folder}`: its {stage} is not finished; finish it with `calibrate {cure}`"
             )
 
     def _ours(self, statistics: Statistics, path: Path) -> Statistics:
@@ -464,7 +478,7 @@ class Work:
 
     def _sensitivity_rows(self) -> list[dict[str, Any]]:
         path = self.folder / "sensitivity.json"
-        return list(read_json(path)) if path.exists() else []
+        return list(read_json(path, list)) if path.exists() else []
 
     # run.json: versions, device, and how long each stage took.
 
@@ -493,13 +507,19 @@ class Work:
         self._write_notes(notes)
 
     def _noted(self, stage: str) -> bool:
-        return stage in self._notes().get("seconds", {})
+        files = _RESULTS.get(stage, ())
+        if stage == "search" and self.config.search.storage is not None:
+            files = ()
+        return stage in self._notes().get("seconds", {}) and all(
+            (self.folder / name).exists() for name in files
+        )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Two processes in one run folder would mix their results."""
+    """Two processes in one run folder would mix their results. Makes the folder if it is missing."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(
@@ -515,27 +535,30 @@ def locked(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def prepared(folder: Path, config: RunConfig) -> Path:
-    """Makes the folder, or checks that it belongs to this config."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():
-            _write_config(folder, config)
-    except OSError as error:
-        raise UserError(
-            f"output: `{folder}` cannot be written ({error}); choose a writable folder"
-        ) from None
+def claimed(folder: Path, config: RunConfig) -> RunConfig:
+    """Makes a locked folder this config's, or checks that it is.
+
+    Returns:
+        The config, with as many trials as `calibrate search` has asked for since.
+    """
+    begun = any((folder / name).exists() for name in ("prompts.json", "stats.safetensors"))
+    if not begun or not (folder / "config.yaml").exists():
+        # A config that led nowhere may be corrected.
+        (folder / "run.json").unlink(missing_ok=True)
+        _write_config(folder, config)
     _, before = open_run(folder)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output: `{folder}` cannot be written; choose a writable folder")
+    if config.search.trials < before.search.trials:
+        search = config.search.model_copy(update={"trials": before.search.trials})
+        config = config.model_copy(update={"search": search})
     ours, theirs = _comparable(config), _comparable(before)
     if ours != theirs:
         keys = [key for key in ours if ours[key] != theirs[key]]
         raise UserError(
             f"output: `{folder}` belongs to another config (different: {', '.join(keys)}); use another "
-            "output folder, or `calibrate search` for more trials of the same run"
+            "output folder, delete it if it holds nothing you need, or `calibrate search` for more trials "
+            "of the same run"
         )
-    return folder
+    return config
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
@@ -551,11 +574,20 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     return Prompt(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file of the run folder, which must hold an object (or a list: `kind`)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"`{path}` is missing; run again") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"`{path}` cannot be read ({error}); delete it and run again") from None
+    if not isinstance(found, kind):
+        raise UserError(
+            f"`{path}` must hold a JSON {kind.__name__}, but holds a {type(found).__name__}; delete it and "
+            "run again"
+        )
+    return found
 
 
 def _describe(point: Point) -> str:

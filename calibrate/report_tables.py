@@ -135,6 +135,8 @@ def _speed(found: Findings) -> Table:
     rows = []
     for phase, numbers in found["phases"].items():
         speed = numbers["speed"]
+        if speed is None:  # nothing was emitted
+            continue
         points = zip(speed["measured"]["sparsity"], speed["measured"]["speedup"], strict=True)
         rows += [
             [f"{phase}, measured", percent_text(s), f"{x:.2f}×", f"{2 / (2 - s):.2f}×"]

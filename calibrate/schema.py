@@ -112,7 +112,9 @@ class PromptsConfig(_Section):
     def _lengths_make_sense(self) -> PromptsConfig:
         if not self.sources:
             raise ValueError("`sources` must name at least one source of prompts")
-        if not self.lengths or min(self.lengths) < 16:
+        if not self.lengths:
+            raise ValueError("`lengths` must hold at least one length")
+        if min(self.lengths) < 16:
             raise ValueError(
                 f"every length must be at least 16 tokens, but got {list(self.lengths)}"
             )
@@ -151,8 +153,10 @@ class TargetConfig(_Section):
         if not self.phases or len(set(self.phases)) != len(self.phases):
             raise ValueError(f"`phases` must name each phase at most once, got {list(self.phases)}")
         for phase in self.phases:
-            if self.phase_weight.get(phase, 0.0) <= 0:
-                raise ValueError(f"`phase_weight` needs a positive number for phase `{phase}`")
+            if not 0 < self.phase_weight.get(phase, 0.0) <= 1e6:
+                raise ValueError(
+                    f"`phase_weight` needs a number above 0, at most 1e6, for phase `{phase}`"
+                )
             if self.min_kv_len.get(phase, 0) < 1:
                 raise ValueError(f"`min_kv_len` needs a positive number for phase `{phase}`")
         return self
@@ -210,7 +214,7 @@ class ValidationConfig(_Section):
     """How many points of the front are tried, fastest first; the more, the stricter each one's level."""
     short_prompt: int | None = Field(default=256, ge=16)
     """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""
-    bootstrap: int = Field(default=9999, ge=999)
+    bootstrap: int = Field(default=9999, ge=999, le=1_000_000)
     """Resamples of the confidence intervals."""
 
 
@@ -236,9 +240,9 @@ class RunConfig(_Section):
     search: SearchConfig = SearchConfig()
     validation: ValidationConfig = ValidationConfig()
     cost: CostConfig = CostConfig()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output: str | None = None
-    """Run folder; unset: `runs/` and the config file's name."""
+    """Run folder, from where the command is started; unset: `runs/` and the config file's name."""
 
     @model_validator(mode="after")
     def _sensitivity_prompts_exist(self) -> RunConfig:
@@ -247,6 +251,18 @@ class RunConfig(_Section):
                 f"`sensitivity.prompts <= prompts.search` must hold, but got "
                 f"{self.sensitivity.prompts} > {self.prompts.search}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _some_prompt_is_long_enough(self) -> RunConfig:
+        longest = max(self.prompts.lengths) + self.prompts.decode_tokens
+        for phase in self.target.phases:
+            if self.target.min_kv_len[phase] > longest:
+                raise ValueError(
+                    f"`target.min_kv_len.{phase}` must be within reach of the longest prompt with its "
+                    f"continuation, {longest} tokens, but is {self.target.min_kv_len[phase]}: every prompt "
+                    "would run dense; lower it, or lengthen `prompts.lengths`"
+                )
         return self
 
 
@@ -283,7 +299,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         )
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, endless nesting
         raise UserError(f"`--set {override}`: the value is not valid YAML") from None
     section: Any = data
     for part in parts[:-1]:
@@ -293,12 +309,21 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     section[parts[-1]] = parsed
 
 
+def _absolute(place: str, folder: Path) -> str:
+    """A place of a model: a path from the config file, else from here, else a hub id."""
+    if "://" in place:
+        return place
+    found = (path for path in (folder / place, Path.cwd() / place) if path.exists())
+    return str(next(found, place))
+
+
 def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     """Paths in a config are relative to the config file, so that a run does not depend on where it starts."""
     changes: dict[str, Any] = {}
-    local = folder / config.model.path
-    if "://" not in config.model.path and local.exists():
-        changes["model"] = config.model.model_copy(update={"path": str(local)})
+    places = {key: getattr(config.model, key) for key in ("path", "tokenizer")}
+    changes["model"] = config.model.model_copy(
+        update={key: _absolute(place, folder) for key, place in places.items() if place is not None}
+    )
     sources = tuple(
         source.model_copy(update={"path": str(folder / source.path)}) if source.path else source
         for source in config.prompts.sources

@@ -8,11 +8,13 @@ it had not been.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -86,7 +88,14 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
 @held_back()
 def read_study(config: RunConfig, folder: Path) -> optuna.Study:
     """A copy of the study in memory, for those who only look; arguments and errors of `open_study`."""
-    study = open_study(config, folder)
+    file = folder / "study.db"
+    if config.search.storage is None and not os.access(file, os.W_OK):
+        # Nothing is written, so nothing has to be locked.
+        url = f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&immutable=1&uri=true"
+        storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
+        study = optuna.load_study(study_name=config.search.study_name, storage=storage)
+    else:
+        study = open_study(config, folder)
     copy = optuna.create_study(study_name=study.study_name, directions=study.directions)
     copy.set_metric_names(_METRICS)
     copy.add_trials(study.get_trials(deepcopy=False))
@@ -220,7 +229,7 @@ def best_uniform(all_points: Sequence[Point], limit: float) -> Point | None:
 
 
 def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
-    seed = config.seed * 100_003 + finished
+    seed = (config.seed * 100_003 + finished) % 2**32  # what numpy takes
     startup = min(10, max(1, config.search.trials // 4))
     match config.search.sampler:
         case "tpe":

@@ -20,7 +20,7 @@ from calibrate.engines import find_engine
 from calibrate.errors import UserError, WorkFailed
 from calibrate.measure import Outcome, Setting, compare, thresholds_for
 from calibrate.model_config import identity_of
-from calibrate.pipeline import Progress, Silent, Work, locked, open_run, prepared, read_json
+from calibrate.pipeline import Progress, Silent, Work, claimed, locked, open_run, read_json
 from calibrate.project import Projection, describe, project, tiles_for
 from calibrate.prompts import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
@@ -104,10 +104,10 @@ def assess_file(
     Raises:
         UserError: the file is for another model.
     """
-    path, config = (
-        (prepared(Path(folder), config), config) if config is not None else open_run(folder)
-    )
-    with locked(path):
+    if config is None:
+        config = open_run(folder)[1]
+    with locked(Path(folder)) as path:
+        config = claimed(path, config)
         work = Work(config, path, progress or Silent())
         _require_same_model(thresholds, work)
         calibrated = _calibrated(path)

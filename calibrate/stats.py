@@ -181,9 +181,9 @@ class Statistics:
                 name: {phase: tensors[f"{name}.{phase}"] for phase in PHASES} for name in PARTS
             }
             identity, prompts = json.loads(metadata["identity"]), json.loads(metadata["prompts"])
-        except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, SafetensorError, ValueError) as error:
             raise UserError(
-                f"{path}: no readable statistics file ({error}); run the capture again"
+                f"{path}: no readable statistics file ({error}); delete it and run again"
             ) from None
         if parts["counts"]["prefill"].shape[-1] != BINS:
             raise UserError(

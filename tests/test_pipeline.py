@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from conftest import ROOT
 
 import calibrate
 from calibrate import capture, pipeline, sensitivity
+from calibrate.errors import UserError
 from calibrate.measure import dense_logits, kl_divergence, thresholds_for
 from calibrate.models import LoadedModel, load
 from calibrate.prompts import Prompt
@@ -45,6 +48,89 @@ def test_a_run_leaves_its_whole_folder(finished: pipeline.Run) -> None:
     )
     assert finished.thresholds.evidence["verdict"] == "passed"
     assert len(finished.study.trials) == finished.config.search.trials
+
+
+@pytest.fixture
+def copied(finished: pipeline.Run, tmp_path: Path) -> Path:
+    """The finished run, to damage."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "lost", ["thresholds.yaml", "validation.json", "study.db", "sensitivity.json", "fit.json"]
+)
+def test_a_result_that_somebody_deleted_is_made_again(
+    finished: pipeline.Run, copied: Path, lost: str
+) -> None:
+    (copied / lost).unlink()
+    pipeline.write_report(copied)  # of what is there
+    again = calibrate.run(finished.config, copied)
+    assert again.thresholds.scale_factor == finished.thresholds.scale_factor
+    assert again.thresholds.layers == finished.thresholds.layers
+    assert len(again.study.trials) == len(finished.study.trials)
+    assert (copied / lost).exists()
+
+
+def test_a_config_that_led_nowhere_may_be_corrected(
+    finished: pipeline.Run, copied: Path, tmp_path: Path
+) -> None:
+    nowhere = finished.config.model.model_copy(update={"path": "no/such/model"})
+    wrong = finished.config.model_copy(update={"model": nowhere})
+    for folder in (tmp_path / "new", copied):
+        with pytest.raises(UserError, match=r"does not exist|belongs to another config"):
+            calibrate.run(wrong, folder)
+    pipeline.claimed(tmp_path / "new", finished.config)
+    assert pipeline.open_run(tmp_path / "new")[1] == finished.config
+    assert pipeline.open_run(copied)[1] == finished.config, "results keep their config"
+
+
+def test_a_longer_search_is_the_same_run(finished: pipeline.Run, copied: Path) -> None:
+    trials = finished.config.search.trials
+    with pytest.raises(UserError, match=f"at least the {trials} of the run, but got {trials - 1}"):
+        pipeline.search_again(copied, trials=trials - 1)
+    pipeline.search_again(copied, trials=trials + 2)
+    with pytest.raises(UserError, match="finish it with `calibrate validate`"):
+        pipeline.load_run(copied)
+    again = calibrate.run(finished.config, copied)
+    assert len(again.study.trials) == again.config.search.trials == trials + 2
+
+
+def test_a_report_needs_no_right_to_write_the_study(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: Path(path).name != "study.db" and allowed(path, mode)
+    )
+    before = (copied / "study.db").read_bytes()
+    (copied / "study.db").chmod(0o444)
+    page = pipeline.write_report(copied, output=tmp_path / "page.html")
+    assert page.stat().st_size > 100_000
+    assert (copied / "study.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["beside the config", "where the command starts"])
+def test_places_of_model_and_tokenizer_become_absolute(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "here" if place.startswith("where") else tmp_path / "configs"
+    for folder in (tmp_path / "here", tmp_path / "configs", home / "model", home / "words"):
+        folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    file = tmp_path / "configs" / "c.yaml"
+    file.write_text("model: {path: model, tokenizer: words}\n")
+    found = load_config(file).model
+    assert (found.path, found.tokenizer) == (str(home / "model"), str(home / "words"))
+    file.write_text("model: {path: some/hub-id}\n")
+    assert load_config(file).model.path == "some/hub-id"
+
+
+def test_a_config_whose_prompts_would_all_run_dense_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {path: m}\nprompts: {lengths: [256]}\n")
+    with pytest.raises(ValueError, match=r"target.min_kv_len.prefill.* 288 tokens, but is 512"):
+        load_config(file)
 
 
 def test_the_file_reproduces_the_validated_loss_and_sparsity(

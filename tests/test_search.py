@@ -147,6 +147,16 @@ def test_every_sampler_searches_and_starts_from_the_seeds(tmp_path, sampler: str
     assert study.metric_names == ["loss [nats/token]", "predicted attention time"]
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
+def test_every_sampler_takes_every_seed(tmp_path, sampler: str) -> None:
+    chosen = config(sampler=sampler, trials=8, prune_factor=1000.0)
+    chosen = chosen.model_copy(update={"seed": 2**32 - 1})
+    here = space(chosen)
+    study = open_study(chosen, tmp_path)
+    found = search(study, here, chosen, PROMPTS, lambda s, prompt: outcome(here, s, prompt))
+    assert len(list(found)) == 8
+
+
 def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
     results = []
     for stop in (None, 3, 8):

@@ -211,6 +211,7 @@ def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
     return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
 
 
+_SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
 # What a finished stage has left in the folder; what somebody deleted is made again.
 _RESULTS = {
     "sensitivity": ("sensitivity.json",),
@@ -254,7 +255,8 @@ class Work:
             }
             write_text_atomically(path, json.dumps(rows))
         rows = read_json(path)
-        return {split: [_prompt(row) for row in rows[split]] for split in rows}
+        with as_written(path):
+            return {split: [_prompt(row) for row in rows[split]] for split in _SPLITS}
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -274,7 +276,8 @@ class Work:
 
     @cached_property
     def space(self) -> Space:
-        rows = [Row(**row) for row in self._sensitivity_rows()]
+        with as_written(self.folder / "sensitivity.json"):
+            rows = [Row(**row) for row in self._sensitivity_rows()]
         layers = self.statistics.counts["prefill"].shape[0]
         losses = loss_model(rows, layers, self.config.target.phases)
         usable = tuple(layer.index for layer in self.loaded.calibratable)
@@ -584,10 +587,22 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise UserError(f"`{path}` cannot be read ({error}); delete it and run again") from None
     if not isinstance(found, kind):
         raise UserError(
-            f"`{path}` must hold a JSON {kind.__name__}, but holds a {type(found).__name__}; delete it and "
+            f"`{path}` must hold a JSON {kind.__name__}, but holds {type(found).__name__}; delete it and "
             "run again"
         )
     return found
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Names the file whose content is not what a run writes."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"`{path}` does not hold what a run writes there ({type(error).__name__}: {error}); delete it "
+            "and run again"
+        ) from None
 
 
 def _describe(point: Point) -> str:

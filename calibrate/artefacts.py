@@ -98,7 +98,7 @@ def _curve(request: Request, phase: Phase, factor: float) -> tuple[float, float,
     fit = request.thresholds.fit.get(phase, {})
     a, b = fit.get("a"), fit.get("b")
     if isinstance(a, (int, float)) and isinstance(b, (int, float)) and a > 0 and b > 0:
-        target = math.log(factor / a) / b
+        target = (math.log(factor) - math.log(a)) / b
         if 0 <= target <= 1:
             low, high = fit.get("sparsity_range", (0.0, 1.0))
             note = [

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +22,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
+from rich.text import Text
 
 from calibrate.errors import UserError, WorkFailed
 from skip_softmax.strict_yaml import FileError
@@ -131,7 +135,8 @@ def show(
     """Print a thresholds file as a table, with its evidence."""
     thresholds = Thresholds.load(file)
     if as_json:
-        _print_json(thresholds.model_dump(mode="json", exclude_none=True))
+        with _written():
+            _print_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
     from calibrate.lengths import expectation_table, expectations
 
@@ -143,12 +148,10 @@ def show(
     console = _stdout()
     rows = expectations(thresholds, statistics)
     tables = [_phase_table(thresholds), *([expectation_table(rows)] if rows else [])]
-    for table in (*tables, _layer_table(thresholds)):
-        console.print(table)
-    for entry in thresholds.uncalibrated:
-        console.print(
-            f"layer {entry.layer} is dense: {entry.reason}", markup=False, highlight=False
-        )
+    dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
+    with _written():
+        for part in (*tables, _layer_table(thresholds), *map(Text, dense)):
+            console.print(part)
 
 
 @app.command()
@@ -198,23 +201,26 @@ def export(
         trust_unpublished=trust_geometry,
     )
     made = make(Thresholds.load(file), engine, served)
+    patch = made.require_patch() if apply else made.patch
     lost = [] if made.sidecar is None else made.sidecar["lost"]
     for text in (*made.warnings, *(f"not in the artefact: {loss}" for loss in lost)):
         _say(f"note: {text}")
     if output is not None:
         made.write(output)
-    if apply:
-        _say(f"merged into {model}; the old file is {made.apply()}")
+    if apply and patch is not None:
+        old = made.apply()
+        there = f"{old} says all this already: nothing was merged"
+        _say(there if old == patch.path else f"merged into {model}; the old file is {old}")
+    diff = None if patch is None else patch.diff()
     if as_json:
-        patch = None if made.patch is None else made.patch.diff()
         _print_json(
-            {"engine": engine, "artefact": made.text, "diff": patch, "sidecar": made.sidecar}
+            {"engine": engine, "artefact": made.text, "diff": diff, "sidecar": made.sidecar}
         )
-    elif engine == "modelopt" and made.patch is not None:
-        sys.stdout.write(made.patch.diff())
+    elif engine == "modelopt" and diff is not None:
+        sys.stdout.write(diff)
     else:
-        if made.patch is not None:
-            _say(made.patch.diff())
+        if diff:
+            _say(diff)
         if output is None:
             sys.stdout.write(made.text)
 
@@ -228,6 +234,7 @@ def project(
     as_json: AsJson = False,
 ) -> None:
     """Find and measure the best setting near a run's result that an engine can express."""
+    from calibrate.export import needed_options
     from calibrate.serving import project_run
 
     with _Watch() as watch:
@@ -238,11 +245,13 @@ def project(
             f"refused: the straight projection {direct['scale_factor']} breaks the budget "
             f"({direct['refused']}); the nearest that holds is {report['used']}"
         )
+    thresholds = Thresholds.load(path)
     if as_json:
         _print_json({"thresholds": str(path), "projection": report})
     else:
-        _stdout().print(_phase_table(Thresholds.load(path)))
-    _say(f"passed: {path}; now: calibrate export {path} --engine {engine}")
+        _stdout().print(_phase_table(thresholds))
+    options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu)])
+    _say(f"passed: {path}; now: calibrate export {path} {options}")
 
 
 @app.command("import")
@@ -255,7 +264,9 @@ def import_numbers(
     threshold: Annotated[
         float | None, typer.Option(help="Plain threshold, without a file.")
     ] = None,
-    at_length: Annotated[int | None, typer.Option(help="Its KV length [tokens].")] = None,
+    at_length: Annotated[
+        int | None, typer.Option(help="KV length of a threshold, if its file names none [tokens].")
+    ] = None,
     target: Annotated[
         float | None, typer.Option(help="Target sparsity at which a curve is read.")
     ] = None,
@@ -271,16 +282,41 @@ def import_numbers(
 ) -> None:
     """Read somebody's numbers into a thresholds file marked as not validated."""
     from calibrate import importing
+    from calibrate.engines import find_engine
 
+    phases = _phases(phase) or PHASES
+    factors: dict[Phase, float | None] = {"prefill": prefill, "decode": decode}
+    _one_origin(source, threshold, factors)
+    file_of = None if source is None else engine
+    absolute = find_engine(engine).absolute
+    for option, value, applies, where in (
+        ("--target", target, file_of == "modelopt", "a SOURCE of --engine modelopt"),
+        ("--coefficients", coefficients, file_of == "trtllm", "a SOURCE of --engine trtllm"),
+        (
+            "--at-length",
+            at_length,
+            threshold is not None or (file_of is not None and absolute),
+            "--threshold, or a SOURCE of an engine that takes the threshold itself",
+        ),
+    ):
+        if value is not None and not applies:
+            raise UserError(f"{option} is for {where}, but got {value} without; leave it out")
     if source is not None:
-        found = importing.read_artefact(engine, source, target=target, coefficients=coefficients)
+        found = importing.read_artefact(
+            engine,
+            source,
+            target=target,
+            coefficients=coefficients,
+            at_length=at_length,
+            phases=phases,
+        )
     elif threshold is not None:
-        found = importing.from_threshold(threshold, at_length, _phases(phase) or PHASES)
+        found = importing.from_threshold(threshold, at_length, phases)
     else:
-        found = importing.plain({"prefill": prefill, "decode": decode})
+        found = importing.plain({name: factors[name] for name in phases})
     section, geometry = importing.model_of(model, config)
-    where = "the command line" if source is None else source.name
-    thresholds = importing.to_thresholds(found, section, engine, geometry, gpu, where)
+    origin = "the command line" if source is None else source.name
+    thresholds = importing.to_thresholds(found, section, engine, geometry, gpu, origin)
     _save(thresholds, output)
     for note in found.notes:
         _say(f"note: {note}")
@@ -395,8 +431,8 @@ def _assess(
         )
     loaded = None if config is None else load_config(config)
     if folder is None:
-        assert config is not None
-        folder = Path("runs") / config.stem
+        assert config is not None and loaded is not None
+        folder = Path(loaded.output or Path("runs") / config.stem)
     with _Watch() as watch:
         thresholds, result = assess_file(Thresholds.load(file), folder, loaded, watch)
     if as_json:
@@ -408,6 +444,22 @@ def _assess(
     if result.evidence["verdict"] != "passed":
         raise WorkFailed(f"`{file}` does not hold on this model: {result.evidence['reason']}")
     _say(f"passed: `{file}` holds on this model" + (f"; written: {output}" if output else ""))
+
+
+def _one_origin(
+    source: Path | None, threshold: float | None, factors: dict[Phase, float | None]
+) -> None:
+    """Numbers of two places would be merged by chance, so only one may be given."""
+    plain = [f"--{phase}" for phase, factor in factors.items() if factor is not None]
+    origins = [
+        *([f"SOURCE ({source})"] if source is not None else []),
+        *(["--threshold"] if threshold is not None else []),
+        *([" and ".join(plain)] if plain else []),
+    ]
+    if len(origins) > 1:
+        raise UserError(
+            f"numbers must come from one place, but got {' and '.join(origins)}; leave out all but one"
+        )
 
 
 def _phases(names: list[str] | None) -> tuple[Phase, ...] | None:
@@ -457,10 +509,9 @@ def _tradeoff_table(validation: dict[str, Any]) -> Table:
 
 def _phase_table(thresholds: Thresholds) -> Table:
     evidence = thresholds.evidence
-    table = Table(
-        title=f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}",
-        title_justify="left",
-    )
+    # As text, not as markup: a name may hold [brackets] or :colons:.
+    title = f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}"
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     for column in (
         "phase",
         "tiles",
@@ -511,14 +562,33 @@ def _layer_table(thresholds: Thresholds) -> Table:
     return table
 
 
+@contextmanager
+def _written() -> Iterator[None]:
+    """Turns an stdout that takes no more into one message."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader has what it wanted; typer ends quietly
+    except OSError as error:
+        # What is still in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(
+            f"stdout cannot be written ({error}); free space, or send it elsewhere"
+        ) from None
+
+
 def _stdout() -> Console:
+    # A terminal or a file in Latin-1 has no ×: a question mark in its place is still a table.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     # A pipe or a file has no width: rich would cut tables at 80 columns there.
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def _say(message: str) -> None:
     # A path in the message must not be taken for markup or wrapped.
-    _stderr.print(message, markup=False, highlight=False, soft_wrap=True)
+    _stderr.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

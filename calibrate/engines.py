@@ -6,6 +6,7 @@ compares it with the file's. Sources: the engines' public sources, documentation
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -210,13 +211,18 @@ def find_gpu(name: str | None, engine: Engine) -> str | None:
     """The GPU family of a name like `sm103`; None for None.
 
     Raises:
-        UserError: the engine has nothing there.
+        UserError: it is no GPU's name, or the engine has nothing there.
     """
     if name is None:
         return None
     family = _SAME_GPU.get(name.lower(), name.lower())
     known = sorted({server.gpu for server in engine.servers} - {"any"})
-    if engine.servers and family not in known and "any" not in {s.gpu for s in engine.servers}:
+    anywhere = not engine.servers or any(server.gpu == "any" for server in engine.servers)
+    if anywhere and not re.fullmatch(r"any|sm\d{2,3}[a-z]?|gfx[0-9a-f]{3,4}", family):
+        raise UserError(
+            f"--gpu must be the name of a GPU family, like sm90 or gfx950; but got `{name}`"
+        )
+    if not anywhere and family not in known:
         raise UserError(
             f"--gpu must be one of: {', '.join(known)} for {engine.title}; but got `{name}`"
         )

@@ -19,6 +19,7 @@ from calibrate.model_config import ConfigPatch, ModelConfigFile, patch_config, r
 from skip_softmax.strict_yaml import write_text_atomically
 from skip_softmax.thresholds import PHASES, Phase, Thresholds
 
+_READ_CONFIG = ("modelopt", "trtllm")
 _WORTH_IT = 0.15  # below this sparsity engines' skipping kernels are slower than their dense ones
 
 
@@ -103,17 +104,28 @@ class Artefact:
         Raises:
             UserError: there is no patch, or the folder cannot be written.
         """
-        if self.patch is None or self.sidecar is None:
-            raise UserError(
-                f"--apply needs --model and an engine that reads config.json, but got {self.engine}"
-            )
-        if self.patch.before == self.patch.after:
-            return self.patch.path
-        backup = _free_name(self.patch.path)
-        _write(backup, self.patch.before)
-        _write(self.patch.path, self.patch.after)
-        _write_sidecar(self.patch.path, self.sidecar)
+        patch = self.require_patch()
+        if patch.before == patch.after:
+            return patch.path
+        backup = _free_name(patch.path)
+        _write(backup, patch.before)
+        _write(patch.path, patch.after)
+        if self.sidecar is not None:
+            _write_sidecar(patch.path, self.sidecar)
         return backup
+
+    def require_patch(self) -> ConfigPatch:
+        """The patch, to be asked for before anything is written.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.patch is None:
+            raise UserError(
+                "--apply needs --model DIR and an engine that reads config.json (modelopt, trtllm), "
+                f"but got {self.engine}{' without --model' if self.engine in _READ_CONFIG else ''}"
+            )
+        return self.patch
 
 
 def export(thresholds: Thresholds, engine_name: str, served: Served = Served()) -> Artefact:
@@ -131,13 +143,15 @@ def export(thresholds: Thresholds, engine_name: str, served: Served = Served()) 
         UserError: the numbers would not mean there what was measured, or there is nothing to export.
     """
     engine = find_engine(engine_name)
-    if engine.form == "native":
-        return Artefact("native", thresholds.to_yaml(), None, None, ())
     gpu = find_gpu(served.gpu, engine)
+    _check_flags(engine, engine_name, served)
+    config = None if served.model is None else read_model_config(served.model)
+    if engine.form == "native":
+        notes = () if config is None else tuple(_check_model(thresholds, config))
+        return Artefact("native", thresholds.to_yaml(), None, None, notes)
     _require_verdict(thresholds)
     numbers = expressible(thresholds, engine, served.phases)
     servers = _holding_servers(thresholds, engine, engine_name, numbers, gpu, served)
-    config = None if served.model is None else read_model_config(served.model)
     warnings = [
         *_check_lengths(thresholds, numbers, servers, served),
         *(_check_model(thresholds, config) if config is not None else ()),
@@ -148,13 +162,13 @@ def export(thresholds: Thresholds, engine_name: str, served: Served = Served()) 
         engine=engine_name,
         scale_factor=numbers.scale_factor,
         dense_layers=numbers.dense_layers,
-        at_length=_reference_length(engine, engine_name, numbers, served),
+        at_length=_reference_length(engine, numbers, served),
         pin=served.pin,
         attention_class=None if config is None else config.attention_class,
     )
     text, lost = artefacts.WRITERS[engine_name](request)
     patch = None
-    if config is not None and engine_name in ("modelopt", "trtllm"):
+    if config is not None and engine_name in _READ_CONFIG:
         group, more = artefacts.config_group(request)
         lost = list(dict.fromkeys([*lost, *more]))
         patch = patch_config(config, group)
@@ -170,6 +184,39 @@ def export(thresholds: Thresholds, engine_name: str, served: Served = Served()) 
         )
     sidecar = _sidecar(thresholds, engine, engine_name, numbers, servers, served, lost, warnings)
     return Artefact(engine_name, text, sidecar, patch, tuple(warnings))
+
+
+def needed_options(thresholds: Thresholds, engine_name: str, gpu: str | None) -> list[str]:
+    """Options without which an export of a projected file is refused.
+
+    Args:
+        thresholds: the projection's file.
+        engine_name: the engine that it was projected on.
+        gpu: the GPU family that it was projected for, if one was named.
+
+    Returns:
+        Options as a user types them; what only the user knows is in capitals.
+    """
+    engine = find_engine(engine_name)
+    numbers = expressible(thresholds, engine, None)
+    options = [] if gpu is None else [f"--gpu {gpu}"]
+    if engine.absolute:
+        options.append("--at-length TOKENS")
+    try:
+        _holding_servers(thresholds, engine, engine_name, numbers, find_gpu(gpu, engine), Served())
+    except UserError:
+        options.append("--trust-geometry")
+    if engine_name == "trtllm" and numbers.dense_layers:
+        options.append("--model DIR --apply")
+    if engine_name == "modelopt":
+        request = artefacts.Request(
+            thresholds, engine_name, numbers.scale_factor, numbers.dense_layers, None, False, None
+        )
+        try:
+            artefacts.config_group(request)
+        except UserError:
+            options.append("--pin")
+    return options
 
 
 def expressible(thresholds: Thresholds, engine: Engine, phases: Sequence[Phase] | None) -> Numbers:
@@ -265,6 +312,26 @@ def _any_number(thresholds: Thresholds, phase: Phase) -> bool:
     )
 
 
+def _check_flags(engine: Engine, name: str, served: Served) -> None:
+    """What is wrong whatever the file says."""
+    for option, tokens in (
+        ("--served-min-len", served.min_len),
+        ("--chunk-size", served.chunk_size),
+        ("--at-length", served.at_length),
+    ):
+        if tokens is not None and tokens < 1:
+            raise UserError(f"{option} must be at least 1 token, but got {tokens}; correct it")
+    if served.at_length is not None and not engine.absolute:
+        raise UserError(
+            f"--at-length is for engines that take the threshold itself; leave it out for {name}"
+        )
+    if served.phases is not None and engine.form == "native":
+        raise UserError(
+            f"--phase must be left out for {name}, which takes the whole file, but got "
+            f"{' and '.join(served.phases)}; leave it out"
+        )
+
+
 def _require_verdict(thresholds: Thresholds) -> None:
     verdict = thresholds.evidence.get("verdict", "not validated")
     if verdict != "passed":
@@ -303,13 +370,18 @@ def _holding_servers(
             held.append(server)
     if held:
         return held
-    cures = [
-        f"`calibrate project RUN_DIR --engine {name} --gpu {gpu or 'GPU'}` measures at the engine's own tiles"
-    ]
+    cures = []
+    if any("geometry." in reason for reason in refused):
+        cures.append(
+            f"`calibrate project RUN_DIR --engine {name} --gpu {gpu or 'GPU'}` measures at the engine's "
+            "own tiles"
+        )
     if len(phases) > 1 and any("ignores" in reason or "alone" in reason for reason in refused):
         cures.insert(0, "`--phase prefill` exports the prefill number only")
     if any("not published" in reason for reason in refused):
         cures.append("`--trust-geometry` once you have compared the tiles yourself")
+    if not cures:
+        cures.append("choose another --gpu or engine")
     raise UserError("\n  ".join([*dict.fromkeys(refused), "cure: " + "; or ".join(cures)]))
 
 
@@ -325,11 +397,7 @@ def _check_lengths(
         if phase == "prefill":
             given["--chunk-size"] = served.chunk_size
         for option, tokens in given.items():
-            if tokens is None:
-                continue
-            if tokens < 1:
-                raise UserError(f"{option} must be at least 1 token, but got {tokens}")
-            if tokens >= floor:
+            if tokens is None or tokens >= floor:
                 continue
             law = f"`{option} > scale_factor`" if tokens <= factor else f"`{option} >= min_kv_len`"
             effect = (
@@ -356,12 +424,8 @@ def _check_lengths(
     return warnings
 
 
-def _reference_length(engine: Engine, name: str, numbers: Numbers, served: Served) -> int | None:
+def _reference_length(engine: Engine, numbers: Numbers, served: Served) -> int | None:
     if not engine.absolute:
-        if served.at_length is not None:
-            raise UserError(
-                f"--at-length is for engines that take the threshold itself; leave it out for {name}"
-            )
         return None
     if served.at_length is None:
         raise UserError(

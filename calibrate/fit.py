@@ -104,6 +104,8 @@ def fit_points(
         refused = f"the scale factor does not grow with sparsity (b={slope:.3g})"
     elif r2 < min_r2:
         refused = f"`R² >= {min_r2:g}` must hold, but the fit reaches {r2:.3f}"
+    elif math.exp(intercept) == 0.0:
+        refused = f"the scale factor grows too fast with sparsity for a curve (b={slope:.3g})"
     return Curve(
         math.exp(intercept),
         slope,

@@ -6,11 +6,12 @@ vLLM's and FlashInfer's JSON, or a plain threshold with the length it was meant 
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import reprlib
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from calibrate.artefacts import FORMULA, SGLANG_VARIABLES, VLLM_KEYS
 from calibrate.engines import Engine, Votes, find_engine, find_gpu, geometry_of, servers_for
 from calibrate.errors import UserError
-from calibrate.model_config import KEY, read_model_config
+from calibrate.model_config import KEY, json_mapping, read_model_config
 from calibrate.schema import GeometryConfig
 from skip_softmax.strict_yaml import read_mapping
 from skip_softmax.thresholds import (
@@ -36,6 +37,21 @@ from skip_softmax.thresholds import (
 )
 
 _DEFAULT_TARGET = 0.5  # Model-Optimizer's, where neither file nor user names one
+_SGLANG_PREFIX, _VLLM_PREFIX = "SGLANG_SKIP_SOFTMAX_", "trtllm_skip_softmax_"
+_FLASHINFER_KEY = "skip_softmax_threshold_scale_factor"
+_FACTORS: dict[str, dict[Phase, str]] = {
+    "trtllm": {
+        phase: f"{KEY}.threshold_scale_factor.{phase} or {KEY}.target_sparsity.{phase}"
+        for phase in PHASES
+    },
+    "modelopt": {phase: f"threshold_scale_factor.{phase}" for phase in PHASES},
+    "sglang": SGLANG_VARIABLES,
+    "vllm": VLLM_KEYS,
+    "flashinfer": {phase: f"{phase}.run_kwargs.{_FLASHINFER_KEY}" for phase in PHASES},
+    "vllm-omni": {"prefill": "default.skip_softmax.threshold"},
+    "tokenspeed": dict.fromkeys(PHASES, "--skip-softmax-threshold"),
+}
+"""Where each engine's file holds its numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Foreign:
     """Numbers as an engine's artefact states them.
 
     Attributes:
-        scale_factor: per phase [tokens]; a phase that is missing is dense.
+        scale_factor: per phase [tokens]; a phase that is missing or 0 is dense.
         ignore: layer name patterns that stay dense.
         notes: how the numbers were read.
     """
@@ -54,7 +70,13 @@ class Foreign:
 
 
 def read_artefact(
-    engine: str, path: Path, *, target: float | None = None, coefficients: Path | None = None
+    engine: str,
+    path: Path,
+    *,
+    target: float | None = None,
+    coefficients: Path | None = None,
+    at_length: int | None = None,
+    phases: tuple[Phase, ...] = PHASES,
 ) -> Foreign:
     """Reads an engine's own file.
 
@@ -63,34 +85,41 @@ def read_artefact(
         path: the file.
         target: sparsity at which a curve is read; None: the file's own, else 0.5.
         coefficients: `config.json` (or its folder) for a TensorRT-LLM YAML that names a target only.
+        at_length: KV length of a threshold [tokens], where the file does not say it.
+        phases: phases to read; the others stay dense.
 
     Returns:
         The numbers.
 
     Raises:
-        UserError: the file says something that is no finite scale factor of 0 or more.
+        UserError: the file holds no number, or one that is no finite scale factor of 0 or more.
         FileError: it is missing, or no YAML.
     """
     readers: dict[str, Callable[[], Foreign]] = {
-        "trtllm": lambda: _trtllm(path, coefficients),
-        "modelopt": lambda: read_config_json(path, target),
-        "sglang": lambda: _sglang(_text(path)),
+        "trtllm": lambda: _trtllm(path, coefficients, phases),
+        "modelopt": lambda: read_config_json(path, target, phases),
+        "sglang": lambda: _sglang(_text(path), path),
         "vllm": lambda: _vllm(_text(path), path),
-        "flashinfer": lambda: _flashinfer(path),
-        "vllm-omni": lambda: _vllm_omni(_text(path), path),
-        "tokenspeed": lambda: _tokenspeed(_text(path), path),
+        "flashinfer": lambda: _flashinfer(_text(path), path),
+        "vllm-omni": lambda: _vllm_omni(_text(path), path, at_length),
+        "tokenspeed": lambda: _tokenspeed(_text(path), path, at_length),
     }
     if engine not in readers:
         raise UserError(f"--engine must be one of: {', '.join(readers)}; but got `{engine}`")
     found = readers[engine]()
-    for phase, factor in found.scale_factor.items():
+    factors = {phase: f for phase, f in found.scale_factor.items() if phase in phases}
+    if not factors:
+        # Dense must be said with a 0: a misspelt name or a foreign file would read as dense too.
+        names = [name for phase, name in _FACTORS[engine].items() if phase in phases]
+        raise UserError(
+            f"{path}: there must be a number for {' or '.join(phases)}, but none was found under "
+            f"{', '.join(dict.fromkeys(names)) or f'any name of {engine}'}; "
+            "check the names, --engine and --phase"
+        )
+    for phase, factor in factors.items():
         check_number(f"{path}: {phase}", factor)
-    kept: dict[Phase, float] = {
-        phase: factor for phase, factor in found.scale_factor.items() if factor > 0
-    }
-    zeros = tuple(
-        f"{phase} is 0: dense" for phase, factor in found.scale_factor.items() if factor == 0
-    )
+    kept = {phase: factor for phase, factor in factors.items() if factor > 0}
+    zeros = tuple(f"{phase} is 0: dense" for phase, factor in factors.items() if factor == 0)
     return Foreign(kept, found.ignore, found.notes + zeros)
 
 
@@ -103,27 +132,35 @@ def check_number(where: str, value: Any) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not (math.isfinite(value) and value >= 0)
+        or not 0 <= value <= sys.float_info.max  # an integer can be finite and above every float
     ):
         raise UserError(
-            f"{where}: a scale factor must be a finite number of 0 or more, but got {value!r}; engines "
-            "take this "
+            f"{where}: a scale factor must be a finite number of 0 or more, but got "
+            f"{reprlib.repr(value)}; engines take this "
             "without an error and pay for a kernel that skips nothing or everything: correct it, or "
             "leave it unset"
         )
 
 
-def read_config_json(path: Path, target: float | None = None) -> Foreign:
+def read_config_json(
+    path: Path,
+    target: Any = None,
+    phases: tuple[Phase, ...] = PHASES,
+    *,
+    option: str = "SOURCE",
+) -> Foreign:
     """Reads the curve of a `config.json` at a target.
 
     Args:
         path: the file, or the model's folder.
-        target: sparsity for both phases; None: the file's.
+        target: sparsity for both phases, or a mapping; None: the file's.
+        phases: phases to read.
+        option: where the user gave the file, for messages.
 
     Raises:
         UserError: no curve, several groups, another formula, or a target outside [0, 1].
     """
-    config = read_model_config(path)
+    config = read_model_config(path, option)
     groups = config.skip_groups()
     where = f"{config.path}: {KEY}"
     if len(groups) != 1:
@@ -141,26 +178,39 @@ def read_config_json(path: Path, target: float | None = None) -> Foreign:
         )
     found: dict[Phase, float] = {}
     notes = []
-    for phase in PHASES:
+    for phase in phases:
         curve = factors.get(phase, factors.get("coefficients"))
         if not isinstance(curve, dict):
             continue
         a, b = (curve.get(name, math.nan) for name in ("a", "b"))
         check_number(f"{where}: {phase}.a", a)
         check_number(f"{where}: {phase}.b", b)
-        s = _target(group.get("target_sparsity"), phase) if target is None else target
+        s = _target(group.get("target_sparsity") if target is None else target, phase)
         if s is None:
             s = _DEFAULT_TARGET
             notes.append(f"{phase}: no target_sparsity; read at {s}, as Model-Optimizer does")
         if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1:
-            raise UserError(f"{where}: target_sparsity must lie in [0, 1], but got {s!r}")
-        found[phase] = a * math.exp(b * s)
+            raise UserError(
+                f"{where}: the target sparsity of {phase} must lie in [0, 1], but got "
+                f"{reprlib.repr(s)}; correct it where it is given"
+            )
+        try:
+            found[phase] = a * math.exp(b * s)
+        except OverflowError:
+            found[phase] = math.inf
         notes.append(f"{phase}: {a:g} * exp({b:g} * {s:g})")
+        check_number(f"{where}: {notes[-1]}", found[phase])
     if not found:
         raise UserError(
-            f"{where}: a and b must be given under prefill or decode, but there are none"
+            f"{where}: a and b must be given under {' or '.join(phases)}, but there are none"
         )
-    return Foreign(found, tuple(group.get("ignore", ())), tuple(notes))
+    ignore = group.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+        raise UserError(
+            f"{where}: ignore must be a list of layer names, but got {reprlib.repr(ignore)}; "
+            "write even one name as a list"
+        )
+    return Foreign(found, tuple(ignore), tuple(notes))
 
 
 def from_threshold(threshold: float, at_length: int | None, phases: tuple[Phase, ...]) -> Foreign:
@@ -169,15 +219,23 @@ def from_threshold(threshold: float, at_length: int | None, phases: tuple[Phase,
     Raises:
         UserError: there is no length, or the threshold is not in [0, 1).
     """
-    if at_length is None or at_length < 1:
+    if at_length is None:
+        raise UserError("a threshold says nothing without its KV length; give --at-length TOKENS")
+    if not 1 <= at_length <= sys.float_info.max:
         raise UserError(
-            "a plain --threshold says nothing without its KV length; give --at-length TOKENS"
+            f"--at-length must be a KV length of 1 or more tokens, but got {reprlib.repr(at_length)}; "
+            "give the length that the threshold was meant for"
         )
-    if not 0 <= threshold < 1:
+    if (
+        isinstance(threshold, bool)
+        or not isinstance(threshold, (int, float))
+        or not 0 <= threshold < 1
+    ):
         raise UserError(
-            f"`0 <= threshold < 1` must hold, but got threshold={threshold}; 1 or more has no meaning"
+            f"`0 <= threshold < 1` must hold, but got threshold={reprlib.repr(threshold)}; "
+            "1 or more has no meaning"
         )
-    found = {phase: threshold * at_length for phase in phases if threshold > 0}
+    found = dict.fromkeys(phases, threshold * at_length)
     return Foreign(found, notes=(f"threshold {threshold:g} at {at_length} tokens",))
 
 
@@ -192,11 +250,12 @@ def plain(factors: dict[Phase, float | None]) -> Foreign:
     }
     if not given:
         raise UserError(
-            "there must be numbers to import: give the engine's file, --prefill, --decode or --threshold"
+            "there must be numbers to import: give the engine's file, --threshold, or --prefill and --decode "
+            "for the phases of --phase"
         )
     for phase, factor in given.items():
         check_number(f"--{phase}", factor)
-    return Foreign({phase: factor for phase, factor in given.items() if factor > 0})
+    return Foreign(given)
 
 
 def model_of(
@@ -248,7 +307,9 @@ def to_thresholds(
         for layer in range(model.layers)
         if any(fnmatch(name, pattern) for pattern in numbers.ignore for name in _names(layer))
     ]
-    floors = {phase: math.floor(factor) + 1 for phase, factor in numbers.scale_factor.items()}
+    floors = {
+        phase: math.floor(factor) + 1 for phase, factor in numbers.scale_factor.items() if factor
+    }
     tiles = geometry or GeometryConfig()
     return Thresholds(
         model=model,
@@ -271,9 +332,17 @@ def to_thresholds(
 
 
 def model_section(folder: Path) -> ModelSection:
-    """The model section of a transformers folder, without loading the model."""
+    """The model section of a transformers folder, without loading the model.
+
+    Raises:
+        UserError: it is a file, or its `config.json` cannot be read.
+    """
     from calibrate.models import model_hash
 
+    if folder.is_file():  # its hash would be the file's, and no run's model has that one
+        raise UserError(
+            f"--model must be the folder of a transformers model, but `{folder}` is a file; give its folder"
+        )
     config = read_model_config(folder)
     layers, q_heads, kv_heads, head_dim = config.shape
     text = config.data.get("text_config", config.data)
@@ -318,18 +387,27 @@ def _target(targets: Any, phase: Phase) -> Any:
     return targets.get(phase) if isinstance(targets, dict) else targets
 
 
-def _trtllm(path: Path, coefficients: Path | None) -> Foreign:
+def _known_only(where: str, names: Collection[Any], known: Collection[str]) -> None:
+    """Refuses what looks like a number's name and is none: its phase would stay dense without a word."""
+    unknown = sorted(map(str, set(names) - set(known)))
+    if unknown:
+        raise UserError(
+            f"{where} may hold {', '.join(sorted(known))}, but got {unknown}; correct the name"
+        )
+
+
+def _trtllm(path: Path, coefficients: Path | None, phases: tuple[Phase, ...]) -> Foreign:
     data, _ = read_mapping(path)
     section = data.get(KEY, data)
-    known = {"algorithm", "threshold_scale_factor", "target_sparsity"}
     if not isinstance(section, dict) or section.get("algorithm") != "skip_softmax":
         raise UserError(
             f"{path}: {KEY}.algorithm must be `skip_softmax`, but it is `{_get(section, 'algorithm')}`"
         )
-    if set(section) - known:
-        raise UserError(
-            f"{path}: {KEY} may hold {', '.join(sorted(known))}, but got {sorted(set(section) - known)}"
-        )
+    known = ("algorithm", "threshold_scale_factor", "target_sparsity")
+    _known_only(f"{path}: {KEY}", section, known)
+    for key in known[1:]:
+        if isinstance(section.get(key), dict):
+            _known_only(f"{path}: {key}", section[key], PHASES)
     factors = section.get("threshold_scale_factor")
     if factors is None:
         if coefficients is None:
@@ -337,72 +415,85 @@ def _trtllm(path: Path, coefficients: Path | None) -> Foreign:
                 f"{path}: target_sparsity needs the curve in the model's config.json; give it with "
                 "--coefficients"
             )
-        curve = read_config_json(coefficients)
         targets = section.get("target_sparsity")
-        found: dict[Phase, float] = {}
-        for phase in curve.scale_factor:
-            s = _target(targets, phase)
-            if s is not None:
-                found |= {phase: read_config_json(coefficients, s).scale_factor[phase]}
-        return Foreign(found, curve.ignore, curve.notes)
-    if isinstance(factors, dict):
-        if set(factors) - set(PHASES):
+        wanted = tuple(phase for phase in phases if _target(targets, phase) is not None)
+        if not wanted:
+            return Foreign({})
+        curve = read_config_json(coefficients, targets, wanted, option="--coefficients")
+        missing = [phase for phase in wanted if phase not in curve.scale_factor]
+        if missing and isinstance(targets, dict):
             raise UserError(
-                f"{path}: threshold_scale_factor may hold prefill and decode, but got {sorted(factors)}"
+                f"{coefficients}: there must be a curve for {missing[0]}, of which {path} names a target, "
+                "but there is none; leave the target out"
             )
+        return curve
+    if coefficients is not None:
+        raise UserError(
+            f"--coefficients is for a target_sparsity, but {path} holds threshold_scale_factor; leave it out"
+        )
+    if isinstance(factors, dict):
         return Foreign({phase: factors[phase] for phase in PHASES if phase in factors})
     value: Any = factors  # checked by the caller
     return Foreign(dict.fromkeys(PHASES, value), notes=("one number for both phases",))
 
 
-def _sglang(text: str) -> Foreign:
-    found: dict[Phase, float] = {}
-    for phase, name in SGLANG_VARIABLES.items():
-        match = re.findall(rf"^\s*(?:export\s+)?{name}=(\S+)", text, re.MULTILINE)
-        if match:
-            found[phase] = _number(name, match[-1].strip("\"'"))
-    return Foreign(found)
+def _sglang(text: str, path: Path) -> Foreign:
+    code = "\n".join(line.partition("#")[0] for line in text.splitlines())
+    given = dict(re.findall(rf"\b({_SGLANG_PREFIX}\w+)=([^\s;]+)", code))
+    _known_only(str(path), given, SGLANG_VARIABLES.values())
+    return Foreign(
+        {
+            phase: _number(f"{path}: {name}", given[name].strip("\"'"))
+            for phase, name in SGLANG_VARIABLES.items()
+            if name in given
+        }
+    )
 
 
 def _vllm(text: str, path: Path) -> Foreign:
     config = _option(text, "--attention-config", path)
+    ours = [key for key in config if key.startswith(_VLLM_PREFIX)]
+    _known_only(f"{path}: --attention-config", ours, VLLM_KEYS.values())
     return Foreign({phase: config[key] for phase, key in VLLM_KEYS.items() if key in config})
 
 
-def _flashinfer(path: Path) -> Foreign:
-    data = read_model_config(path).data if path.is_file() else {}
+def _flashinfer(text: str, path: Path) -> Foreign:
+    data = json_mapping(text, str(path))
+    _known_only(str(path), data, ("normalisation", *PHASES))
     try:
-        return Foreign(
-            {
-                p: data[p]["run_kwargs"]["skip_softmax_threshold_scale_factor"]
-                for p in PHASES
-                if p in data
-            }
-        )
+        return Foreign({p: data[p]["run_kwargs"][_FLASHINFER_KEY] for p in PHASES if p in data})
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: every phase must hold run_kwargs with the scale factor, but {error} is missing"
         ) from None
 
 
-def _vllm_omni(text: str, path: Path) -> Foreign:
+def _vllm_omni(text: str, path: Path, at_length: int | None) -> Foreign:
     config = _option(text, "--diffusion-attention-config", path)
     skip = _get(config.get("default"), "skip_softmax")
     if _get(skip, "threshold") is None:
         raise UserError(f"{path}: default.skip_softmax.threshold must be given, but got {skip!r}")
-    return from_threshold(_get(skip, "threshold"), _reference(text), ("prefill",))
+    return from_threshold(_get(skip, "threshold"), _reference(text, path, at_length), ("prefill",))
 
 
-def _tokenspeed(text: str, path: Path) -> Foreign:
+def _tokenspeed(text: str, path: Path, at_length: int | None) -> Foreign:
     match = re.search(r"--skip-softmax-threshold[= ](\S+)", text)
     if match is None:
         raise UserError(f"{path}: --skip-softmax-threshold must be given, but it is not there")
-    return from_threshold(_number("--skip-softmax-threshold", match[1]), _reference(text), PHASES)
+    threshold = _number(f"{path}: --skip-softmax-threshold", match[1])
+    return from_threshold(threshold, _reference(text, path, at_length), PHASES)
 
 
-def _reference(text: str) -> int | None:
-    match = re.search(r"reference KV length: (\d+) tokens", text)
-    return int(match[1]) if match else None
+def _reference(text: str, path: Path, at_length: int | None) -> int | None:
+    match = re.search(r"reference KV length: (\d{1,18}) tokens", text)
+    if match is None:
+        return at_length
+    if at_length is not None and at_length != int(match[1]):
+        raise UserError(
+            f"--at-length must be the KV length that {path} states, {match[1]} tokens, but got {at_length}; "
+            "leave it out"
+        )
+    return int(match[1])
 
 
 def _option(text: str, option: str, path: Path) -> dict[str, Any]:
@@ -415,12 +506,9 @@ def _option(text: str, option: str, path: Path) -> dict[str, Any]:
             if option in words
             else next(word.partition("=")[2] for word in words if word.startswith(option + "="))
         )
-        data = json.loads(value)
     except (ValueError, IndexError, StopIteration) as error:
         raise UserError(f"{path}: {option} must be followed by JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: {option} must be a JSON mapping, but got {data!r}")
-    return data
+    return json_mapping(value, f"{path}: what follows {option}")
 
 
 def _number(where: str, text: str) -> float:

@@ -124,7 +124,7 @@ def _from_curve(thresholds: Thresholds, phase: Phase, above: list[float]) -> flo
     if not {"a", "b", "sparsity_range"} <= set(fit) or len(set(above)) > 1:
         return None
     low, high = fit["sparsity_range"]
-    sparsity = math.log(above[0] / fit["a"]) / fit["b"]
+    sparsity = (math.log(above[0]) - math.log(fit["a"])) / fit["b"]
     return sparsity if low <= sparsity <= high else None
 
 

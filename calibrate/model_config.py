@@ -43,18 +43,25 @@ class ModelConfigFile:
             heads = int(text["num_attention_heads"])
             kv_heads = int(text.get("num_key_value_heads") or heads)
             head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-            return int(text["num_hidden_layers"]), heads, kv_heads, head_dim
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            layers = int(text["num_hidden_layers"])
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
                 f"`{self.path}` must name layers, heads and head size, but reading {error} failed; "
                 "give the folder of a transformers model"
             ) from None
+        if min(layers, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
+            raise UserError(
+                f"`{self.path}`: layers, heads and head size must be 1 or more, and the query heads a "
+                f"multiple of the KV heads, but got (layers, q_heads, kv_heads, head_dim) = "
+                f"{(layers, heads, kv_heads, head_dim)}; give the folder of a transformers model"
+            )
+        return layers, heads, kv_heads, head_dim
 
     @property
     def attention_class(self) -> str | None:
         """Name of the attention class by transformers' custom: `Qwen3ForCausalLM` has `Qwen3Attention`."""
-        names = self.data.get("architectures") or []
-        family = str(names[0]).split("For")[0] if names else ""
+        names = self.data.get("architectures")
+        family = str(names[0]).split("For")[0] if isinstance(names, list) and names else ""
         return f"{family}Attention" if family else None
 
     def skip_groups(self) -> dict[str, Any]:
@@ -92,27 +99,46 @@ class ConfigPatch:
         )
 
 
-def read_model_config(path: Path) -> ModelConfigFile:
+def read_model_config(path: Path, option: str = "--model") -> ModelConfigFile:
     """Reads a model folder's `config.json`, or the file itself.
+
+    Args:
+        path: the folder or the file.
+        option: where the user gave it, for messages.
 
     Raises:
         UserError: it is missing, not JSON, not a mapping, or names a key twice.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text, object_pairs_hook=_unique)
+        # Bytes, not text: a backup must be the old file with its line ends.
+        text = file.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise UserError(
-            f"--model: `{path}` has no config.json; give the folder of a transformers model"
+            f"{option}: `{path}` is missing or has no config.json; give a config.json or its folder"
         ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"--model: `{file}` cannot be read as JSON ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{option}: `{file}` cannot be read as UTF-8 text ({error}); give a JSON file"
+        ) from None
+    return ModelConfigFile(file, text, json_mapping(text, f"{option}: `{file}`"))
+
+
+def json_mapping(text: str, where: str) -> dict[str, Any]:
+    """Parses a JSON mapping.
+
+    Raises:
+        UserError: it is no JSON, no mapping, or names a key twice.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} must be JSON, but it is not ({error}); correct it") from None
     if not isinstance(data, dict):
         raise UserError(
-            f"--model: `{file}` must hold a mapping, but it holds a {type(data).__name__}"
+            f"{where} must hold a mapping, but it holds a {type(data).__name__}; correct it"
         )
-    return ModelConfigFile(file, text, data)
+    return data
 
 
 def identity_of(model: ModelConfig) -> dict[str, str]:
@@ -195,12 +221,17 @@ def _spliced(config: ModelConfigFile, section: dict[str, Any]) -> str:
     body, indent = head[:-1].rstrip(), _indent(config.text)
     dumped = json.dumps(section, indent=indent, allow_nan=False).replace("\n", "\n" + " " * indent)
     comma = "" if body.endswith("{") else ","
-    return f'{body}{comma}\n{" " * indent}"{KEY}": {dumped}\n}}{tail}'
+    added = f'{comma}\n{" " * indent}"{KEY}": {dumped}\n}}'
+    return body + added.replace("\n", _newline(config.text)) + tail
 
 
 def _dumped(data: dict[str, Any], like: str) -> str:
     text = json.dumps(data, indent=_indent(like), ensure_ascii=like.isascii())
-    return text + like[len(like.rstrip()) :]
+    return text.replace("\n", _newline(like)) + like[len(like.rstrip()) :]
+
+
+def _newline(text: str) -> str:
+    return "\r\n" if "\r\n" in text else "\n"
 
 
 def _indent(text: str) -> int:

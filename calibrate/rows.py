@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | N
     prompt = _cell(where, row, source.prompt_field)
     if not isinstance(prompt, str) or not prompt.strip():
         raise _bad_cell(where, source.prompt_field, "text", prompt)
+    _check_characters(where, source.prompt_field, prompt)
     if source.answer_field is None:
         return prompt, None
     answer = _cell(where, row, source.answer_field)
@@ -30,7 +32,20 @@ def texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | N
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise _bad_cell(where, source.answer_field, "text or a number", answer)
+    _check_characters(where, source.answer_field, answer)
     return prompt, answer
+
+
+def _check_characters(where: str, field: str, text: str) -> None:
+    """JSON's escapes can spell half of a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.start + 1]
+        raise UserError(
+            f"{where}: `{field}` must be whole Unicode characters, but got {half!r} alone at character "
+            f"{error.start + 1}; write both halves, or remove it"
+        ) from None
 
 
 def _cell(where: str, row: dict[str, Any], field: str) -> Any:
@@ -117,6 +132,8 @@ def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(path: str, line: int, text: str | bytes) -> Any:
+    # These two errors do not say where in a whole file they are.
+    where = path if isinstance(text, str) else f"{path}:{line}"
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -128,6 +145,13 @@ def _parsed(path: str, line: int, text: str | bytes) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}:{line}: not UTF-8: {error.reason}; save the file as UTF-8"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: arrays or objects are nested too deep; flatten them") from None
+    except ValueError:
+        # Python's own limit; its message speaks to programmers.
+        raise UserError(
+            f"{where}: a number has more than {sys.get_int_max_str_digits()} digits; write it as text"
         ) from None
 
 

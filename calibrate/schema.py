@@ -299,7 +299,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         )
     try:
         parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, endless nesting
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        # What PyYAML cannot build (a date that is none) it meets with any of these.
         raise UserError(f"`--set {override}`: the value is not valid YAML") from None
     section: Any = data
     for part in parts[:-1]:

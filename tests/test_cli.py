@@ -326,6 +326,61 @@ def test_show_prints_the_evidence_of_a_run(
         assert f"{100 * achieved[phase]['achieved']:.1f} %" in result.stdout
 
 
+def test_show_prints_names_and_reasons_as_they_are(
+    calibrate: Callable[..., Result], tmp_path: Path
+) -> None:
+    file, name = tmp_path / "thresholds.yaml", "org/[bold]a[/b]:smile:"
+    text = THRESHOLDS.replace("name: tiny", f"name: '{name}'")
+    file.write_text(f"{text}uncalibrated: [{{layer: 1, reason: 'soft[cap] :smile:'}}]\n")
+    result = calibrate("show", file)
+    assert (result.code, result.stderr) == (0, "")
+    assert f"{name}: not validated" in result.stdout
+    assert "layer 1 is dense: soft[cap] :smile:" in result.stdout
+
+
+def test_show_reads_a_curve_whose_numbers_are_far_apart(
+    calibrate: Callable[..., Result], tmp_path: Path
+) -> None:
+    text = re.sub(r"layers:\n(- .*\n)+", "", THRESHOLDS).replace("180.0", "1.0e-300")
+    curve = "{a: 1.0e+300, b: 1.0, sparsity_range: [0, 1]}"
+    (tmp_path / "t.yaml").write_text(f"{text}fit: {{prefill: {curve}}}\n")
+    result = calibrate("show", tmp_path / "t.yaml")
+    assert (result.code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("encoding", "times"), [("latin-1", "×"), ("ascii", "?")])
+def test_show_prints_to_a_terminal_without_unicode(
+    tmp_path: Path, encoding: str, times: str
+) -> None:
+    (tmp_path / "t.yaml").write_text(THRESHOLDS.replace("name: tiny", "name: 模型"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "show", tmp_path / "t.yaml"],
+        capture_output=True,
+        check=False,
+        env={**subprocess_environment(), "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    printed = done.stdout.decode(encoding)
+    assert f"64{times}128" in printed and "??: not validated" in printed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_show_to_a_full_disk_is_one_message(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "t.yaml").write_text(THRESHOLDS)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "show", tmp_path / "t.yaml", *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            # Buffered, as by default: what is left in the buffer is written once more at exit.
+            env={**subprocess_environment(), "PYTHONUNBUFFERED": ""},
+        )
+    refused(Result(done.returncode, "", done.stderr), "stdout cannot be written", "No space left")
+
+
 def test_show_as_json_is_one_document_that_is_the_file(
     finished: Finished, calibrate: Callable[..., Result]
 ) -> None:
@@ -421,6 +476,18 @@ def test_export_to_native_gives_the_file_back_byte_for_byte(
             "skip-softmax/1", "skip-softmax/2", (":1: format", "skip-softmax/2"), id="format"
         ),
         pytest.param(THRESHOLDS, "", ("must be a YAML mapping", "nothing"), id="empty"),
+        pytest.param(
+            "criterion: max", "criterion: 0b_", (":3: not valid YAML", "'0b_' is no int"), id="0b_"
+        ),
+        pytest.param(
+            "criterion: max",
+            "evidence: {loss: {kl: {mean: 1, upper: 1}, score_drop: {mean: 1}, heldout_prompts: 2}}",
+            (":3: evidence.loss.score_drop.upper: this key is required",),
+            id="evidence",
+        ),
+        pytest.param(
+            "criterion: max", "fit: {prefill: {a: 0, b: 1}}", (":3: fit.prefill.a: ",), id="fit"
+        ),
         pytest.param(THRESHOLDS, "- 1\n", ("must be a YAML mapping", "list"), id="a list"),
     ],
 )
@@ -464,6 +531,7 @@ def test_an_export_that_cannot_be_written_is_refused(
     file, target = finished.folder / "thresholds.yaml", tmp_path / "missing" / "out.yaml"
     result = calibrate("export", file, "--engine", "native", "-o", target)
     refused(result, str(target), "cannot be written")
+    assert f".{target.name}." not in result.stderr, "the hidden temporary file is not the user's"
 
 
 # Run configs.

@@ -231,6 +231,56 @@ def test_golden_modelopt_merges_without_touching_anything_else(tmp_path: Path) -
     ] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("section", [None, {"config_groups": {}, "kept": "\\n"}])
+def test_apply_keeps_bytes_and_line_ends(
+    section: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    changes = {} if section is None else {"sparse_attention_config": section}
+    config = write_model(tmp_path / "model", **changes) / "config.json"
+    before = config.read_bytes().replace(b"\n", b"\r\n")
+    config.write_bytes(before)
+    thresholds().save(tmp_path / "t.yaml")
+    flags = ("--engine", "modelopt", "--model", config.parent, "--apply")
+    code, _, err = call("export", tmp_path / "t.yaml", *flags)
+    assert code == 0 and "merged into" in err
+    assert (config.parent / "config.json.bak").read_bytes() == before
+    after = config.read_bytes()
+    assert after.count(b"\r\n") == after.count(b"\n") > before.count(b"\n")
+    assert section is not None or after.startswith(before.rstrip().rstrip(b"}").rstrip())
+    # Again: nothing is merged, and that is what is said.
+    code, _, err = call("export", tmp_path / "t.yaml", *flags)
+    assert code == 0 and "nothing was merged" in err and "merged into" not in err
+    assert config.read_bytes() == after
+
+
+@pytest.mark.parametrize("engine", ["trtllm", "modelopt"])
+def test_apply_without_a_model_writes_nothing(
+    engine: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    code, out, err = run(
+        thresholds(), "--engine", engine, "--apply", "-o", tmp_path / "applied.yaml"
+    )
+    assert (code, out) == (2, "") and f"but got {engine} without --model" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["t.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (["Qwen3ForCausalLM"], "Qwen3Attention"),
+        ({"a": 1}, None),
+        ("LlamaForCausalLM", None),
+        ([], None),
+        (5, None),
+    ],
+)
+def test_the_attention_class_comes_from_a_list_of_architectures(
+    architectures: Any, expected: str | None, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", architectures=architectures)
+    assert read_model_config(model).attention_class == expected
+
+
 def test_modelopt_keeps_other_groups_and_producer(tmp_path: Path) -> None:
     other = {"algorithm": "sparse_softmax", "targets": ["A"], "sparsity_n": 2}
     section = {
@@ -520,6 +570,51 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
         ("--engine", "tokenspeed", "--trust-geometry", "--at-length", 9000, "--phase", "prefill"),
         "one threshold to both phases, but only prefill",
     ),
+    "length-0-native": (
+        thresholds(),
+        ("--engine", "native", "--served-min-len", "-3"),
+        "--served-min-len must be at least 1 token, but got -3",
+    ),
+    "chunk-0-native": (
+        thresholds(),
+        ("--engine", "native", "--chunk-size", 0),
+        "--chunk-size must be at least 1 token, but got 0",
+    ),
+    "chunk-0-for-decode": (
+        thresholds(prefill=0.0),
+        ("--engine", "trtllm", "--chunk-size", 0),
+        "--chunk-size must be at least 1 token",
+    ),
+    "gpu-native": (
+        thresholds(),
+        ("--engine", "native", "--gpu", "banana"),
+        "--gpu must be the name of a GPU family.*but got `banana`",
+    ),
+    "gpu-modelopt": (
+        thresholds(),
+        ("--engine", "modelopt", "--gpu", "banana"),
+        "--gpu must be the name of a GPU family.*but got `banana`",
+    ),
+    "at-length-native": (
+        thresholds(),
+        ("--engine", "native", "--at-length", 9000),
+        "leave it out for native",
+    ),
+    "phase-native": (
+        thresholds(),
+        ("--engine", "native", "--phase", "prefill"),
+        "--phase must be left out for native",
+    ),
+    "model-missing-native": (
+        thresholds(),
+        ("--engine", "native", "--model", "/no/such"),
+        "has no config.json",
+    ),
+    "nothing-cures": (
+        thresholds(geometry=BLACKWELL),
+        ("--engine", "vllm", "--gpu", "sm90", "--phase", "prefill"),
+        "cure: choose another --gpu or engine",
+    ),
     "apply-without-model": (
         thresholds(),
         ("--engine", "modelopt", "--apply"),
@@ -540,6 +635,19 @@ def test_guards_say_law_value_and_cure_and_exit_2(name: str, run: Callable[..., 
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert re.search(message, err, re.DOTALL), err
+
+
+def test_a_projection_is_no_cure_for_tiles_that_are_not_published() -> None:
+    with pytest.raises(UserError, match="cure: `--trust-geometry`") as refused:
+        export(thresholds(), "tokenspeed", Served(at_length=9000))
+    assert "calibrate project" not in str(refused.value)
+
+
+def test_any_engine_takes_a_gpu_that_exists() -> None:
+    for gpu in ("sm80", "sm90a", "SM103", "gfx942"):
+        assert export(thresholds(), "native", Served(gpu=gpu)).text == thresholds().to_yaml()
+    file = thresholds(geometry=MODELOPT, kv_heads=8)
+    assert export(file, "modelopt", Served(gpu="sm80")).sidecar["holds_for"][0]["gpu"] == "any"
 
 
 @pytest.mark.parametrize("number", ["-1.0", ".nan", ".inf"])

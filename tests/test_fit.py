@@ -87,3 +87,10 @@ def test_a_layer_without_tiles_has_no_curve() -> None:
     fit = fit_phase(Statistics.empty({}, 2, 1, 1, [64]), "decode", FitConfig())
     assert fit["model"]["refused"] == "only 0 usable points"
     assert len(fit["layers"]) == 2
+
+
+def test_a_curve_too_steep_for_numbers_is_refused() -> None:
+    s = [0.50, 0.505, 0.51]
+    curve = fit_points(s, [math.exp(2600 * (x - 0.5)) for x in s], [4096.0] * 3, min_r2=0.9)
+    assert curve.a == 0.0
+    assert curve.refused is not None and "grows too fast" in curve.refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine_files import thresholds, write_model
 from calibrate import cli, importing
 from calibrate.above_one import compare_unguarded
 from calibrate.assess import as_served
+from calibrate.engines import ENGINES
 from calibrate.errors import UserError
 from calibrate.lengths import expectations
 from skip_softmax.thresholds import Thresholds
@@ -100,7 +102,8 @@ def test_a_target_is_read_with_the_curve_of_the_config(tmp_path: Path) -> None:
         ("trtllm", TRTLLM + "  ignore: [x]\n", "may hold"),
         ("trtllm", "sparse_attention_config: {algorithm: rocket}\n", "but it is `rocket`"),
         ("sglang", "SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR=abc", "must be a number"),
-        ("vllm", "vllm serve --attention-config '{'", "followed by JSON"),
+        ("vllm", "vllm serve --attention-config '{'", "--attention-config must be JSON"),
+        ("vllm", "vllm serve --attention-config", "followed by JSON"),
         ("vllm", '{"trtllm_skip_softmax_prefill_threshold_scale_factor": "many"}', "but got 'many'"),
         ("tokenspeed", "--skip-softmax-threshold 0.018", "--at-length"),
         ("modelopt", "{}", "one skip_softmax group, but it holds 0"),
@@ -115,6 +118,252 @@ def test_what_says_no_number_is_refused(
     (tmp_path / "file").write_text(text)
     with pytest.raises(UserError, match=message):
         importing.read_artefact(engine, tmp_path / "file")
+
+
+# A misspelt name or a foreign file would read as dense, so it must not read at all.
+EMPTY: list[tuple[str, str, str]] = [
+    ("sglang", "", "number for prefill or decode, .* SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR, "
+     "SGLANG_SKIP_SOFTMAX_DECODE_THRESHOLD_SCALE_FACTOR"),
+    ("sglang", "export OTHER=1\n", "none was found under SGLANG_SKIP_SOFTMAX_PREFILL"),
+    ("sglang", "# export SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR=5\n", "none was found under"),
+    ("sglang", "SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR=5\n"
+     "SGLANG_SKIP_SOFTMAX_DECOD_THRESHOLD_SCALE_FACTOR=5\n", r"but got \['SGLANG_SKIP_SOFTMAX_DECOD_"),
+    ("vllm", "{}", "none was found under trtllm_skip_softmax_prefill_threshold_scale_factor, "),
+    ("vllm", '{"trtllm_skip_softmax_prefil_threshold_scale_factor": 5}', "but got .*prefil_"),
+    ("flashinfer", "{}", "none was found under prefill.run_kwargs.skip_softmax_threshold_scale_factor, "),
+    ("flashinfer", '{"prefil": {"run_kwargs": {"skip_softmax_threshold_scale_factor": 5}}}',
+     r"but got \['prefil'\]"),
+    ("trtllm", TRTLLM, "--coefficients"),
+    ("trtllm", TRTLLM + "  threshold_scale_factor: {}\n", "scale_factor.prefill or .*target_sparsity"),
+    ("trtllm", TRTLLM + "  target_sparsity: {prefil: 0.1}\n", r"target_sparsity may hold .* \['prefil'\]"),
+    ("trtllm", TRTLLM + "  target_sparsity: {prefill: null}\n", "none was .*target_sparsity.prefill"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "text", "message"), EMPTY)
+def test_a_file_without_a_number_is_refused_and_not_read_as_dense(
+    engine: str, text: str, message: str, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model")
+    (tmp_path / "file").write_text(text)
+    curve = ("--coefficients", PUBLISHED) if "target_sparsity" in text else ()
+    arguments = (tmp_path / "file", "--engine", engine, *curve, "--model", model)
+    code, out, err = call("import", *arguments, "-o", tmp_path / "t.yaml")
+    assert (code, out) == (2, "") and re.search(message, err), err
+    assert not (tmp_path / "t.yaml").exists()
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "native"])
+def test_a_missing_file_is_refused_without_blaming_the_model(
+    engine: str, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model")
+    arguments = (tmp_path / "none", "--engine", engine, "--model", model)
+    code, _, err = call("import", *arguments, "-o", tmp_path / "t.yaml")
+    assert code == 2 and "none" in err and "--model" not in err
+    assert not (tmp_path / "t.yaml").exists()
+
+
+def test_a_target_without_its_curve_is_refused(tmp_path: Path) -> None:
+    factors = {"formula": "a * exp(b * target_sparsity)", "prefill": {"a": 2.0, "b": 1.0}}
+    (tmp_path / "config.json").write_text(config_json(threshold_scale_factor=factors))
+    (tmp_path / "skip.yaml").write_text(TRTLLM + "  target_sparsity: {prefill: 0.1, decode: 0.1}\n")
+    with pytest.raises(UserError, match=r"a curve for decode, .* names a target"):
+        importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=tmp_path)
+    with pytest.raises(UserError, match=r"^--coefficients: `.*none` is missing"):
+        importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=tmp_path / "none")
+
+
+def test_an_explicit_0_is_dense(call: Callable[..., Any], tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    (tmp_path / "f").write_text(TRTLLM + "  threshold_scale_factor: {prefill: 0, decode: 0}\n")
+    (tmp_path / "omni").write_text(
+        "# reference KV length: 1000 tokens\n"
+        'vllm serve M --diffusion-attention-config \'{"default": {"skip_softmax": {"threshold": 0}}}\''
+    )
+    for arguments in (
+        (tmp_path / "f",),
+        (tmp_path / "omni", "--engine", "vllm-omni"),
+        ("--threshold", "0", "--at-length", "1000"),
+        ("--prefill", "0"),
+    ):
+        code, _, err = call("import", *arguments, "--model", model, "-o", tmp_path / "t.yaml")
+        assert code == 0, err
+        found = Thresholds.load(tmp_path / "t.yaml")
+        assert found.scale_factor.prefill == found.scale_factor.decode == 0
+        assert found.min_kv_len.prefill is None
+
+
+def test_variables_on_one_line_are_all_read(tmp_path: Path) -> None:
+    names = [f"SGLANG_SKIP_SOFTMAX_{p}_THRESHOLD_SCALE_FACTOR" for p in ("PREFILL", "DECODE")]
+    line = f"{names[0]}=5 {names[1]}='6'; python -m sglang.launch_server  # {names[0]}=7"
+    (tmp_path / "run.sh").write_text(line)
+    found = importing.read_artefact("sglang", tmp_path / "run.sh")
+    assert found.scale_factor == {"prefill": 5, "decode": 6}
+
+
+ABSOLUTE = "# reference KV length: 1000 tokens\n--skip-softmax-threshold 0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("engine", "text", "arguments"),
+    [
+        ("trtllm", TRTLLM + "  threshold_scale_factor: 100\n", ()),
+        ("modelopt", None, ("--target", 0.5)),
+        ("tokenspeed", ABSOLUTE, ()),
+        ("trtllm", None, ("--threshold", 0.1, "--at-length", 1000)),
+        ("trtllm", None, ("--prefill", 100, "--decode", 100)),
+    ],
+)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_only_the_phase_that_was_asked_for_is_imported(
+    phase: str,
+    engine: str,
+    text: str | None,
+    arguments: Any,
+    call: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    model = write_model(tmp_path / "model")
+    if text is not None:
+        (tmp_path / "f").write_text(text)
+        arguments = (tmp_path / "f", *arguments)
+    elif engine == "modelopt":
+        arguments = (PUBLISHED, *arguments)
+    flags = ("--engine", engine, "--phase", phase, "--model", model, "-o", tmp_path / "t.yaml")
+    code, _, err = call("import", *arguments, *flags)
+    assert code == 0, err
+    found = Thresholds.load(tmp_path / "t.yaml")
+    other = "decode" if phase == "prefill" else "prefill"
+    assert getattr(found.scale_factor, phase) > 0 and getattr(found.scale_factor, other) == 0
+    assert list(found.evidence["imported"]["scale_factor"]) == [phase]
+    assert not any(note.startswith(other) for note in found.evidence["imported"]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("F", "--prefill", 5), r"one place, but got SOURCE \(F\) and --prefill"),
+        (("F", "--threshold", 0.1, "--at-length", 9), r"one place, but got SOURCE \(F\) and --threshold"),
+        (("--threshold", 0.1, "--at-length", 9, "--decode", 5), "but got --threshold and --decode"),
+        (("--prefill", 5, "--target", 0.5), "--target is for a SOURCE of --engine modelopt, but got 0.5"),
+        (("F", "--target", 0.5), "--target is for a SOURCE of --engine modelopt"),
+        (("--prefill", 5, "--coefficients", "c"), "--coefficients is for a SOURCE of --engine trtllm"),
+        (("F", "--coefficients", "c"), "--coefficients is for a target_sparsity, but F holds"),
+        (("--prefill", 5, "--at-length", 9), "--at-length is for --threshold, or a SOURCE"),
+        (("F", "--at-length", 9), "--at-length is for --threshold, or a SOURCE"),
+        (("G", "--at-length", 9, "--engine", "tokenspeed"), "that G states, 1000 tokens, but got 9"),
+        (("H", "--phase", "decode"), "number for decode, but none was found under"),
+        (("--prefill", 5, "--phase", "decode"), "for the phases of --phase"),
+        (("--prefill", 5, "--engine", "native", "--gpu", "foo"), "--gpu must be .* but got `foo`"),
+        (("--prefill", 5, "--engine", "modelopt", "--gpu", "foo"), "--gpu must be .* but got `foo`"),
+        (("--threshold", 0.1, "--at-length", "9" * 400), "--at-length must be a KV length"),
+    ],
+)  # fmt: skip
+def test_flags_that_would_be_ignored_are_refused(
+    arguments: tuple[Any, ...],
+    message: str,
+    call: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    Path("F").write_text(TRTLLM + "  threshold_scale_factor: 100\n")
+    Path("G").write_text(ABSOLUTE)
+    Path("H").write_text(TRTLLM + "  threshold_scale_factor: {prefill: 100}\n")
+    code, out, err = call("import", *arguments, "--model", "model", "-o", "t.yaml")
+    assert (code, out) == (2, "") and re.search(message, err), err
+    assert not Path("t.yaml").exists()
+
+
+def test_a_file_s_threshold_gets_its_length_from_the_command_line(
+    call: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model")
+    (tmp_path / "f").write_text("--skip-softmax-threshold 0.018")
+    flags = ("--engine", "tokenspeed", "--model", model, "-o", tmp_path / "t.yaml")
+    assert call("import", tmp_path / "f", "--at-length", 1000, *flags)[0] == 0
+    assert Thresholds.load(tmp_path / "t.yaml").scale_factor.decode == pytest.approx(18)
+
+
+CURVE = {"formula": "a * exp(b * target_sparsity)", "prefill": {"a": 1.0, "b": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("engine", "text", "message"),
+    [
+        ("modelopt", {"prefill": {"a": 1, "b": 1e6}}, r"exp\(1e\+06 \* 0.5\).*but got inf"),
+        ("modelopt", {"prefill": {"a": 10**400, "b": 1}}, r"prefill.a: .* but got 1000.*\.\.\."),
+        ("modelopt", {"prefill": {"a": 1, "b": 10**400}}, "prefill.b: "),
+        ("modelopt", {"ignore": [1]}, r"ignore must be a list of layer names, but got \[1\]"),
+        ("modelopt", {"ignore": "*"}, r"ignore must be a list of layer names, but got '\*'"),
+        ("modelopt", {"target_sparsity": "many"}, "of prefill must lie in .* got 'many'"),
+        ("trtllm", "  threshold_scale_factor: {prefill: 1" + "0" * 400 + "}\n", "finite number"),
+        ("trtllm", "  threshold_scale_factor: {prefill: 1, 2: 3, x: 4}\n", r"but got \['2', 'x'\]"),
+        ("trtllm", "  1: 2\n  x: 3\n", r"may hold .* but got \['1', 'x'\]"),
+        ("flashinfer", "[" * 100_000, "must be JSON"),
+        ("flashinfer", "[]", "must hold a mapping, but it holds a list"),
+        ("vllm-omni", '{"default": {"skip_softmax": {"threshold": "x"}}}', "got threshold='x'"),
+        ("tokenspeed", "--skip-softmax-threshold x", "must be a number, but got `x`"),
+    ],
+)  # fmt: skip
+def test_malformed_files_are_refused_without_a_traceback(
+    engine: str, text: Any, message: str, tmp_path: Path
+) -> None:
+    if engine == "modelopt":
+        group = {key: text[key] for key in ("ignore", "target_sparsity") if key in text}
+        curve = {**CURVE, **{key: text[key] for key in ("prefill",) if key in text}}
+        text = config_json(threshold_scale_factor=curve, **group)
+    (tmp_path / "file").write_text(TRTLLM + text if engine == "trtllm" else text)
+    absolute = 1000 if ENGINES[engine].absolute else None
+    with pytest.raises(UserError, match=message):
+        importing.read_artefact(engine, tmp_path / "file", at_length=absolute)
+
+
+def test_a_null_ignore_list_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(config_json(threshold_scale_factor=CURVE, ignore=None))
+    assert importing.read_config_json(tmp_path / "x.json").ignore == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ('"num_hidden_layers": 0', r"must be 1 or more, .* \(0, 8, 2, 128\)"),
+        ('"num_key_value_heads": 3', r"multiple of the KV heads, but got .* \(4, 8, 3, 128\)"),
+        ('"num_hidden_layers": 1e400', "must name layers, heads and head size"),
+        ('"head_dim": -1', "must be 1 or more"),
+    ],
+)
+def test_a_model_without_a_usable_shape_is_refused(
+    changes: str, message: str, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = write_model(tmp_path / "model") / "config.json"
+    key = changes.split(":")[0]
+    lines = [line for line in config.read_text(encoding="utf-8").splitlines() if key not in line]
+    config.write_text("\n".join([lines[0], f"{changes},", *lines[1:]]), encoding="utf-8")
+    code, _, err = call(
+        "import", "--prefill", 5, "--model", config.parent, "-o", tmp_path / "t.yaml"
+    )
+    assert code == 2 and re.search(message, err), err
+
+
+def test_the_model_is_a_folder(call: Callable[..., Any], tmp_path: Path) -> None:
+    # The hash of a lone config.json is no model's: `validate` would refuse the file.
+    file = write_model(tmp_path / "model") / "config.json"
+    code, _, err = call("import", "--prefill", 5, "--model", file, "-o", tmp_path / "t.yaml")
+    assert code == 2 and "is a file; give its folder" in err
+
+
+def test_notes_say_what_was_read(call: Callable[..., Any], tmp_path: Path) -> None:
+    curve = {**CURVE, "prefill": {"a": 10.0, "b": 2.0}, "decode": {"a": 1.0, "b": 1.0}}
+    (tmp_path / "c.json").write_text(config_json(threshold_scale_factor=curve, target_sparsity=0.9))
+    (tmp_path / "skip.yaml").write_text(TRTLLM + "  target_sparsity: {prefill: 0.1}\n")
+    found = importing.read_artefact(
+        "trtllm", tmp_path / "skip.yaml", coefficients=tmp_path / "c.json"
+    )
+    assert found.scale_factor == pytest.approx({"prefill": 10 * math.exp(0.2)})
+    assert found.notes == ("prefill: 10 * exp(2 * 0.1)",)
 
 
 def config_json(**group: Any) -> str:

@@ -193,6 +193,39 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
     assert code == 1 and "none skips" in err
 
 
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("engine", ["tokenspeed", "modelopt", "trtllm", "sglang"])
+def test_the_next_command_that_is_printed_runs(
+    engine: str, call: Callable[..., Any], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_layer(copied)
+    if engine == "modelopt":  # its tiles are too large for the smoke run
+        votes = Votes(((1 << 20, (16,)),), tile_q=16)
+        server = Server("a server", "any", votes, replace(votes, tile_q=None))
+        monkeypatch.setitem(ENGINES, engine, replace(ENGINES[engine], servers=(server,)))
+        fits = json.loads((copied / "fit.json").read_text())
+        for fit in fits.values():
+            fit["model"] = {"refused": "planted", "points": 0}
+        (copied / "fit.json").write_text(json.dumps(fits))
+    gpu = ("--gpu", "sm90") if engine == "sglang" else ()
+    code, _, err = call("project", copied, "--engine", engine, *gpu)
+    assert code == 0, err
+    command = err.rpartition("now: calibrate ")[2].split()
+    needed = {
+        "tokenspeed": ["--at-length", "TOKENS", "--trust-geometry"],
+        "modelopt": ["--pin"],
+        "trtllm": ["--model", "DIR", "--apply"],
+        "sglang": ["--gpu", "sm90"],
+    }[engine]
+    assert command[2:] == ["--engine", engine, *needed]
+    served = copied.parent / "served"
+    served.mkdir()
+    shutil.copy(Path(open_run(copied)[1].model.path) / "config.json", served)
+    known = {"TOKENS": "100000", "DIR": str(served)}
+    code, _, err = call(*(known.get(word, word) for word in command))
+    assert code == 0, err
+
+
 def test_a_run_without_a_result_is_refused(call: Callable[..., Any], copied: Path) -> None:
     file = Thresholds.load(copied / "thresholds.yaml")
     failed = file.model_copy(update={"evidence": {**file.evidence, "verdict": "failed"}})

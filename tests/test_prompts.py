@@ -591,6 +591,31 @@ BAD_FILES = {
         with_line(6, '{"prompt": "x", "answer": ["y"]}'),
         r"a\.jsonl:6: `answer` must be text or a number, but got \['y'\]",
     ),
+    "half a character in a prompt": (
+        "a.jsonl",
+        with_line(7, r'{"prompt": "a \ud83d b", "answer": "x"}'),
+        r"a\.jsonl:7: `prompt` must be whole .* got '\\ud83d' alone at character 3; write both",
+    ),
+    "half a character in an answer": (
+        "a.json",
+        r'[{"prompt": "x", "answer": "\udc00"}]',
+        r"a\.json: row 1: `answer` must be whole .* got '\\udc00' alone at character 1",
+    ),
+    "a number of 5000 digits": (
+        "a.jsonl",
+        with_line(8, f'{{"prompt": "x", "answer": {"9" * 5000}}}'),
+        r"a\.jsonl:8: a number has more than \d+ digits; write it as text",
+    ),
+    "a number of 5000 digits in an array": (
+        "a.json",
+        f'[\n{{"prompt": "x", "answer": {"9" * 5000}}}]',
+        r"a\.json: a number has more than",
+    ),
+    "nested too deep": (
+        "a.jsonl",
+        with_line(9, "[" * 200_000),
+        r"a\.jsonl:9: arrays or objects are nested too deep; flatten",
+    ),
     "no such column": (
         "a.jsonl",
         with_line(3, '{"promt": "x", "answer": "y"}'),

@@ -25,9 +25,20 @@ class FileError(ValueError):
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice: YAML would silently keep the last one."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        # YAML's patterns and tags let through what Python cannot build: 2024-13-45, 0b_, `!!bool x`.
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            value = repr(node.value[:60]) if isinstance(node.value, str) else "this"
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{value} is no {kind}; correct it, or put quotes around a text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
-        for key_node, _ in node.value:
+        # `!!set [a]` is no mapping; the base class refuses it, with its line.
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=deep)
             # YAML allows a list as a key; the base class refuses it, with its line.
             if isinstance(key, Hashable) and key in seen:
@@ -64,6 +75,8 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
         raise FileError(f"{path}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise FileError(f"{path}: lists or mappings are nested too deep; flatten them") from None
     if not isinstance(data, dict):
         raise FileError(f"{path}: the file must be a YAML mapping, but it holds {_kind(data)}")
     return data, text
@@ -99,9 +112,16 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         text: the whole content.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the file cannot be written; it names the target.
     """
-    path = Path(path)
+    try:
+        _replace(Path(path), text)
+    except OSError as error:
+        # The user knows the target, not the hidden file that becomes it.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -152,7 +172,9 @@ def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None)
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
+        hint = f"known keys here: {', '.join(known)}" if known else "remove it"
+        if near:
+            hint = f"did you mean `{near[0]}`?"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: this key is required"

@@ -6,21 +6,40 @@ which model and tile geometry it holds, and what evidence there is. Unknown keys
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    model_validator,
+)
 
 from skip_softmax.strict_yaml import FileError, parse, read_mapping, write_text_atomically
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
-ScaleFactor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PowerOfTwo = Annotated[int, Field(ge=16, le=512)]
+
+def _no_boolean(value: Any) -> Any:
+    # Python counts `true` as 1, and so does pydantic.
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, but got {str(value).lower()}")
+    return value
+
+
+ScaleFactor = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
+PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_no_boolean)]
+PowerOfTwo = Annotated[int, Field(ge=16, le=512), BeforeValidator(_no_boolean)]
+Layer = Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
 
 
 class _Section(BaseModel):
@@ -102,7 +121,7 @@ class ScaleFactors(_Section):
 class LayerOverride(_Section):
     """Numbers of one layer: one for all heads, or one per query head (prefill) or KV head (decode)."""
 
-    layer: Annotated[int, Field(ge=0)]
+    layer: Layer
     prefill: ScaleFactor | tuple[ScaleFactor, ...] | None = None
     decode: ScaleFactor | tuple[ScaleFactor, ...] | None = None
 
@@ -110,8 +129,138 @@ class LayerOverride(_Section):
 class UncalibratedLayer(_Section):
     """A layer that was left dense because it could not be calibrated, and why."""
 
-    layer: Annotated[int, Field(ge=0)]
+    layer: Layer
     reason: str
+
+
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value)
+        _ANY.dump_python(value, mode="json")  # as `to_yaml` does: has a limit on nesting
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"must hold text, numbers, lists and mappings only, but got something else ({error}); "
+            "put quotes around a date, and flatten what is nested too deep"
+        ) from None
+    return value
+
+
+def _shaped(shape: type[BaseModel]) -> AfterValidator:
+    """Checks a mapping and keeps it as it stands, so that it is written back as it was read."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        shape.model_validate(value)
+        return value
+
+    return AfterValidator(check)
+
+
+def _length(key: Any) -> str:
+    text = str(key)
+    if not re.fullmatch("[1-9][0-9]{0,11}", text):
+        raise ValueError(f"a KV length must be a whole number of tokens above 0, but got {key!r}")
+    return text
+
+
+_Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Pair = Field(min_length=2, max_length=2)
+
+
+class FitSection(BaseModel):
+    """The fitted curve `scale_factor = a * exp(b * sparsity)` of a phase, or why there is none."""
+
+    # Strict: the mapping itself is kept, so a text that looks like a number would stay a text.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    a: _Positive = 1.0
+    b: _Positive = 1.0
+    r2: _Number = 0.0
+    points: int = 0
+    sparsity_range: Annotated[list[_Share], _Pair] = [0.0, 1.0]
+    kv_len_range: Annotated[list[_Number], _Pair] = [0.0, 0.0]
+    length_exponent: _Number = 1.0
+    refused: str = ""
+
+    @model_validator(mode="after")
+    def _curve_or_reason(self) -> FitSection:
+        given = self.model_fields_set & {"a", "b", "refused"}
+        if given not in ({"a", "b"}, {"refused"}):
+            raise ValueError(
+                "must hold both `a` and `b`, or else `refused` (why there is no curve), but got "
+                f"{' and '.join(f'`{key}`' for key in sorted(given)) or 'none of them'}"
+            )
+        return self
+
+
+class _Evidence(BaseModel):
+    # What evidence says beyond the parts that are read is its writer's own business.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class BoundSection(_Evidence):
+    """A mean over prompts, and its upper confidence bound."""
+
+    mean: float
+    upper: float
+
+
+class LossSection(_Evidence):
+    """What skipping costs on the held-out prompts."""
+
+    kl: BoundSection
+    score_drop: BoundSection
+    heldout_prompts: int
+
+
+class ShareSection(_Evidence):
+    """Skipped / visited tiles."""
+
+    achieved: _Share
+
+
+class SparsitySection(ShareSection):
+    """The same of a phase, and by length."""
+
+    by_length: dict[Annotated[str, BeforeValidator(_length)], ShareSection] = {}
+
+
+class SpeedSection(_Evidence):
+    """Dense time / time, predicted."""
+
+    prefill: _Number = 1.0
+    decode: _Number = 1.0
+    weighted: _Number = 1.0
+
+
+class BaselineSection(_Evidence):
+    """The best single number per phase."""
+
+    loss: dict[str, Any]
+    sparsity: dict[Phase, SparsitySection]
+    scale_factor: dict[Phase, ScaleFactor] = {}
+
+
+class ImportedSection(_Evidence):
+    """Where numbers of another source come from."""
+
+    engine: str = "native"
+
+
+class EvidenceSection(_Evidence):
+    """The parts of `evidence` that are read."""
+
+    verdict: Literal["passed", "failed", "not validated"] = "not validated"
+    loss: LossSection | None = None
+    sparsity: dict[Phase, SparsitySection] = {}
+    predicted_speedup: SpeedSection = SpeedSection()
+    uniform_baseline: BaselineSection = BaselineSection(loss={}, sparsity={})
+    imported: ImportedSection = ImportedSection()
 
 
 class Thresholds(_Section):
@@ -125,9 +274,9 @@ class Thresholds(_Section):
     scale_factor: ScaleFactors = ScaleFactors()
     layers: tuple[LayerOverride, ...] = ()
     uncalibrated: tuple[UncalibratedLayer, ...] = ()
-    fit: dict[Phase, Any] = {}
-    evidence: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
+    fit: dict[Phase, Annotated[dict[str, Any], _shaped(FitSection)]] = {}
+    evidence: Annotated[_Plain, _shaped(EvidenceSection)] = {}
+    provenance: _Plain = {}
 
     @model_validator(mode="after")
     def _laws(self) -> Thresholds:

@@ -6,7 +6,6 @@ run can be looked at too.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from optuna.trial import TrialState
 
 from calibrate.cost import load_curves
-from calibrate.errors import UserError
 from calibrate.provenance import digest
+from calibrate.run_files import read_json
 from calibrate.schema import RunConfig
 from calibrate.search import front, points, read_study
 from calibrate.stats import Statistics
@@ -298,9 +297,4 @@ def _round(value: float) -> float:
 
 def _read(path: Path) -> Any:
     """A JSON file of the folder; None if the run has not written it."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"`{path}` cannot be read ({error}); delete it and run again") from None
+    return read_json(path, object) if path.exists() else None

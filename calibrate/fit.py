@@ -99,15 +99,15 @@ def fit_points(
         return Curve(None, None, None, len(s), None, None, None, f"only {len(s)} usable points")
     line = scipy_stats.linregress(s, np.log(x))
     slope, intercept, r2 = float(line.slope), float(line.intercept), float(line.rvalue) ** 2
-    refused = None
+    scale, refused = math.exp(intercept), None
     if slope <= 0:
         refused = f"the scale factor does not grow with sparsity (b={slope:.3g})"
     elif r2 < min_r2:
         refused = f"`R² >= {min_r2:g}` must hold, but the fit reaches {r2:.3f}"
-    elif math.exp(intercept) == 0.0:
+    elif scale == 0.0:
         refused = f"the scale factor grows too fast with sparsity for a curve (b={slope:.3g})"
     return Curve(
-        math.exp(intercept),
+        scale,
         slope,
         r2,
         len(s),

@@ -29,6 +29,7 @@ from calibrate.measure import Outcome, Setting, compare, dense_logits, threshold
 from calibrate.model_config import identity_of
 from calibrate.models import LoadedModel, load
 from calibrate.prompts import Prompt, Split, build
+from calibrate.run_files import as_written, read_json
 from calibrate.schema import RunConfig
 from calibrate.search import Point, best_uniform, candidates, open_study, points, search
 from calibrate.sensitivity import Row, loss_model, measure_layers, plan
@@ -575,34 +576,6 @@ def _write_config(folder: Path, config: RunConfig) -> None:
 
 def _prompt(row: dict[str, Any]) -> Prompt:
     return Prompt(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file of the run folder, which must hold an object (or a list: `kind`)."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"`{path}` is missing; run again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"`{path}` cannot be read ({error}); delete it and run again") from None
-    if not isinstance(found, kind):
-        raise UserError(
-            f"`{path}` must hold a JSON {kind.__name__}, but holds {type(found).__name__}; delete it and "
-            "run again"
-        )
-    return found
-
-
-@contextmanager
-def as_written(path: Path) -> Iterator[None]:
-    """Names the file whose content is not what a run writes."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"`{path}` does not hold what a run writes there ({type(error).__name__}: {error}); delete it "
-            "and run again"
-        ) from None
 
 
 def _describe(point: Point) -> str:

@@ -20,9 +20,10 @@ from calibrate.engines import find_engine
 from calibrate.errors import UserError, WorkFailed
 from calibrate.measure import Outcome, Setting, compare, thresholds_for
 from calibrate.model_config import identity_of
-from calibrate.pipeline import Progress, Silent, Work, claimed, locked, open_run, read_json
+from calibrate.pipeline import Progress, Silent, Work, claimed, locked, open_run
 from calibrate.project import Projection, describe, project, tiles_for
 from calibrate.prompts import Prompt
+from calibrate.run_files import read_json
 from calibrate.schema import GeometryConfig, RunConfig
 from calibrate.search import points
 from calibrate.stats import Statistics

@@ -414,6 +414,11 @@ def test_odd_places_in_memory():
     )
     q = p.q.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert q.stride(-1) != 1
+    torch.library.opcheck(
+        torch.ops.skip_softmax.prefill.default,
+        (q, p.k, p.v, 0.0, None, True, 0.1, None, 64, 32, None, None, None, None, 70, False),
+        test_utils="test_faketensor",
+    )
     whole = torch.compile(
         lambda q: ss.attention(q, p.k, p.v, **call) * 1,
         backend="inductor" if DEVICE == "cuda" else "aot_eager",

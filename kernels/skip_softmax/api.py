@@ -14,6 +14,7 @@ import torch
 from skip_softmax import reference
 from skip_softmax.arguments import (
     Lengths,
+    as_kernels_read,
     check_block_table,
     check_geometry,
     check_packed,
@@ -252,8 +253,8 @@ def attention_varlen(
         factor, factors = kernel_factors(scale_factor, q.shape[1], q.device, "query")
         out, counts = run_prefill(
             chosen, *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
-            *(x.to(q.device, torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)),
-            max_seqlen_q, return_stats,
+            as_kernels_read(cu_seqlens_q, q.device), as_kernels_read(cu_seqlens_k, q.device), max_seqlen_q,
+            return_stats,
         )  # fmt: skip
         out = _forward_only(out[0].transpose(0, 1), q, k, v)
         return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
@@ -361,30 +362,29 @@ def decode_attention(
         warn_if_known_meaningless(factor, kv_lens, capacity, tokens=run.shape[2])
         out, counts = decode_kernel().decode(
             run, k_cache, v_cache, kernel_lengths("kv_lens", kv_lens, q.shape[0], capacity, q.device),
-            None if block_table is None else block_table.to(q.device, torch.int32).contiguous(),
+            None if block_table is None else as_kernels_read(block_table, q.device),
             factor, factors, scale, window, tile_kv, running_max == "seeded", 0, return_stats,
         )  # fmt: skip
         out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
         return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
-    inputs = q, k_cache, v_cache
+    keys, values = k_cache, v_cache
     if block_table is not None:
-        pool = k_cache
-        k_cache, v_cache = (gather_pages(cache, block_table) for cache in (k_cache, v_cache))
-    kv_heads, tokens = k_cache.shape[1], run.shape[2]
+        keys, values = (gather_pages(cache, block_table) for cache in (k_cache, v_cache))
+    kv_heads, tokens = keys.shape[1], run.shape[2]
     factors = scale_factors(scale_factor, kv_heads, q.device, "KV")
-    out = q.new_zeros(*run.shape[:3], v_cache.shape[-1])
+    out = q.new_zeros(*run.shape[:3], values.shape[-1])
     shape = (q.shape[0], kv_heads)
     stats = Stats(*(torch.zeros(shape, dtype=torch.int64, device=q.device) for _ in range(2)))
-    lengths = lengths_of(None, kv_lens, run, k_cache, kv_start)
+    lengths = lengths_of(None, kv_lens, run, keys, kv_start)
     if block_table is not None:
-        check_pages(block_table, lengths, window, pool)
+        check_pages(block_table, lengths, window, k_cache)
     warn_if_meaningless(factors, [kv_len - tokens + 1 for _, kv_len in lengths])
     for b, (_, kv_len) in enumerate(lengths):
         request = Request(tokens, kv_len, kv_start, True, window, None, tile_kv, running_max)
         out[b], stats.visited[b], stats.skipped[b] = reference.attend(
-            run[b], k_cache[b], v_cache[b], request, scale, factors
+            run[b], keys[b], values[b], request, scale, factors
         )
-    out = _forward_only(out if q.dim() == 4 else out[:, :, 0], *inputs)
+    out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
     return (out, stats) if return_stats else out
 
 
@@ -500,16 +500,11 @@ def tile_statistics(
         tile_kv,
         running_max,
     )
-    pairs = [reference.statistics(*qkv, request, scale) for qkv in zip(q, k, v, strict=True)]
-    histograms = [histogram for _, histogram in pairs]
-    heads = k.shape[1] if decode else q.shape[1]
-    none = torch.zeros(heads, BINS, dtype=torch.int64, device=q.device)
-    total = TileHistogram(
-        counts=torch.stack([none, *(h.counts for h in histograms)]).sum(0),
-        mass=torch.stack([none.double(), *(h.mass for h in histograms)]).sum(0),
-        rows=sum(h.rows for h in histograms),
-    )
     out = q.new_empty(*q.shape[:3], v.shape[-1])
-    for b, (part, _) in enumerate(pairs):
-        out[b] = part
-    return _forward_only(out, q, k, v), total
+    heads = k.shape[1] if decode else q.shape[1]
+    counts = torch.zeros(heads, BINS, dtype=torch.int64, device=q.device)
+    mass, rows = counts.double(), 0
+    for b, qkv in enumerate(zip(q, k, v, strict=True)):
+        out[b], one = reference.statistics(*qkv, request, scale)
+        counts, mass, rows = counts + one.counts, mass + one.mass, rows + one.rows
+    return _forward_only(out, q, k, v), TileHistogram(counts, mass, rows)

@@ -103,7 +103,12 @@ def kernel_lengths(
         raise ValueError(
             f"`{name}` must hold {batch} numbers, but got shape {tuple(lengths.shape)}"
         )
-    return lengths.to(device, torch.int32).contiguous()
+    return as_kernels_read(lengths, device)
+
+
+def as_kernels_read(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Lengths, starts and page numbers as kernels read them: int32, one behind the other."""
+    return x.to(device, torch.int32).contiguous()
 
 
 def lengths_of(

@@ -133,8 +133,6 @@ def run_prefill(
     *lengths_and_stats: torch.Tensor | int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a kernel that `choose_prefill` chose; arguments and results are those of `prefill.prefill`."""
-    # Here, so that what the op's output looks like follows from what the op is given.
-    q = q if q.stride(-1) == 1 else q.contiguous()
     if chosen == "hopper":
         # Window and geometry are those it accepted.
         out, counts = hopper_kernel().hopper(

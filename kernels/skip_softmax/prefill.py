@@ -484,8 +484,9 @@ def prefill(
     config = choose(q, v, tile_q, tile_kv)
     # Known to be dense on the host: the kernel without skipping.
     armed = factors is not None or factor > 0
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # Before q is copied: the fake kernel knows only the q that was given.
     out, counts = empty_results(q, v, q_starts, stats)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     counts.zero_()
     if not out.numel():
         return out, counts

@@ -146,9 +146,8 @@ def applied(
     heads = {"prefill": shape.q_heads, "decode": shape.kv_heads}
     # Counts stay on the model's device: reading them back in every call would make the GPU wait.
     counts = TileCounts()
-    with torch.inference_mode(
-        False
-    ):  # the block may be entered inside of it, and the model run outside
+    # The block may be entered in inference mode, and the model run outside of it.
+    with torch.inference_mode(False):
         for phase in PHASES:
             counts.visited[phase] = torch.zeros(
                 shape.layers, heads[phase], dtype=torch.int64, device=model.device
@@ -588,9 +587,8 @@ def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(
-        config, "qk_nope_head_dim", None
-    ):  # latent attention: a part with positions, one without
+    # Latent attention: a part with positions, one without.
+    if getattr(config, "qk_nope_head_dim", None):
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     found = (config.num_hidden_layers, heads, kv_heads, head_dim)
     wanted = thresholds.model

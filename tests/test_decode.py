@@ -97,6 +97,24 @@ def test_tiles(tile_kv):
     check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv)
 
 
+@pytest.mark.parametrize("armed", [True, False])
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(
+    "head_dim, tile_kv, dtype",
+    [
+        (64, 256, torch.float32),
+        (128, 64, torch.float32),
+        (128, 128, torch.float32),
+        (128, 256, torch.float16),
+        (256, 128, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_largest_tiles_fit_shared_memory(head_dim, tile_kv, dtype, tokens, armed):
+    p = planted(tokens=tokens, heads=4, kv_len=700, head_dim=head_dim, tile_kv=tile_kv, dtype=dtype)
+    check(p, tile_kv=tile_kv, scale_factor=p.scale_factor if armed else 0.0)
+
+
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_pages_equal_a_contiguous_cache(page):
@@ -235,12 +253,14 @@ def test_torch_compile_sees_one_graph():
         ({"tokens": 17}, "17 query tokens"),
         ({"heads": 256, "kv_len": 8}, "256 rows per KV head"),
         ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"head_dim": 256, "tile_kv": 128}, "128 x 256 numbers of torch.float32"),
+        ({"head_dim": 128, "tile_kv": 128, "heads": 128}, "256 x 128 numbers of torch.float32"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
     p = planted(**{"kv_len": 40, **change})
     with pytest.raises(NotImplementedError, match=words):
-        ss.decode_attention(p.q, p.k, p.v, backend="triton")
+        ss.decode_attention(p.q, p.k, p.v, tile_kv=change.get("tile_kv", 64), backend="triton")
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -53,6 +53,13 @@ def test_any_vote_geometry(tile_q, tile_kv):
     compare(p, tile_q=tile_q, tile_kv=tile_kv, moved=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_large_heads_fit_shared_memory(head_dim, dtype):
+    p = plant(q_len=140, kv_len=300, head_dim=head_dim, tile_kv=128, dtype=dtype)
+    compare(p, tile_q=64, tile_kv=128, moved=0.02)
+
+
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("window", [30, 150])
 def test_windows(window, decode):

@@ -63,6 +63,26 @@ def test_head_dims(head_dim):
     check(plant(q_len=65, kv_len=100, head_dim=head_dim))
 
 
+@pytest.mark.parametrize("armed", [True, False])
+@pytest.mark.parametrize(
+    "head_dim, tile_q, tile_kv, dtype",
+    [
+        (64, 128, 128, torch.float32),
+        (64, 64, 256, torch.float32),
+        (128, 64, 128, torch.float32),
+        (128, 128, 128, torch.float32),
+        (256, 64, 64, torch.float32),
+        (128, 128, 256, torch.float16),
+        (256, 128, 128, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_largest_tiles_fit_shared_memory(head_dim, tile_q, tile_kv, dtype, armed):
+    p = plant(q_len=140, kv_len=600, head_dim=head_dim, tile_q=tile_q, tile_kv=tile_kv, dtype=dtype)
+    factor = p.scale_factor if armed else 0.0
+    check(p, tile_q=tile_q, tile_kv=tile_kv, scale_factor=factor)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 40, 150, 1000])
 def test_windows(causal, window):
@@ -203,14 +223,20 @@ def test_torch_compile_sees_one_graph():
         ({"dtype": torch.float64}, "dtype torch.float64"),
         ({"kv_start": 8}, "kv_start 8"),
         ({"tile_q": 256}, "tile_q 256 is not between 4 and 128"),
+        (
+            {"head_dim": 256, "tile_kv": 128},
+            "128 x 256 numbers of torch.float32 at once are 128 KiB",
+        ),
         ({"tile_kv": 8}, "tile_kv 8"),
         ({"scale": -1.0}, "scale -1.0"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
-    p = plant(dtype=change.pop("dtype", torch.float32), q_len=10, kv_len=20)
+    shape = {"dtype": torch.float32, "head_dim": 64} | change
+    p = plant(q_len=10, kv_len=20, dtype=shape.pop("dtype"), head_dim=shape.pop("head_dim"))
+    call = {key: value for key, value in change.items() if key in shape}
     with pytest.raises(NotImplementedError, match=words):
-        ss.attention(p.q, p.k, p.v, backend="triton", **change)
+        ss.attention(p.q, p.k, p.v, backend="triton", **call)
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):

@@ -100,6 +100,7 @@ def _send(words, full, free, rounds):
 def _receive(out, words, full, free, rounds):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     rows = gl.arange(0, 128, layout)
+    out += gl.program_id(0) * rounds * 128
     for i in range(rounds):
         mbarrier.wait(full.index(i % 2), (i // 2) & 1)
         gl.store(out + 128 * i + rows, words.index(i % 2).load(layout))
@@ -123,12 +124,13 @@ def _control(out, rounds):
     )
 
 
-def control(rounds: int = 8) -> bool:
+def control(programs: int = 264, rounds: int = 8) -> bool:
     """Two warp partitions that hand words over by mbarriers, all in Gluon's own words."""
-    out = torch.full((rounds, 128), -1, dtype=torch.int32, device="cuda")
-    _control[(1,)](out, rounds, num_warps=4)
+    out = torch.full((programs, rounds, 128), -1, dtype=torch.int32, device="cuda")
+    _control[(programs,)](out, rounds, num_warps=4)
     rows = torch.arange(128, device="cuda")
-    right = torch.equal(out, (rows + torch.arange(rounds, device="cuda")[:, None]).int())
+    sent = rows + torch.arange(rounds, device="cuda")[:, None]
+    right = torch.equal(out, sent.int().expand_as(out))
     print(f"what one partition sent, the other received: {right}")
     return right
 

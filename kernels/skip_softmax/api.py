@@ -152,7 +152,7 @@ def attention(
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     stats = Stats(*(torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) for _ in range(2)))
     lengths = lengths_of(q_lens, kv_lens, q, k, kv_start)
-    warn_if_meaningless(factors, [kv_len for _, kv_len in lengths])
+    warn_if_meaningless(factors.max().item(), [kv_len for _, kv_len in lengths])
     for b, (q_len, kv_len) in enumerate(lengths):
         request = Request(q_len, kv_len, kv_start, causal, window, tile_q, tile_kv)
         out[b, :, :q_len], stats.visited[b], stats.skipped[b] = reference.attend(
@@ -378,7 +378,7 @@ def decode_attention(
     lengths = lengths_of(None, kv_lens, run, keys, kv_start)
     if block_table is not None:
         check_pages(block_table, lengths, window, k_cache)
-    warn_if_meaningless(factors, [kv_len - tokens + 1 for _, kv_len in lengths])
+    warn_if_meaningless(factors.max().item(), [kv_len - tokens + 1 for _, kv_len in lengths])
     for b, (_, kv_len) in enumerate(lengths):
         request = Request(tokens, kv_len, kv_start, True, window, None, tile_kv, running_max)
         out[b], stats.visited[b], stats.skipped[b] = reference.attend(

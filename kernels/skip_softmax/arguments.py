@@ -58,21 +58,25 @@ def scale_factors(
     factors = torch.as_tensor(value, dtype=torch.float64, device=device)
     _check_one_per_head(factors, heads, kind)
     if not bool(torch.isfinite(factors).all()) or bool((factors < 0).any()):
-        raise ValueError(
-            f"`scale_factor >= 0` and finite must hold, but got {value}; 0 means dense"
-        )
+        raise _no_scale_factor(value)
     return factors.expand(heads)
+
+
+def _no_scale_factor(value: object) -> ValueError:
+    return ValueError(f"`scale_factor >= 0` and finite must hold, but got {value}; 0 means dense")
 
 
 def kernel_factors(
     value: float | torch.Tensor, heads: int, device: torch.device, kind: str
 ) -> tuple[float, torch.Tensor | None]:
     """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is, without a wait."""
-    if isinstance(value, list | tuple):
-        value = torch.as_tensor(value)
-    if not isinstance(value, torch.Tensor):
-        scale_factors(value, heads, torch.device("cpu"), kind)
+    # Without tensors: every layer passes here in every step.
+    if isinstance(value, int | float):
+        if not (math.isfinite(value) and value >= 0):
+            raise _no_scale_factor(value)
         return float(value), None
+    if not isinstance(value, torch.Tensor):
+        value = torch.as_tensor(value)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         value = scale_factors(value, heads, device, kind)
     else:
@@ -137,12 +141,9 @@ def scale_of(scale: float | None, q: torch.Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
-def warn_if_meaningless(factors: torch.Tensor, kv_lens: list[int], stacklevel: int = 3) -> None:
+def warn_if_meaningless(largest: float, kv_lens: list[int], stacklevel: int = 3) -> None:
     """Says that a call runs dense because its threshold would be 1 or more; without keys it just is empty."""
-    kv_lens = [n for n in kv_lens if n > 0]
-    if not kv_lens or not factors.numel():
-        return
-    shortest, largest = min(kv_lens), float(factors.max())
+    shortest = min((n for n in kv_lens if n > 0), default=math.inf)
     if largest > 0 and largest >= shortest:
         warnings.warn(
             f"`scale_factor < kv_len` must hold, but got scale_factor={largest:g} with kv_len={shortest}; "
@@ -159,7 +160,7 @@ def warn_if_known_meaningless(
     if factor == 0 or isinstance(kv_lens, torch.Tensor) or torch.compiler.is_compiling():
         return
     lengths = [capacity] if kv_lens is None else [int(n) for n in kv_lens]
-    warn_if_meaningless(torch.tensor([factor]), [n - tokens + 1 for n in lengths], stacklevel=4)
+    warn_if_meaningless(factor, [n - tokens + 1 for n in lengths], stacklevel=4)
 
 
 def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> None:

@@ -28,7 +28,18 @@ import torch
 import triton
 import triton.language as tl
 
-from skip_softmax.prefill import LOG2E, device, on_device, precision, why_not_here, width
+from skip_softmax.prefill import (
+    LOG2E,
+    MOST_TILE_BYTES,
+    cdiv,
+    device,
+    launching_on,
+    next_power_of_2,
+    precision,
+    why_not_here,
+    why_too_large,
+    width,
+)
 from skip_softmax.tiles import (
     count_bits,
     keeps,
@@ -364,7 +375,11 @@ def why_not(
         return f"tile_kv {tile_kv} is not between 16 and 256"
     if page and (page < 16 or page & (page - 1)):
         return f"page size {page} is not a power of two from 16"
-    return why_not_here(q, v, scale, kv_start)
+    reason = why_not_here(q, v, scale, kv_start) or why_too_large(q, v, tile_kv)
+    if reason is None and q.dtype == torch.float32 and rows > 32:
+        # Then shared memory holds the parts of the queries too (wgmma).
+        reason = why_too_large(q, v, next_power_of_2(rows) + tile_kv, most=MOST_TILE_BYTES * 3 // 2)
+    return reason
 
 
 def config_for(batch_heads: int, processors: int, can_load_ahead: bool) -> Config:
@@ -389,6 +404,24 @@ def choose(
     splits = config.per_processor * processors // batch_heads
     stages = -config.stages if config.ahead else config.stages
     return max(1, min(splits, tiles // 4)), config.warps, stages
+
+
+def stages_that_fit(
+    stages: int, k_bytes: int, v_bytes: int, rows: int, armed: bool, shared: int
+) -> int:
+    """The pipeline of a call that does not load v ahead, as long as shared memory allows.
+
+    Args:
+        stages: as wanted.
+        k_bytes: of a tile of keys.
+        v_bytes: of a tile of values; armed, only one is held at a time.
+        rows: of the score tile; its products read shared memory later from 64 rows on (wgmma).
+        armed: whether tiles may be skipped.
+        shared: what a program may have [bytes].
+    """
+    room = shared - 40 * 1024
+    tiles = (room - v_bytes) // k_bytes if armed else room // (k_bytes + v_bytes)
+    return max(1, min(stages, tiles + (rows < 64)))
 
 
 @torch.library.custom_op("skip_softmax::decode", mutates_args=())
@@ -439,14 +472,16 @@ def decode(
     processors = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
     )
-    rows = max(16, triton.next_power_of_2(tokens * group))
+    rows = max(16, next_power_of_2(tokens * group))
     # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
     # the running maximum of the tile before.
-    tile_bytes = tile_kv * (width(k.shape[-1]) + width(v.shape[-1])) * k.element_size()
-    can = rows < 64 and tile_bytes <= AHEAD_BYTES and (seeded or not armed)
+    k_bytes, v_bytes = (tile_kv * width(x.shape[-1]) * x.element_size() for x in (k, v))
+    can = rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (seeded or not armed)
     config = config_for(batch * kv_heads, processors, can)
-    tiles = triton.cdiv(capacity, tile_kv)
+    tiles = cdiv(capacity, tile_kv)
     chosen, warps, stages = choose(batch * kv_heads, tiles, processors, can)
+    if not config.ahead:
+        stages = stages_that_fit(stages, k_bytes, v_bytes, rows, armed, device(q.device)[1])
     splits = 1 if armed and not seeded else splits or chosen
     shape = (batch, kv_heads, splits, tokens * group)
     parts = torch.empty(
@@ -454,7 +489,7 @@ def decode(
     )
     lse = torch.empty(shape if splits > 1 else (0,), dtype=torch.float32, device=q.device)
     early = splits > 1 and q.is_cuda and device(q.device)[0] >= 9
-    with on_device(q):
+    with launching_on(q):
         _decode[(splits, kv_heads, batch)](
             q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,
             factor, scale * LOG2E, capacity, window or 0,
@@ -468,10 +503,10 @@ def decode(
         )  # fmt: skip
         if splits > 1:
             columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
-            _combine[(tokens * group * triton.cdiv(v.shape[-1], columns), kv_heads, batch)](
+            _combine[(tokens * group * cdiv(v.shape[-1], columns), kv_heads, batch)](
                 parts, lse, out, splits, *out.stride()[:3], TOKENS=tokens, GROUP=group,
                 HEAD_DIM_V=v.shape[-1], WIDTH_V=columns, EARLY=early,
-                BLOCK=min(config.join, triton.next_power_of_2(splits)), num_warps=config.join_warps,
+                BLOCK=min(config.join, next_power_of_2(splits)), num_warps=config.join_warps,
                 **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
     return out, counts

@@ -21,9 +21,11 @@ from skip_softmax.histogram import TileHistogram
 from skip_softmax.prefill import (
     INTERPRETED,
     LOG2E,
+    cdiv,
     descriptor,
     descriptor_fits,
-    on_device,
+    launching_on,
+    next_power_of_2,
     precision,
     why_not_blackwell,
     why_not_here,
@@ -322,12 +324,15 @@ def statistics(
     batch, q_heads, q_len, _ = q.shape
     kv_len, group = k.shape[2], q_heads // k.shape[1]
     heads = k.shape[1] if decode else q_heads
-    pack = triton.next_power_of_2(group) if decode else 1
-    small = q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128
-    block_m, block_n = 64 if small else 128, min(tile_kv, 64 if small else 128)
+    pack = next_power_of_2(group) if decode else 1
+    single, wide = q.dtype == torch.float32, max(q.shape[-1], v.shape[-1]) > 128
+    small = single or wide
+    block_m = 64 if small else 128
+    # What shared memory holds beside the queries.
+    block_n = min(tile_kv, 32 if single and wide else 64 if small else 128)
     vote_rows = pack if decode else tile_q
     subs = max(1, vote_rows // block_m)
-    blocks = triton.cdiv(q_len, block_m // pack * subs)
+    blocks = cdiv(q_len, block_m // pack * subs)
     items = batch * heads * blocks
     processors = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
@@ -341,7 +346,7 @@ def statistics(
     )
     counts = torch.zeros(heads, histogram.BINS, dtype=torch.int64, device=q.device)
     mass = torch.zeros_like(counts)
-    note_blocks = triton.cdiv(kv_len, tile_kv) * (tile_kv // block_n)
+    note_blocks = cdiv(kv_len, tile_kv) * (tile_kv // block_n)
     notes = torch.empty(
         2, programs, note_blocks, block_m * subs, dtype=torch.float32, device=q.device
     )
@@ -349,7 +354,7 @@ def statistics(
     if items and kv_len:
         modern = INTERPRETED or torch.cuda.get_device_capability(q.device)[0] >= 9
         tma, tma_v = modern and descriptor_fits(k), modern and descriptor_fits(v)
-        with on_device(q):
+        with launching_on(q):
             _statistics[(programs,)](
                 q,
                 descriptor(k, [block_n, width(k.shape[-1])]) if tma else k,
@@ -364,7 +369,7 @@ def statistics(
                 CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=causal, WINDOWED=window is not None,
                 SEEDED=decode and seeded, DECODE=decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
                 BINS=histogram.BINS, TMA=tma, TMA_V=tma_v, PRECISION=precision(q.dtype, block_n),
-                STAGES=2 if small else 3, num_warps=8,
+                STAGES=1 if single and wide else 2 if small else 3, num_warps=8,
             )  # fmt: skip
     rows = batch * q_len * (group if decode else 1)
     return out, TileHistogram(counts, mass.double() * MASS_UNIT, rows)

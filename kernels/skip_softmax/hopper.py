@@ -41,7 +41,7 @@ K_STAGES = gl.constexpr(2)
 V_STAGES = gl.constexpr(3)
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, which vote together
 
-# Barriers of the words below. Each warp of a consumer arrives once.
+# Barriers of the words below. Each warp of a consumer arrives once, each thread at ITEM_FREE.
 K_FREE = gl.constexpr(0)
 V_FREE = gl.constexpr(2)
 DECIDED = gl.constexpr(5)
@@ -117,6 +117,21 @@ def _arrive(barrier):
         mov.u32 at, skip_words;
         mad.lo.u32 at, $1, 8, at;
         @first mbarrier.arrive.shared::cta.b64 _, [at];
+        mov.b32 $0, 0;
+        }""",
+        barrier,
+    )
+
+
+@gluon.jit
+def _arrive_all(barrier):
+    """One arrival of each thread: racecheck follows a read to the arrival of its own thread only."""
+    _ptx(
+        """{
+        .reg .b32 at;
+        mov.u32 at, skip_words;
+        mad.lo.u32 at, $1, 8, at;
+        mbarrier.arrive.shared::cta.b64 _, [at];
         mov.b32 $0, 0;
         }""",
         barrier,
@@ -504,7 +519,7 @@ def _take(turn):
     """The number of the next item; that of no item ends the loop."""
     _await(ITEM_THERE + turn % 2, (turn // 2) & 1)
     number = _read(ITEM_AT + 4 * (turn % 2))
-    _arrive(ITEM_FREE + turn % 2)
+    _arrive_all(ITEM_FREE + turn % 2)
     return number
 
 
@@ -805,7 +820,7 @@ def _hopper(
         _init(DECIDED + i, 4 * GROUPS)
     for i in gl.static_range(2):
         _init(ITEM_THERE + i, 1)
-        _init(ITEM_FREE + i, 4 * GROUPS)
+        _init(ITEM_FREE + i, 128 * GROUPS)
     fence_async_shared()
     c = _Call(
         q_len, kv_len, items, group, kv_heads, blocks, q_lens, kv_lens, q_starts, kv_starts,
@@ -925,7 +940,7 @@ def hopper(
     out, counts = prefill.empty_results(q, v, q_starts, stats)
     counts.zero_()
     groups = GROUPS[head_dim]
-    blocks = triton.cdiv(most_q, ROWS.value * groups)
+    blocks = prefill.cdiv(most_q, ROWS.value * groups)
     items = requests * heads * blocks
     if not items:
         return out, counts
@@ -935,7 +950,7 @@ def hopper(
     # Counts the items given out, beyond the first of each program.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
     heavy, light = REGISTERS[groups]
-    with prefill.on_device(q):
+    with prefill.launching_on(q):
         _hopper[(min(items, processors),)](
             _descriptor(q, ROWS.value), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
             counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * math.log2(math.e),

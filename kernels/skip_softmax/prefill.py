@@ -19,12 +19,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from skip_softmax.tiles import (
@@ -39,6 +41,7 @@ from skip_softmax.tiles import (
 )
 
 LOG2E = math.log2(math.e)
+MOST_TILE_BYTES = 2**16  # of keys or queries; shared memory holds several tiles
 # 3.6 crashes on products inside a branch when it compiles for sm_100.
 KNOWS_BLACKWELL = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
 # Triton reads it when a kernel is decorated, so it cannot change later.
@@ -308,6 +311,20 @@ def why_not_here(q: torch.Tensor, v: torch.Tensor, scale: float, kv_start: int) 
     return None
 
 
+def why_too_large(
+    q: torch.Tensor, v: torch.Tensor, tokens: int, most: int = MOST_TILE_BYTES
+) -> str | None:
+    """Whether the tile of so many tokens has more bytes than shared memory can do with."""
+    columns = width(max(q.shape[-1], v.shape[-1]))
+    size = tokens * columns * q.element_size()
+    if size > most:
+        return (
+            f"{tokens} x {columns} numbers of {q.dtype} at once are {size // 1024} KiB, which is more than "
+            f"{most // 1024}"
+        )
+    return None
+
+
 def why_not_blackwell(q: torch.Tensor) -> str | None:
     """Whether this Triton fails on the device; see KNOWS_BLACKWELL."""
     if q.is_cuda and device(q.device)[0] >= 10 and not KNOWS_BLACKWELL:
@@ -327,7 +344,12 @@ def why_not(
         return (
             f"tile_q {tile_q} is not between 4 and 128 (a block has 128 rows and at most 32 votes)"
         )
-    return why_not_here(q, v, scale, kv_start) or why_not_blackwell(q)
+    rows = max(tile_q, 64) if q.dtype == torch.float32 else 0
+    return (
+        why_not_here(q, v, scale, kv_start)
+        or why_too_large(q, v, max(rows, tile_kv))
+        or why_not_blackwell(q)
+    )
 
 
 def choose(q: torch.Tensor, v: torch.Tensor, tile_q: int, tile_kv: int) -> Config:
@@ -371,7 +393,7 @@ def choose_for(
         warps=8 if block_m > config.block_m else config.warps,
         registers=config.registers if block_m == config.block_m and major == 9 else None,
         stages=max(1, min(config.stages, room // (2 * tile))),
-        sparse_stages=max(1, min(config.sparse_stages, room // tile - 1)),
+        sparse_stages=max(1, min(config.sparse_stages, room // tile - (1 if major >= 9 else 2))),
         tma=config.tma and major >= 9,
     )
 
@@ -385,21 +407,49 @@ def device(of: torch.device) -> tuple[int, int]:
     return properties.major, properties.shared_memory_per_block_optin
 
 
-def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+@contextmanager
+def launching_on(x: torch.Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensors'.
+
+    Raises:
+        NotImplementedError: the kernel needs more of the device than it has.
+    """
+    try:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            yield
+    except OutOfResources as error:
+        raise NotImplementedError(
+            f"a kernel must fit the GPU, but these tiles need {error.required} of its {error.limit} units of "
+            f"{error.name}; take smaller tiles, 16-bit tensors or backend='reference'"
+        ) from None
 
 
 def precision(dtype: torch.dtype, tile_kv: int) -> str:
-    """How products of fp32 are made: three TF32 products; plain fp32 below 32 keys, where those go wrong."""
+    """How products of fp32 are made.
+
+    From six products of bf16 parts, which take less shared memory than three of TF32; the interpreter knows
+    the latter only. Below 32 keys, where those go wrong, in plain fp32.
+    """
     if dtype != torch.float32:
         return "tf32"
-    return "ieee" if tile_kv < 32 else "tf32x3"
+    if tile_kv < 32:
+        return "ieee"
+    return "tf32x3" if INTERPRETED else "bf16x6"
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up; Triton's own takes 14 microseconds, as does its `next_power_of_2`."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def width(head_dim: int) -> int:
     """Columns of a tile in registers: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def descriptor_fits(x: torch.Tensor) -> bool:
@@ -492,8 +542,8 @@ def prefill(
         return out, counts
     tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    grid = (q.shape[1], triton.cdiv(most_q, config.block_m), requests)
-    with on_device(q):
+    grid = (q.shape[1], cdiv(most_q, config.block_m), requests)
+    with launching_on(q):
         _prefill[grid](
             q,
             descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,

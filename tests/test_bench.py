@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -87,6 +91,29 @@ def small(program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any
 
 
 # What it measures.
+
+
+def test_a_graph_keeps_the_tensors_that_only_its_call_holds(
+    program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    timings = program("timings")
+    replays = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(held())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    keys = torch.zeros(2)
+    held = weakref.ref(keys)
+    replay = timings.ready(partial(keys.add, 1))
+    del keys
+    gc.collect()
+    replay()
+    assert replays[0] is not None
 
 
 def test_every_phase_is_measured_and_shown(

@@ -12,10 +12,12 @@ save.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from calibrate.cost import Cost
@@ -36,6 +38,8 @@ _GROUP_RANGE = 1.0  # octaves
 _OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
 _DENSE_BELOW = 0.3
 _DENSE_LAYERS = "dense_layers"
+_TILTS = {"analytic": 1.0, "uniform": 0.0}
+_LEAST_LOSS = 1e-9  # of a setting that skips next to nothing [nats/token]
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,44 @@ class Space:
         """Warm starts: the analytic allocation and one number per phase, at several shares of the budget."""
         points: list[tuple[str, Params]] = []
         for share in (0.5, 0.25, 1.0):
-            for name, tilt in (("analytic", 1.0), ("uniform", 0.0)):
+            for name, tilt in _TILTS.items():
                 if self._form == "scalar" and tilt:
                     continue  # one number per phase is uniform
                 points.append((name, self._seed(tilt, share * self.config.budget.kl)))
         return points
+
+    def aimed(
+        self, name: str, loss: float, measured: Sequence[tuple[Setting, float]]
+    ) -> Params | None:
+        """A warm start whose measured loss should come to `loss` [nats/token].
+
+        Layers interact, so a predicted loss is off by a factor, which differs between models. Losses
+        measured on the same line of settings say which prediction to ask for: between them by their
+        logarithms, beyond them in proportion.
+
+        Args:
+            name: `analytic` or `uniform`.
+            loss: to aim at.
+            measured: settings of that name that were tried, with their loss.
+
+        Returns:
+            The point, or None where the space has no such line or nothing was measured on it.
+        """
+        if not measured or (name == "analytic" and self._form == "scalar"):
+            return None
+        pairs = sorted(
+            (math.log(max(sum(self.predicted_loss(setting).values()), _LEAST_LOSS)), kl)
+            for setting, kl in measured
+        )
+        predicted = [log_predicted for log_predicted, _ in pairs]
+        # A larger allowance costs no less; what noise puts out of order counts as equal.
+        risen = itertools.accumulate((math.log(max(kl, _LEAST_LOSS)) for _, kl in pairs), max)
+        found, target = list(risen), math.log(loss)
+        end = predicted[-1] if target > found[-1] else predicted[0]
+        outside = end + target - min(max(target, found[0]), found[-1])
+        inside = found[0] <= target <= found[-1]
+        allowed = float(np.interp(target, found, predicted)) if inside else outside
+        return self._seed(_TILTS[name], math.exp(allowed))
 
     def _seed(self, tilt: float, allowed: float) -> Params:
         """The scale of each phase that gains most time for a total predicted loss of `allowed`."""

@@ -121,7 +121,7 @@ def report(
     """Write report.html of a run, or compare two runs side by side; prints the file's path."""
     from calibrate.pipeline import write_report
 
-    sys.stdout.write(f"{write_report(folder, other, output)}\n")
+    _write(f"{write_report(folder, other, output)}\n")
 
 
 @app.command()
@@ -135,8 +135,7 @@ def show(
     """Print a thresholds file as a table, with its evidence."""
     thresholds = Thresholds.load(file)
     if as_json:
-        with _written():
-            _print_json(thresholds.model_dump(mode="json", exclude_none=True))
+        _print_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
     from calibrate.lengths import expectation_table, expectations
 
@@ -145,13 +144,10 @@ def show(
         from calibrate.serving import statistics_for
 
         statistics = statistics_for(thresholds, run)
-    console = _stdout()
     rows = expectations(thresholds, statistics)
     tables = [_phase_table(thresholds), *([expectation_table(rows)] if rows else [])]
     dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
-    with _written():
-        for part in (*tables, _layer_table(thresholds), *map(Text, dense)):
-            console.print(part)
+    _show(*tables, _layer_table(thresholds), *map(Text, dense))
 
 
 @app.command()
@@ -217,12 +213,12 @@ def export(
             {"engine": engine, "artefact": made.text, "diff": diff, "sidecar": made.sidecar}
         )
     elif engine == "modelopt" and diff is not None:
-        sys.stdout.write(diff)
+        _write(diff)
     else:
         if diff:
             _say(diff)
         if output is None:
-            sys.stdout.write(made.text)
+            _write(made.text)
 
 
 @app.command()
@@ -249,7 +245,7 @@ def project(
     if as_json:
         _print_json({"thresholds": str(path), "projection": report})
     else:
-        _stdout().print(_phase_table(thresholds))
+        _show(_phase_table(thresholds))
     options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu)])
     _say(f"passed: {path}; now: calibrate export {path} {options}")
 
@@ -407,7 +403,7 @@ def _finish(finished: Any, as_json: bool) -> None:
     if as_json:
         _print_json({"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence})
     else:
-        _stdout().print(_tradeoff_table(finished.validation))
+        _show(_tradeoff_table(finished.validation))
     if evidence["verdict"] != "passed":
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "
@@ -438,7 +434,7 @@ def _assess(
     if as_json:
         _print_json(asdict(result))
     else:
-        _stdout().print(assessment_table(result.rows))
+        _show(assessment_table(result.rows))
     if output is not None:
         _save(thresholds, output)
     if result.evidence["verdict"] != "passed":
@@ -578,12 +574,20 @@ def _written() -> Iterator[None]:
         ) from None
 
 
-def _stdout() -> Console:
+def _write(text: str) -> None:
+    with _written():
+        sys.stdout.write(text)
+
+
+def _show(*parts: Table | Text) -> None:
     # A terminal or a file in Latin-1 has no ×: a question mark in its place is still a table.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     # A pipe or a file has no width: rich would cut tables at 80 columns there.
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    with _written():
+        for part in parts:
+            console.print(part)
 
 
 def _say(message: str) -> None:
@@ -592,7 +596,7 @@ def _say(message: str) -> None:
 
 
 def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    _write(json.dumps(data, indent=2) + "\n")
 
 
 def _fail(message: str, code: int) -> None:

@@ -75,6 +75,7 @@ class Engine:
         title: its name as people write it.
         form: what it can express.
         absolute: it takes the threshold itself, which holds at one KV length only.
+        joint: one number serves both phases, so both must have one.
         servers: kernels that read the artefact.
         notes: what this engine cannot express; stands in every sidecar.
     """
@@ -84,6 +85,7 @@ class Engine:
     form: Form
     servers: tuple[Server, ...]
     absolute: bool = False
+    joint: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -176,6 +178,7 @@ _ALL = (
         "scalar",
         (Server("tokenspeed", "gfx950", Votes(), Votes()),),
         absolute=True,
+        joint=True,
     ),
 )
 ENGINES = {engine.name: engine for engine in _ALL}

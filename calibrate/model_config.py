@@ -13,6 +13,7 @@ from calibrate.artefacts import FORMULA, producer
 from calibrate.errors import UserError
 from calibrate.models import locate
 from calibrate.schema import ModelConfig
+from skip_softmax.thresholds import shape_of_config
 
 KEY = "sparse_attention_config"
 
@@ -40,11 +41,8 @@ class ModelConfigFile:
         """
         text = self.data.get("text_config", self.data)
         try:
-            heads = int(text["num_attention_heads"])
-            kv_heads = int(text.get("num_key_value_heads") or heads)
-            head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-            layers = int(text["num_hidden_layers"])
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            layers, heads, kv_heads, head_dim = shape_of_config(text.get)
+        except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
                 f"`{self.path}` must name layers, heads and head size, but reading {error} failed; "
                 "give the folder of a transformers model"

@@ -72,6 +72,11 @@ def project_run(
         chosen = tuple(phase for phase in config.target.phases if phases is None or phase in phases)
         if not chosen:
             raise UserError(f"--phase must be one of the run's: {', '.join(config.target.phases)}")
+        if engine.joint and len(chosen) < len(PHASES):
+            raise UserError(
+                f"{engine.title} applies one number to both phases, but only {chosen[0]} is projected; leave "
+                "--phase out, or calibrate both phases"
+            )
         shape = source.model
         tiles = tiles_for(
             engine, gpu, source.geometry, chosen, shape.head_dim, shape.q_heads // shape.kv_heads

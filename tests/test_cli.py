@@ -365,12 +365,21 @@ def test_show_prints_to_a_terminal_without_unicode(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("options", [(), ("--json",)])
-def test_show_to_a_full_disk_is_one_message(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "t.yaml"),
+        ("show", "t.yaml", "--json"),
+        ("export", "t.yaml", "--engine", "native"),
+        ("export", "t.yaml", "--engine", "native", "--json"),
+    ],
+)
+def test_a_full_disk_is_one_message(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     (tmp_path / "t.yaml").write_text(THRESHOLDS)
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, "show", tmp_path / "t.yaml", *options],
+            [sys.executable, "-c", PROGRAM, *arguments],
+            cwd=tmp_path,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

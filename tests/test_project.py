@@ -186,6 +186,8 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
     assert code == 2 and "votes alone" in err
     code, _, err = call("project", copied, "--engine", "sglang", "--gpu", "sm90")
     assert code == 2 and "ignores the decode number" in err and "--phase prefill" in err
+    code, _, err = call("project", copied, "--engine", "tokenspeed", "--phase", "prefill")
+    assert code == 2 and "one number to both phases" in err
     code, _, err = call("project", copied, "--engine", "native")
     assert code == 2 and "needs no projection" in err
     # At 64x256 tiles a prompt of 384 tokens has nothing to skip: said, not exported.

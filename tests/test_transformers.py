@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from calibrate import capture, measure
+from calibrate.model_config import read_model_config
 from calibrate.models import LoadedModel
 from calibrate.prompts import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
@@ -521,7 +523,7 @@ def test_models_that_share_a_config() -> None:
             copied(prompt)
 
 
-def test_latent_attention_runs_the_file_that_was_made_for_it() -> None:
+def test_latent_attention_runs_the_file_that_was_made_for_it(tmp_path: Path) -> None:
     config = transformers.DeepseekV3Config(
         vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_group=1,
@@ -531,6 +533,8 @@ def test_latent_attention_runs_the_file_that_was_made_for_it() -> None:
     model = transformers.DeepseekV3ForCausalLM(config).eval()
     found = inspect_layers(model)
     assert {layer.head_dim for layer in found} == {24}
+    config.save_pretrained(tmp_path)  # and what `import --model` reads says the same
+    assert read_model_config(tmp_path).shape == (2, 4, 4, 24)
     prompt = tokens(100)
     with torch.no_grad():
         own = model(prompt).logits

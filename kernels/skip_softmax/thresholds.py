@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -375,6 +376,31 @@ class Thresholds(_Section):
         """The file's text."""
         data = self.model_dump(mode="json", exclude_none=True)
         return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def shape_of_config(value: Callable[[str], Any]) -> tuple[int, int, int, int]:
+    """Layers, query heads, KV heads and head size that a config of transformers means.
+
+    Args:
+        value: gives a key's value, None where the config has none.
+
+    Raises:
+        KeyError: a key is missing.
+        TypeError: a value is no number; or ValueError.
+    """
+
+    def needed(key: str) -> int:
+        if (number := value(key)) is None:
+            raise KeyError(key)
+        return int(number)
+
+    heads = needed("num_attention_heads")
+    kv_heads = int(value("num_key_value_heads") or heads)
+    if value("qk_nope_head_dim"):  # latent attention: a part with positions, one without
+        head_dim = needed("qk_nope_head_dim") + needed("qk_rope_head_dim")
+    else:
+        head_dim = int(value("head_dim") or needed("hidden_size") // heads)
+    return needed("num_hidden_layers"), heads, kv_heads, head_dim
 
 
 class _Dumper(yaml.SafeDumper):

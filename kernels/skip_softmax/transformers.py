@@ -28,7 +28,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from skip_softmax.api import attention, decode_attention
 from skip_softmax.backends import Backend
 from skip_softmax.mask_recipe import MaskRecipe
-from skip_softmax.thresholds import PHASES, DecodeGeometry, Phase, PrefillGeometry, Thresholds
+from skip_softmax.thresholds import (
+    PHASES,
+    DecodeGeometry,
+    Phase,
+    PrefillGeometry,
+    Thresholds,
+    shape_of_config,
+)
 
 _log = logging.getLogger(__name__)
 _NAME = "skip_softmax"
@@ -584,13 +591,7 @@ def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]
 
 def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Latent attention: a part with positions, one without.
-    if getattr(config, "qk_nope_head_dim", None):
-        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    found = (config.num_hidden_layers, heads, kv_heads, head_dim)
+    found = shape_of_config(lambda key: getattr(config, key, None))
     wanted = thresholds.model
     made_for = (wanted.layers, wanted.q_heads, wanted.kv_heads, wanted.head_dim)
     if found != made_for:

@@ -407,7 +407,7 @@ def choose(
 
 
 def stages_that_fit(
-    stages: int, k_bytes: int, v_bytes: int, rows: int, armed: bool, shared: int
+    stages: int, k_bytes: int, v_bytes: int, rows: int, single: bool, armed: bool, shared: int
 ) -> int:
     """The pipeline of a call that does not load v ahead, as long as shared memory allows.
 
@@ -416,12 +416,15 @@ def stages_that_fit(
         k_bytes: of a tile of keys.
         v_bytes: of a tile of values; armed, only one is held at a time.
         rows: of the score tile; its products read shared memory later from 64 rows on (wgmma).
+        single: whether numbers are fp32, which are kept in parts too.
         armed: whether tiles may be skipped.
         shared: what a program may have [bytes].
     """
-    room = shared - 40 * 1024
+    many = rows >= 64
+    # What else is there, as compiled: queries, weights on their way to the product, parts of fp32.
+    room = shared - 1024 * (40 if many else 16 + rows if single else 16)
     tiles = (room - v_bytes) // k_bytes if armed else room // (k_bytes + v_bytes)
-    return max(1, min(stages, tiles + (rows < 64)))
+    return max(1, min(stages, tiles + (not many)))
 
 
 @torch.library.custom_op("skip_softmax::decode", mutates_args=())
@@ -481,7 +484,8 @@ def decode(
     tiles = cdiv(capacity, tile_kv)
     chosen, warps, stages = choose(batch * kv_heads, tiles, processors, can)
     if not config.ahead:
-        stages = stages_that_fit(stages, k_bytes, v_bytes, rows, armed, device(q.device)[1])
+        single, shared = q.dtype == torch.float32, device(q.device)[1]
+        stages = stages_that_fit(stages, k_bytes, v_bytes, rows, single, armed, shared)
     splits = 1 if armed and not seeded else splits or chosen
     shape = (batch, kv_heads, splits, tokens * group)
     parts = torch.empty(

@@ -31,7 +31,14 @@ from calibrate.models import LoadedModel, load
 from calibrate.prompts import Prompt, Split, build
 from calibrate.run_files import as_written, read_json
 from calibrate.schema import RunConfig
-from calibrate.search import Point, best_uniform, candidates, open_study, points, search
+from calibrate.search import (
+    Point,
+    candidates,
+    open_study,
+    points,
+    search,
+    uniform_candidates,
+)
 from calibrate.sensitivity import Row, loss_model, measure_layers, plan
 from calibrate.space import Space, build_space
 from calibrate.stats import Statistics
@@ -357,10 +364,10 @@ class Work:
             return
         heldout = self.prompts["heldout"]
         chosen = candidates(points(self.study), self.config)
-        # The best single number is picked as the winner is: within the same share of the budget.
-        baseline = best_uniform(points(self.study), 0.7 * self.config.budget.kl)
+        # The best single number is picked as the winner is: within the same shares of the budget.
+        baselines = uniform_candidates(points(self.study), self.config)
         short = self._short_prompt()
-        steps = len(heldout) * (2 if baseline else 1) + (short is not None)
+        steps = len(heldout) * (2 if baselines else 1) + (short is not None)
         self.progress.stage("validation", steps, 0)
 
         def evaluate(setting: Setting, prompt: Prompt) -> Outcome:
@@ -369,7 +376,7 @@ class Work:
             return outcome
 
         result = validate(
-            chosen, baseline, heldout, evaluate, self.statistics, self.config, self._short_prompt()
+            chosen, baselines, heldout, evaluate, self.statistics, self.config, self._short_prompt()
         )
         write_text_atomically(
             self.folder / "validation.json", json.dumps(result.to_json(), indent=1)

@@ -138,7 +138,7 @@ def project(
     tried = [point for point in candidates(points, config) if point is not direct]
     if direct.kl <= budget and all(direct.sparsity.values()):
         tried = [direct, *tried][: max(config.validation.attempts, 2)]
-    result = validate(tried, None, heldout, evaluate[1], space.statistics, config, None)
+    result = validate(tried, (), heldout, evaluate[1], space.statistics, config, None)
     refused = None
     if direct.kl > budget:
         refused = (

@@ -222,13 +222,8 @@ def candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
     Raises:
         WorkFailed: no point skips anything in every phase within the budget.
     """
-    useful = [p for p in all_points if all(p.sparsity[phase] > 0 for phase in config.target.phases)]
-    chosen: list[Point] = []
-    for attempt in range(config.validation.attempts):
-        share = 0.7 * 0.5**attempt
-        within = [p for p in useful if p.kl <= share * config.budget.kl and p not in chosen]
-        if within:
-            chosen.append(min(within, key=lambda p: (p.relative_time, p.kl)))
+    useful = _skipping(all_points, config)
+    chosen = _within_shares(useful, config)
     if not chosen:
         least = min((p.kl for p in useful), default=None)
         raise WorkFailed(
@@ -239,10 +234,25 @@ def candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
     return chosen
 
 
-def best_uniform(all_points: Sequence[Point], limit: float) -> Point | None:
-    """The fastest point with one number per phase and a loss within `limit` [nats/token]."""
-    uniform = [p for p in all_points if p.name == "uniform" and p.kl <= limit]
-    return min(uniform, key=lambda p: (p.relative_time, p.kl), default=None)
+def uniform_candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
+    """As `candidates`, of the points with one number per phase; empty where none skips within the budget."""
+    uniform = [point for point in all_points if point.name == "uniform"]
+    return _within_shares(_skipping(uniform, config), config)
+
+
+def _skipping(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
+    return [p for p in all_points if all(p.sparsity[phase] > 0 for phase in config.target.phases)]
+
+
+def _within_shares(useful: Sequence[Point], config: RunConfig) -> list[Point]:
+    """The fastest point within each of shrinking shares of the budget."""
+    chosen: list[Point] = []
+    for attempt in range(config.validation.attempts):
+        share = 0.7 * 0.5**attempt
+        within = [p for p in useful if p.kl <= share * config.budget.kl and p not in chosen]
+        if within:
+            chosen.append(min(within, key=lambda p: (p.relative_time, p.kl)))
+    return chosen
 
 
 def _aimed(

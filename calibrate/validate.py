@@ -69,8 +69,8 @@ class Validation:
 
     Attributes:
         attempts: candidates in the order they were tried; at most the last one passed.
-        baseline: the best single scale factor per phase on the same prompts, or None if no such
-            trial fits.
+        baseline: the best single scale factor per phase on the same prompts: the first that passed, or
+            the last that did not; None if no such trial fits.
         short_prompt: the check that requests below `min_kv_len` run dense, or None if it was not
             asked for.
     """
@@ -92,18 +92,18 @@ class Validation:
 
 def validate(
     candidates: Sequence[Point],
-    baseline: Point | None,
+    baselines: Sequence[Point],
     prompts: Sequence[Prompt],
     evaluate: Callable[[Setting, Prompt], Outcome],
     statistics: Statistics,
     config: RunConfig,
     short: Prompt | None,
 ) -> Validation:
-    """Tries candidates in order until one passes.
+    """Tries candidates in order until one passes, and then the points with one number per phase.
 
     Args:
         candidates: from `search.candidates`.
-        baseline: the best uniform point, measured for comparison only.
+        baselines: from `search.uniform_candidates`.
         prompts: held-out prompts.
         evaluate: runs one prompt with a setting.
         statistics: of the calibration prompts, for the target sparsities.
@@ -113,18 +113,19 @@ def validate(
     Returns:
         Attempts, baseline and short-prompt check.
     """
-    # Each of several attempts is held to a stricter level; one attempt to the level itself.
-    confidence = 1.0 - (1.0 - config.budget.confidence) / max(len(candidates), 1)
-    attempts: list[Attempt] = []
-    for point in candidates:
-        outcomes = [evaluate(point.setting, prompt) for prompt in prompts]
-        attempts.append(judge(point, outcomes, statistics, config, confidence))
-        if attempts[-1].passed:
-            break
-    compared = None
-    if baseline is not None:
-        outcomes = [evaluate(baseline.setting, prompt) for prompt in prompts]
-        compared = judge(baseline, outcomes, statistics, config, config.budget.confidence)
+
+    def attempted(points: Sequence[Point]) -> list[Attempt]:
+        # Each of several attempts is held to a stricter level; one attempt to the level itself.
+        confidence = 1.0 - (1.0 - config.budget.confidence) / max(len(points), 1)
+        attempts: list[Attempt] = []
+        for point in points:
+            outcomes = [evaluate(point.setting, prompt) for prompt in prompts]
+            attempts.append(judge(point, outcomes, statistics, config, confidence))
+            if attempts[-1].passed:
+                break
+        return attempts
+
+    attempts, compared = attempted(candidates), attempted(baselines)
     checked = None
     if short is not None and attempts:
         outcome = evaluate(attempts[-1].setting, short)
@@ -136,7 +137,7 @@ def validate(
             # Two dense kernels differ by rounding, in fp16 by more than nothing; a leak is far larger.
             "dense": skipped == 0 and outcome.kl < 0.1 * config.budget.kl,
         }
-    return Validation(tuple(attempts), compared, checked)
+    return Validation(tuple(attempts), compared[-1] if compared else None, checked)
 
 
 def judge(

@@ -13,7 +13,15 @@ from calibrate.errors import WorkFailed
 from calibrate.measure import Outcome
 from calibrate.prompts import Prompt
 from calibrate.schema import RunConfig
-from calibrate.search import Point, best_uniform, candidates, front, open_study, points, search
+from calibrate.search import (
+    Point,
+    candidates,
+    front,
+    open_study,
+    points,
+    search,
+    uniform_candidates,
+)
 from calibrate.sensitivity import LOSS_POWER, LossModel
 from calibrate.space import Space, build_space
 from calibrate.stats import Statistics
@@ -239,10 +247,9 @@ def test_the_front_and_the_candidates() -> None:
     assert front([slow, good, wild, beaten]) == [wild, good, slow]
     chosen = config()
     assert candidates([slow, good, wild, beaten], chosen) == [good, slow]
-    assert best_uniform(
-        [slow, point(0.003, 0.8, "uniform"), point(0.05, 0.1, "uniform")], 0.01
-    ) == point(0.003, 0.8, "uniform")
-    assert best_uniform([slow], 0.01) is None
+    single = [point(0.006, 0.7, "uniform"), point(0.003, 0.8, "uniform")]
+    assert uniform_candidates([slow, *single, point(0.05, 0.1, "uniform")], chosen) == single
+    assert uniform_candidates([slow], chosen) == []
 
 
 def test_a_run_that_skips_nothing_fails_and_says_so() -> None:

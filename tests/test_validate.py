@@ -62,10 +62,10 @@ def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int =
 TEN = point(10.0)
 
 
-def run(evaluate, points=(TEN,), baseline=None, short=None, **budget):
+def run(evaluate, points=(TEN,), baselines=(), short=None, **budget):
     return validate(
         points,
-        baseline,
+        baselines,
         HELDOUT,
         evaluate,
         Statistics.empty({}, 4, 4, 2, [1024]),
@@ -132,6 +132,21 @@ def test_more_candidates_mean_a_stricter_level_and_stop_at_the_first_pass() -> N
     assert len(three.attempts) == 1
 
 
+def test_single_numbers_are_tried_until_one_holds() -> None:
+    """A file for an engine that takes one number should hold one, if a slower one would do."""
+    ten, five = point(10.0), point(5.0)
+
+    def evaluate(setting, prompt):
+        return evaluator(0.02 if setting == ten.setting else 0.002)(setting, prompt)
+
+    found = run(evaluate, points=(five,), baselines=(ten, five), score_drop=None)
+    assert found.baseline is not None and found.baseline.passed
+    assert found.baseline.setting == five.setting
+    assert found.baseline.kl.confidence == pytest.approx(1 - 0.05 / 2)
+    none_holds = run(evaluate, points=(five,), baselines=(ten,), score_drop=None)
+    assert none_holds.baseline is not None and not none_holds.baseline.passed
+
+
 def test_a_short_prompt_that_skips_fails_the_file() -> None:
     short = Prompt("short", "heldout", 1024, (1, 2), (1,), False)
     assert run(evaluator(0.004), short=short).passed
@@ -163,7 +178,7 @@ def emitted(tmp_path, result) -> Thresholds:
 
 
 def test_what_passed_is_emitted_with_its_evidence(tmp_path) -> None:
-    file = emitted(tmp_path, run(evaluator(0.004), baseline=point(7.0, "uniform")))
+    file = emitted(tmp_path, run(evaluator(0.004), baselines=(point(7.0, "uniform"),)))
     assert file.evidence["verdict"] == "passed"
     assert {file.per_head(layer, "prefill") for layer in range(4)} == {(10.0,) * 4}
     assert file.scale_factor.prefill == 7.0
@@ -174,7 +189,7 @@ def test_what_passed_is_emitted_with_its_evidence(tmp_path) -> None:
 
 
 def test_what_failed_is_emitted_dense_and_says_failed(tmp_path) -> None:
-    file = emitted(tmp_path, run(evaluator(0.02), baseline=point(7.0, "uniform")))
+    file = emitted(tmp_path, run(evaluator(0.02), baselines=(point(7.0, "uniform"),)))
     assert file.evidence["verdict"] == "failed"
     assert "above the budget" in file.evidence["reason"]
     assert all(

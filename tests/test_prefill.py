@@ -11,6 +11,8 @@ from planting import DEVICE, DTYPES, KINDS, check_decisions_near_the_threshold, 
 import skip_softmax as ss
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
 from skip_softmax import prefill
 
 
@@ -237,6 +239,21 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
     call = {key: value for key, value in change.items() if key in shape}
     with pytest.raises(NotImplementedError, match=words):
         ss.attention(p.q, p.k, p.v, backend="triton", **call)
+
+
+def test_a_kernel_that_does_not_fit_the_gpu_is_refused_by_name(monkeypatch):
+    class Large:
+        def __getitem__(self, grid):
+            def launch(*arguments, **keywords):
+                raise OutOfResources(262144, 166912, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr(prefill, "_prefill", Large())
+    p = plant(q_len=10, kv_len=20)
+    words = "need 262144 of its 166912 units of shared memory; take smaller tiles"
+    with pytest.raises(NotImplementedError, match=words):
+        ss.attention(p.q, p.k, p.v, backend="triton")
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):

@@ -363,9 +363,10 @@ class Work:
         if self._noted("validation"):
             return
         heldout = self.prompts["heldout"]
-        chosen = candidates(points(self.study), self.config)
+        found = points(self.study)
+        chosen = candidates(found, self.config)
         # The best single number is picked as the winner is: within the same shares of the budget.
-        baselines = uniform_candidates(points(self.study), self.config)
+        baselines = uniform_candidates(found, self.config)
         short = self._short_prompt()
         steps = len(heldout) * (2 if baselines else 1) + (short is not None)
         self.progress.stage("validation", steps, 0)
@@ -375,9 +376,7 @@ class Work:
             self.progress.step(f"{prompt.task}, {prompt.length} tokens: KL {outcome.kl:.2g}")
             return outcome
 
-        result = validate(
-            chosen, baselines, heldout, evaluate, self.statistics, self.config, self._short_prompt()
-        )
+        result = validate(chosen, baselines, heldout, evaluate, self.statistics, self.config, short)
         write_text_atomically(
             self.folder / "validation.json", json.dumps(result.to_json(), indent=1)
         )

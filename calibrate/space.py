@@ -152,10 +152,12 @@ class Space:
         # A larger allowance costs no less; what noise puts out of order counts as equal.
         risen = itertools.accumulate((math.log(max(kl, _LEAST_LOSS)) for _, kl in pairs), max)
         found, target = list(risen), math.log(loss)
-        end = predicted[-1] if target > found[-1] else predicted[0]
-        outside = end + target - min(max(target, found[0]), found[-1])
-        inside = found[0] <= target <= found[-1]
-        allowed = float(np.interp(target, found, predicted)) if inside else outside
+        if target < found[0]:
+            allowed = predicted[0] + target - found[0]
+        elif target > found[-1]:
+            allowed = predicted[-1] + target - found[-1]
+        else:
+            allowed = float(np.interp(target, found, predicted))
         return self._seed(_TILTS[name], math.exp(allowed))
 
     def _seed(self, tilt: float, allowed: float) -> Params:

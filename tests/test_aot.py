@@ -142,7 +142,7 @@ def hopper_case(head_dim, armed, lengths="", causal=True):
              for name, rows in (("q", 64), ("k", TILE), ("v", TILE))}
     types |= {"out": "*bf16", "stats": "*i64", "counter": "*i32", "factors": "*fp32", "factor": "fp32",
               "scale": "fp32", "items": "i32", "group": "i32", "kv_heads": "i32", "blocks": "i32",
-              "q_len": "i32", "kv_len": "i32",
+              "near": "i32", "q_len": "i32", "kv_len": "i32",
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
     heavy, light = hopper.REGISTERS[groups]
     constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, STATS=bool(lengths),

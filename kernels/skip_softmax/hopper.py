@@ -41,7 +41,7 @@ K_STAGES = gl.constexpr(2)
 V_STAGES = gl.constexpr(3)
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, which vote together
 
-# Barriers of the words below. Each warp of a consumer arrives once, each thread at ITEM_FREE.
+# Barriers of the words below, at each of which a warp arrives once.
 K_FREE = gl.constexpr(0)
 V_FREE = gl.constexpr(2)
 DECIDED = gl.constexpr(5)
@@ -124,21 +124,6 @@ def _arrive(barrier):
 
 
 @gluon.jit
-def _arrive_all(barrier):
-    """One arrival of each thread: racecheck follows a read to the arrival of its own thread only."""
-    _ptx(
-        """{
-        .reg .b32 at;
-        mov.u32 at, skip_words;
-        mad.lo.u32 at, $1, 8, at;
-        mbarrier.arrive.shared::cta.b64 _, [at];
-        mov.b32 $0, 0;
-        }""",
-        barrier,
-    )
-
-
-@gluon.jit
 def _await(barrier, phase):
     _ptx(
         """{
@@ -175,13 +160,17 @@ def _write(byte, value):
 
 @gluon.jit
 def _read(byte):
+    """By the thread that arrives for its warp: racecheck follows a read to its own thread's arrival only."""
     return _ptx(
         """{
-        .reg .b32 at;
+        .reg .pred first;
+        .reg .b32 at, word;
+        elect.sync _|first, 0xffffffff;
         mov.u32 at, skip_words;
         add.u32 at, at, $1;
-        ld.shared.b32 at, [at];
-        redux.sync.or.b32 $0, at, 0xffffffff;
+        mov.b32 word, 0;
+        @first ld.shared.b32 word, [at];
+        redux.sync.or.b32 $0, word, 0xffffffff;
         }""",
         byte,
     )
@@ -257,6 +246,7 @@ class _Call:
     group: gl.tensor
     kv_heads: gl.tensor
     blocks: gl.tensor
+    near: gl.tensor
     q_lens: object  # tensors or None
     kv_lens: object
     q_starts: object
@@ -270,8 +260,8 @@ class _Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q_len, kv_len, items, group, kv_heads, blocks, q_lens, kv_lens, q_starts, kv_starts, factors,
-        GROUPS, D, TILE, CAUSAL, ARMED,
+        self, q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,
+        factors, GROUPS, D, TILE, CAUSAL, ARMED,
     ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
@@ -279,6 +269,7 @@ class _Call:
         self.group = group
         self.kv_heads = kv_heads
         self.blocks = blocks
+        self.near = near
         self.q_lens = gl.constexpr(None) if q_lens is None else q_lens
         self.kv_lens = gl.constexpr(None) if kv_lens is None else kv_lens
         self.q_starts = gl.constexpr(None) if q_starts is None else q_starts
@@ -341,13 +332,15 @@ class _Item:
 
 @gluon.jit
 def _item(number, c):
-    """The heads of a group share keys, so they come together; long blocks come first within a KV head."""
+    """The heads of a group share keys, so they come together; of `near` KV heads, long blocks come first."""
     member = number % c.group
     rest = number // c.group
-    block = c.blocks - 1 - rest % c.blocks
-    rest = rest // c.blocks
-    kv_head = rest % c.kv_heads
-    request = rest // c.kv_heads
+    pack = rest // (c.near * c.blocks)
+    rest = rest % (c.near * c.blocks)
+    block = c.blocks - 1 - rest // c.near
+    keys = pack * c.near + rest % c.near  # KV head, counted over all requests
+    kv_head = keys % c.kv_heads
+    request = keys // c.kv_heads
     q_start = gl.to_tensor(0)
     kv_start = gl.to_tensor(0)
     q_len = c.q_len
@@ -519,7 +512,7 @@ def _take(turn):
     """The number of the next item; that of no item ends the loop."""
     _await(ITEM_THERE + turn % 2, (turn // 2) & 1)
     number = _read(ITEM_AT + 4 * (turn % 2))
-    _arrive_all(ITEM_FREE + turn % 2)
+    _arrive(ITEM_FREE + turn % 2)
     return number
 
 
@@ -790,10 +783,10 @@ def _consume(
         number = _take(turn)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "items", "group", "kv_heads", "blocks"])
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "items", "group", "kv_heads", "blocks", "near"])
 def _hopper(
     q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale,
-    q_len, kv_len, items, group, kv_heads, blocks, stride_ob, stride_oh, stride_os,
+    q_len, kv_len, items, group, kv_heads, blocks, near, stride_ob, stride_oh, stride_os,
     GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
     ARMED: gl.constexpr, STATS: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -820,10 +813,10 @@ def _hopper(
         _init(DECIDED + i, 4 * GROUPS)
     for i in gl.static_range(2):
         _init(ITEM_THERE + i, 1)
-        _init(ITEM_FREE + i, 128 * GROUPS)
+        _init(ITEM_FREE + i, 4 * GROUPS)
     fence_async_shared()
     c = _Call(
-        q_len, kv_len, items, group, kv_heads, blocks, q_lens, kv_lens, q_starts, kv_starts,
+        q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,
         factors, GROUPS, D, TILE, CAUSAL, ARMED,
     )  # fmt: skip
     place = (out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS)
@@ -857,6 +850,8 @@ REGISTERS = {2: (240, 24), 3: (160, 32)}
 # At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
 GROUPS = {64: 3, 128: 2}
 TILE_KV = 128
+# Keys and values that are read at the same time; the L2 of an H100 has 50 MB, in two parts.
+NEAR_BYTES = 2**24
 
 
 def why_not(
@@ -892,6 +887,13 @@ def _on_sm_90(q: torch.Tensor) -> str | None:
     if prefill.device(q.device)[0] != 9:
         return f"the device has compute capability {prefill.device(q.device)[0]}.x, not 9.0"
     return None
+
+
+def _near(kv_heads: int, size: int) -> int:
+    """How many KV heads of `size` bytes of keys and values are read at a time: all or an equal part."""
+    return max(
+        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * size <= max(NEAR_BYTES, size)
+    )
 
 
 def _has_descriptor(x: torch.Tensor) -> bool:
@@ -950,11 +952,13 @@ def hopper(
     # Counts the items given out, beyond the first of each program.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
     heavy, light = REGISTERS[groups]
+    near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size())
     with prefill.launching_on(q):
         _hopper[(min(items, processors),)](
             _descriptor(q, ROWS.value), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
             counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * math.log2(math.e),
-            most_q, k.shape[2], items, heads // k.shape[1], k.shape[1], blocks, *out.stride()[:3],
+            most_q, k.shape[2], items, heads // k.shape[1], k.shape[1], blocks,
+            near, *out.stride()[:3],
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
             # Known to be dense on the host: the kernel without skipping.
             ARMED=factors is not None or factor > 0,

@@ -63,6 +63,25 @@ def test_groups_of_heads(heads, kv_heads):
 
 
 @on_hopper
+@pytest.mark.parametrize("near", [1, 2, 3, 6])
+def test_every_order_of_the_work_gives_the_same_bits(near, monkeypatch):
+    p = planted(batch=2, heads=12, kv_heads=6, q_len=700, kv_len=900)
+    out, stats = check(p)
+    monkeypatch.setattr(hopper, "_near", lambda *_: near)
+    again, counted = run(p)
+    assert torch.equal(again, out)
+    assert torch.equal(counted.skipped, stats.skipped)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, size, near",
+    [(8, 2**10, 8), (8, 2**22, 8), (8, 2**23, 4), (6, 2**23, 3), (7, 2**23, 1), (4, 2**30, 1)],
+)
+def test_kv_heads_at_a_time_are_an_equal_part_that_fits(kv_heads, size, near):
+    assert hopper._near(kv_heads, size) == near
+
+
+@on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_queries_than_keys_leaves_early_rows_empty(head_dim):
     p = planted(q_len=700, kv_len=240, head_dim=head_dim)

@@ -390,7 +390,11 @@ def config_for(batch_heads: int, processors: int, can_load_ahead: bool) -> Confi
 
 
 def choose(
-    batch_heads: int, tiles: int, processors: int, can_load_ahead: bool = True
+    batch_heads: int,
+    tiles: int,
+    processors: int,
+    can_load_ahead: bool = True,
+    paged: bool = False,
 ) -> tuple[int, int, int]:
     """Splits, warps and `STAGES`, which is below zero where v is loaded ahead.
 
@@ -399,10 +403,13 @@ def choose(
         tiles: KV tiles of the longest request.
         processors: multiprocessors of the device.
         can_load_ahead: whether the call may load v ahead of its use.
+        paged: whether page numbers are loaded first; they share the stages of the pipeline.
     """
     config = config_for(batch_heads, processors, can_load_ahead)
     splits = config.per_processor * processors // batch_heads
-    stages = -config.stages if config.ahead else config.stages
+    stages = config.stages
+    if config.ahead:
+        stages = -(2 * stages - 1 if paged else stages)
     return max(1, min(splits, tiles // 4)), config.warps, stages
 
 
@@ -482,7 +489,7 @@ def decode(
     can = rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (seeded or not armed)
     config = config_for(batch * kv_heads, processors, can)
     tiles = cdiv(capacity, tile_kv)
-    chosen, warps, stages = choose(batch * kv_heads, tiles, processors, can)
+    chosen, warps, stages = choose(batch * kv_heads, tiles, processors, can, table is not None)
     if not config.ahead:
         single, shared = q.dtype == torch.float32, device(q.device)[1]
         stages = stages_that_fit(stages, k_bytes, v_bytes, rows, single, armed, shared)

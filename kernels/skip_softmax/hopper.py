@@ -850,8 +850,11 @@ REGISTERS = {2: (240, 24), 3: (160, 32)}
 # At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
 GROUPS = {64: 3, 128: 2}
 TILE_KV = 128
-# Keys and values that are read at the same time; the L2 of an H100 has 50 MB, in two parts.
-NEAR_BYTES = 2**24
+# With fewer items per program, those that start last decide when all are done: long ones must not be among
+# them. So several KV heads are read at a time, up to so many bytes (L2 has 50 MB in two parts). With more
+# items, a KV head at a time is as fast dense, and up to 5 % faster where tiles are skipped.
+FEW_ITEMS = 20
+NEAR_BYTES = 2**25
 
 
 def why_not(
@@ -952,7 +955,8 @@ def hopper(
     # Counts the items given out, beyond the first of each program.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
     heavy, light = REGISTERS[groups]
-    near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size())
+    few = items < FEW_ITEMS * processors
+    near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size()) if few else 1
     with prefill.launching_on(q):
         _hopper[(min(items, processors),)](
             _descriptor(q, ROWS.value), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,

@@ -84,8 +84,28 @@ AHEAD_BYTES = 2**15
 
 
 @triton.jit
+def _page_of(
+    table, start, begin, limit, TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """Page number of each key of a tile, or of all where a page holds the tile; a contiguous cache has none.
+
+    k and v share it: asked for again under the mask of v, it would wait for the decision.
+    """
+    if PAGE == 0:
+        return 0
+    elif PAGE >= TILE_KV:
+        return tl.load(table + start // PAGE).to(tl.int64)
+    else:
+        keys = start + tl.arange(0, TILE_KV)
+        in_use = keys < limit
+        if WINDOWED:
+            in_use = in_use & (keys >= begin)
+        return tl.load(table + keys // PAGE, mask=in_use, other=0).to(tl.int64)
+
+
+@triton.jit
 def _load_keys(
-    x, offset, stride_page, stride, table, start, begin, limit, TILE_KV: tl.constexpr,
+    x, offset, stride_page, stride, page, start, begin, limit, TILE_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on.
@@ -102,11 +122,7 @@ def _load_keys(
         held = held & (columns < HEAD_DIM)[None, :]
     if PAGE == 0:
         rows = offset + start.to(tl.int64) * stride + tl.arange(0, TILE_KV) * stride
-    elif PAGE >= TILE_KV:
-        page = tl.load(table + start // PAGE).to(tl.int64)
-        rows = offset + page * stride_page + (start % PAGE + tl.arange(0, TILE_KV)) * stride
     else:
-        page = tl.load(table + keys // PAGE, mask=in_use, other=0).to(tl.int64)
         rows = offset + page * stride_page + (keys % PAGE) * stride
     return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
 
@@ -191,8 +207,9 @@ def _decode(
                 for i in tl.range(0, count, num_stages=2):
                     tile = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = tile * TILE_KV
+                    page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
                     keys = _load_keys(
-                        k, k_offset, stride_kb, stride_ks, table, start, begin, kv_len, TILE_KV, HEAD_DIM,
+                        k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM,
                         WIDTH, PAGE, WINDOWED,
                     )  # fmt: skip
                     scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
@@ -218,8 +235,9 @@ def _decode(
                 end = tl.where(i < firsts, low + i, high_first + i - firsts)
                 tile = tl.where(i < count, end, tile)
             start = tile * TILE_KV
+            page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
             keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, table, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
+                k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
                 PAGE, WINDOWED,
             )  # fmt: skip
             scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
@@ -245,7 +263,7 @@ def _decode(
                 m_new = tl.maximum(m, tile_max)
                 limit = kv_len
             values = _load_keys(
-                v, v_offset, stride_vb, stride_vs, table, start, begin, limit, TILE_KV, HEAD_DIM_V,
+                v, v_offset, stride_vb, stride_vs, page, start, begin, limit, TILE_KV, HEAD_DIM_V,
                 WIDTH_V, PAGE, WINDOWED,
             )  # fmt: skip
             if bits != 0:
@@ -257,13 +275,14 @@ def _decode(
     else:
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * TILE_KV
+            page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
             keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, table, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
+                k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
                 PAGE, WINDOWED,
             )  # fmt: skip
             if not ARMED:
                 values = _load_keys(
-                    v, v_offset, stride_vb, stride_vs, table, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
+                    v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
                     WIDTH_V, PAGE, WINDOWED,
                 )  # fmt: skip
             scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
@@ -286,7 +305,7 @@ def _decode(
                     # A split's own running maximum may lie below a tile that its token skips.
                     m_new = tl.where(absent, m, tl.maximum(m, tile_max))
                     values = _load_keys(
-                        v, v_offset, stride_vb, stride_vs, table, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
+                        v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
                         WIDTH_V, PAGE, WINDOWED,
                     )  # fmt: skip
                     weights, l, acc = online_softmax(

@@ -93,7 +93,7 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
 def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
-    _, warps, stages = decode.choose(batch * 4, 256, 132, ahead, page > 0)
+    config, _, stages = decode.choose(batch * 4, 256, 132, ahead=ahead, paged=page > 0)
     if not ahead:
         stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
     number = "*fp32" if single else "*bf16"
@@ -103,11 +103,12 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
     constants = dict(
         factors=None, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
-        SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32", STAGES=stages,
+        SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32", AHEAD=ahead,
+        STAGES=stages,
     )
     if not page:
         constants["table"] = None
-    return compile(decode._decode, types, constants, arch, warps)
+    return compile(decode._decode, types, constants, arch, config.warps)
 
 
 def combine_case(arch):

@@ -135,7 +135,7 @@ def _decode(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
     SEEDED: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         # `_combine` may take its place on the device already; it waits there for these programs.
@@ -185,7 +185,6 @@ def _decode(
     else:
         table += batch.to(tl.int64) * stride_table
 
-    AHEAD: tl.constexpr = STAGES < 0
     firsts = 0
     high_first = 0
     count = 0
@@ -229,7 +228,7 @@ def _decode(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     kept = 0
     if AHEAD:
-        for i in tl.range(0, count + last - first, num_stages=-STAGES):
+        for i in tl.range(0, count + last - first, num_stages=STAGES):
             tile = first + i - count
             if ARMED and SEEDED:
                 end = tl.where(i < firsts, low + i, high_first + i - firsts)
@@ -401,35 +400,24 @@ def why_not(
     return reason
 
 
-def config_for(batch_heads: int, processors: int, can_load_ahead: bool) -> Config:
-    """The configuration of a call; `choose` has its arguments."""
-    if can_load_ahead:
-        return AHEAD
-    return MANY_WAITING if batch_heads >= processors else FEW_WAITING
-
-
 def choose(
-    batch_heads: int,
-    tiles: int,
-    processors: int,
-    can_load_ahead: bool = True,
-    paged: bool = False,
-) -> tuple[int, int, int]:
-    """Splits, warps and `STAGES`, which is below zero where v is loaded ahead.
+    batch_heads: int, tiles: int, processors: int, *, ahead: bool, paged: bool
+) -> tuple[Config, int, int]:
+    """The configuration of a call, its splits and the stages of its pipeline.
 
     Args:
         batch_heads: requests times KV heads.
         tiles: KV tiles of the longest request.
         processors: multiprocessors of the device.
-        can_load_ahead: whether the call may load v ahead of its use.
-        paged: whether page numbers are loaded first; they share the stages of the pipeline.
+        ahead: whether the call may load v ahead of its use.
+        paged: whether page numbers are loaded first.
     """
-    config = config_for(batch_heads, processors, can_load_ahead)
-    splits = config.per_processor * processors // batch_heads
-    stages = config.stages
-    if config.ahead:
-        stages = -(2 * stages - 1 if paged else stages)
-    return max(1, min(splits, tiles // 4)), config.warps, stages
+    waiting = MANY_WAITING if batch_heads >= processors else FEW_WAITING
+    config = AHEAD if ahead else waiting
+    splits = max(1, min(config.per_processor * processors // batch_heads, tiles // 4))
+    # Page numbers share the stages with what they lead to.
+    stages = 2 * config.stages - 1 if ahead and paged else config.stages
+    return config, splits, stages
 
 
 def stages_that_fit(
@@ -506,9 +494,9 @@ def decode(
     # the running maximum of the tile before.
     k_bytes, v_bytes = (tile_kv * width(x.shape[-1]) * x.element_size() for x in (k, v))
     can = rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (seeded or not armed)
-    config = config_for(batch * kv_heads, processors, can)
-    tiles = cdiv(capacity, tile_kv)
-    chosen, warps, stages = choose(batch * kv_heads, tiles, processors, can, table is not None)
+    config, chosen, stages = choose(
+        batch * kv_heads, cdiv(capacity, tile_kv), processors, ahead=can, paged=table is not None
+    )
     if not config.ahead:
         single, shared = q.dtype == torch.float32, device(q.device)[1]
         stages = stages_that_fit(stages, k_bytes, v_bytes, rows, single, armed, shared)
@@ -529,7 +517,8 @@ def decode(
             HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
             WIDTH_V=width(v.shape[-1]), TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2],
             WINDOWED=window is not None, ARMED=armed, SEEDED=seeded, SPLIT=splits > 1,
-            EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv), STAGES=stages, num_warps=warps,
+            EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv), AHEAD=config.ahead,
+            STAGES=stages, num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:
             columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))

@@ -93,7 +93,7 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
 def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
-    config, _, stages = decode.choose(batch * 4, 256, 132, ahead=ahead, paged=page > 0)
+    config, _, stages = decode.choose(batch * 4, 256, 132, 16 * tokens, ahead=ahead, paged=page > 0)
     if not ahead:
         stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
     number = "*fp32" if single else "*bf16"

@@ -401,7 +401,7 @@ def why_not(
 
 
 def choose(
-    batch_heads: int, tiles: int, processors: int, *, ahead: bool, paged: bool
+    batch_heads: int, tiles: int, processors: int, rows: int, *, ahead: bool, paged: bool
 ) -> tuple[Config, int, int]:
     """The configuration of a call, its splits and the stages of its pipeline.
 
@@ -409,14 +409,15 @@ def choose(
         batch_heads: requests times KV heads.
         tiles: KV tiles of the longest request.
         processors: multiprocessors of the device.
+        rows: of the score tile.
         ahead: whether the call may load v ahead of its use.
         paged: whether page numbers are loaded first.
     """
     waiting = MANY_WAITING if batch_heads >= processors else FEW_WAITING
     config = AHEAD if ahead else waiting
     splits = max(1, min(config.per_processor * processors // batch_heads, tiles // 4))
-    # Page numbers share the stages with what they lead to.
-    stages = 2 * config.stages - 1 if ahead and paged else config.stages
+    # Page numbers share the stages with what they lead to; of 32 rows, more stages would spill.
+    stages = 2 * config.stages - 1 if ahead and paged and rows == 16 else config.stages
     return config, splits, stages
 
 
@@ -494,8 +495,9 @@ def decode(
     # the running maximum of the tile before.
     k_bytes, v_bytes = (tile_kv * width(x.shape[-1]) * x.element_size() for x in (k, v))
     can = rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (seeded or not armed)
+    tiles = cdiv(capacity, tile_kv)
     config, chosen, stages = choose(
-        batch * kv_heads, cdiv(capacity, tile_kv), processors, ahead=can, paged=table is not None
+        batch * kv_heads, tiles, processors, rows, ahead=can, paged=table is not None
     )
     if not config.ahead:
         single, shared = q.dtype == torch.float32, device(q.device)[1]

@@ -84,6 +84,14 @@ AHEAD_BYTES = 2**15
 
 
 @triton.jit
+def _in_use(keys, begin, limit, WINDOWED: tl.constexpr):
+    in_use = keys < limit
+    if WINDOWED:
+        in_use = in_use & (keys >= begin)
+    return in_use
+
+
+@triton.jit
 def _page_of(
     table, start, begin, limit, TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr
 ):
@@ -97,9 +105,7 @@ def _page_of(
         return tl.load(table + start // PAGE).to(tl.int64)
     else:
         keys = start + tl.arange(0, TILE_KV)
-        in_use = keys < limit
-        if WINDOWED:
-            in_use = in_use & (keys >= begin)
+        in_use = _in_use(keys, begin, limit, WINDOWED)
         return tl.load(table + keys // PAGE, mask=in_use, other=0).to(tl.int64)
 
 
@@ -114,10 +120,7 @@ def _load_keys(
     """
     keys = start + tl.arange(0, TILE_KV)
     columns = tl.arange(0, WIDTH)
-    in_use = keys < limit
-    if WINDOWED:
-        in_use = in_use & (keys >= begin)
-    held = in_use[:, None]
+    held = _in_use(keys, begin, limit, WINDOWED)[:, None]
     if WIDTH != HEAD_DIM:
         held = held & (columns < HEAD_DIM)[None, :]
     if PAGE == 0:
@@ -417,7 +420,7 @@ def choose(
     config = AHEAD if ahead else waiting
     splits = max(1, min(config.per_processor * processors // batch_heads, tiles // 4))
     # Page numbers share the stages with what they lead to; of 32 rows, more stages would spill.
-    stages = 2 * config.stages - 1 if ahead and paged and rows == 16 else config.stages
+    stages = 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
     return config, splits, stages
 
 

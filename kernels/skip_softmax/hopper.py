@@ -338,9 +338,9 @@ def _item(number, c):
     pack = rest // (c.near * c.blocks)
     rest = rest % (c.near * c.blocks)
     block = c.blocks - 1 - rest // c.near
-    keys = pack * c.near + rest % c.near  # KV head, counted over all requests
-    kv_head = keys % c.kv_heads
-    request = keys // c.kv_heads
+    overall = pack * c.near + rest % c.near  # KV head, counted over all requests
+    kv_head = overall % c.kv_heads
+    request = overall // c.kv_heads
     q_start = gl.to_tensor(0)
     kv_start = gl.to_tensor(0)
     q_len = c.q_len

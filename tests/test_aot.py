@@ -93,7 +93,9 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
 def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
-    config, _, stages = decode.choose(batch * 4, 256, 132, 16 * tokens, ahead=ahead, paged=page > 0)
+    config, _, stages = decode.choose(
+        batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0
+    )
     if not ahead:
         stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
     number = "*fp32" if single else "*bf16"
@@ -163,6 +165,10 @@ arch = int(sys.argv[1])
 cases = {
     "decode": lambda: decode_case(arch, 0, True),
     "decode dense": lambda: decode_case(arch, 0, False),
+    "decode 64": lambda: decode_case(arch, 0, True, head_dim=64),
+    "decode 64 dense": lambda: decode_case(arch, 0, False, head_dim=64),
+    "decode 64 paged 16": lambda: decode_case(arch, 16, True, head_dim=64),
+    "decode 64 paged 64": lambda: decode_case(arch, 64, True, head_dim=64),
     "decode few": lambda: decode_case(arch, 0, True, batch=1),
     "decode paged 16": lambda: decode_case(arch, 16, True, tokens=2),
     "decode paged 128": lambda: decode_case(arch, 128, True),

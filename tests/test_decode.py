@@ -182,6 +182,19 @@ def test_loading_ahead_changes_no_bit(monkeypatch):
     assert torch.equal(out, other)
 
 
+@pytest.mark.parametrize("page", [0, 16, 64])
+def test_many_small_tiles_take_more_programs(page, monkeypatch):
+    def chosen(batch_heads, tile_bytes):
+        return decode.choose(batch_heads, 128, 132, 16, tile_bytes, ahead=True, paged=page > 0)[0]
+
+    assert chosen(512, 2**14) == decode.AHEAD_SMALL
+    assert chosen(512, 2**15) == chosen(3, 2**14) == decode.AHEAD
+    monkeypatch.setattr(decode, "MANY_TILES", 0)
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=1300, tile_kv=64, head_dim=64)
+    _, stats = check(p, tile_kv=64, page=page)
+    assert 0 < stats.skipped.sum() < stats.visited.sum()
+
+
 @pytest.mark.parametrize(
     "change, ahead",
     [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -114,7 +115,7 @@ def _options(arguments: list[str] | None, prog: str | None) -> argparse.Namespac
     )  # fmt: skip
     parser.add_argument(
         "--head-dim", nargs="+", type=_positive, default=[128, 64], metavar="SIZE",
-        help="of prefill and statistics",
+        help="of all phases",
     )  # fmt: skip
     parser.add_argument(
         "--decode", nargs="+", type=_case, default=[(64, 16384), (1, 131072)], metavar="BATCHxTOKENS",
@@ -182,8 +183,10 @@ def _measure(options: argparse.Namespace, dtype: Any) -> Iterator[Row]:
         for name in set(options.backend) - set(names):
             _say(f"{name} has no kernel for {phase}, so it is not measured there")
     if able.get("decode"):
-        for batch, length in options.decode:
-            yield from timings.decode_rows(batch, length, dtype, options.repeats, able["decode"])
+        for (batch, length), head_dim in itertools.product(options.decode, options.head_dim):
+            yield from timings.decode_rows(
+                batch, length, head_dim, dtype, options.repeats, able["decode"]
+            )
             torch.cuda.empty_cache()
     for length in options.length:
         for head_dim in options.head_dim:

@@ -21,7 +21,7 @@ import skip_softmax as ss
 from skip_softmax import histogram
 
 HEADS, KV_HEADS = 64, 4
-TILE_Q, TILE_KV, DECODE_TILE_KV, DECODE_HEAD_DIM = 64, 128, 64, 128  # [tokens]
+TILE_Q, TILE_KV, DECODE_TILE_KV = 64, 128, 64  # [tokens]
 SPARSITIES = (0.0, 0.3, 0.57, 0.77, 0.91, 0.97)
 SINK_SPARSITIES = (0.57, 0.77, 0.91)
 DECODE_SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -289,14 +289,19 @@ def copy_bandwidth() -> float:
 
 
 def decode_rows(
-    batch: int, length: int, dtype: torch.dtype, repeats: int, backends: Sequence[str]
+    batch: int,
+    length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    repeats: int,
+    backends: Sequence[str],
 ) -> Iterator[Row]:
     """Every sparsity with each backend, against a device copy's bandwidth, and the rivals' rows."""
     copy = copy_bandwidth()
-    size = 2 * batch * KV_HEADS * length * DECODE_HEAD_DIM * dtype.itemsize
+    size = 2 * batch * KV_HEADS * length * head_dim * dtype.itemsize
     shape = {
         "phase": "decode", "batch": batch, "q_heads": HEADS, "kv_heads": KV_HEADS,
-        "head_dim": DECODE_HEAD_DIM, "q_len": 1, "kv_len": length, "tile_kv": DECODE_TILE_KV,
+        "head_dim": head_dim, "q_len": 1, "kv_len": length, "tile_kv": DECODE_TILE_KV,
     }  # fmt: skip
 
     def row(name: str, ms: float, dense: float, sparsity: float, about: Row) -> Row:
@@ -310,7 +315,7 @@ def decode_rows(
 
     for number, requested in enumerate(DECODE_SPARSITIES):
         q, k, v, factor = planted(
-            "blocks", batch, HEADS, KV_HEADS, 1, length, DECODE_HEAD_DIM, DECODE_TILE_KV, requested, dtype,
+            "blocks", batch, HEADS, KV_HEADS, 1, length, head_dim, DECODE_TILE_KV, requested, dtype,
             DEVICE,
         )  # fmt: skip
         about = {"running_max": "seeded", "inputs": "blocks", "requested_sparsity": requested}

@@ -76,11 +76,15 @@ class Config(NamedTuple):
 
 # Measured on an H100, see kernels/bench/results.
 AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
+# Of many tiles that are small: two programs per processor do not ask for enough bytes at a time.
+AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
 # Of calls that cannot load v ahead: few programs without splitting, or enough.
 FEW_WAITING = Config(2, warps=4, stages=3, join=256, join_columns=32)
 MANY_WAITING = Config(4, warps=2, stages=2)
 # Of one tile of k and v, at most, to load v ahead: its buffers are twice as many.
 AHEAD_BYTES = 2**15
+SMALL_BYTES = 2**14  # the same, of a small tile
+MANY_TILES = 64  # tiles per processor
 
 
 @triton.jit
@@ -404,7 +408,14 @@ def why_not(
 
 
 def choose(
-    batch_heads: int, tiles: int, processors: int, rows: int, *, ahead: bool, paged: bool
+    batch_heads: int,
+    tiles: int,
+    processors: int,
+    rows: int,
+    tile_bytes: int,
+    *,
+    ahead: bool,
+    paged: bool,
 ) -> tuple[Config, int, int]:
     """The configuration of a call, its splits and the stages of its pipeline.
 
@@ -413,11 +424,16 @@ def choose(
         tiles: KV tiles of the longest request.
         processors: multiprocessors of the device.
         rows: of the score tile.
+        tile_bytes: of one tile of k and v.
         ahead: whether the call may load v ahead of its use.
         paged: whether page numbers are loaded first.
     """
-    waiting = MANY_WAITING if batch_heads >= processors else FEW_WAITING
-    config = AHEAD if ahead else waiting
+    if not ahead:
+        config = MANY_WAITING if batch_heads >= processors else FEW_WAITING
+    else:
+        many = batch_heads * tiles >= MANY_TILES * processors
+        small = rows == 16 and tile_bytes <= SMALL_BYTES
+        config = AHEAD_SMALL if small and many else AHEAD
     splits = max(1, min(config.per_processor * processors // batch_heads, tiles // 4))
     # Page numbers share the stages with what they lead to; of 32 rows, more stages would spill.
     stages = 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
@@ -497,10 +513,11 @@ def decode(
     # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
     # the running maximum of the tile before.
     k_bytes, v_bytes = (tile_kv * width(x.shape[-1]) * x.element_size() for x in (k, v))
-    can = rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (seeded or not armed)
+    tile_bytes = k_bytes + v_bytes
+    can = rows < 64 and tile_bytes <= AHEAD_BYTES and (seeded or not armed)
     tiles = cdiv(capacity, tile_kv)
     config, chosen, stages = choose(
-        batch * kv_heads, tiles, processors, rows, ahead=can, paged=table is not None
+        batch * kv_heads, tiles, processors, rows, tile_bytes, ahead=can, paged=table is not None
     )
     if not config.ahead:
         single, shared = q.dtype == torch.float32, device(q.device)[1]

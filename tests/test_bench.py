@@ -171,8 +171,8 @@ def test_the_table_goes_to_stdout_and_the_rest_to_stderr(
         "sink",
     ):
         assert cell in out, cell
-    assert "2 × 2/1 heads × 1/256 × 128" in out and "…" not in out
-    assert "Abacus" not in err and "2 × 2/1 heads × 1/256 × 128" in err
+    assert "2 × 2/1 heads × 1/256 × 64" in out and "…" not in out
+    assert "Abacus" not in err and "2 × 2/1 heads × 1/256 × 64" in err
 
 
 def test_each_backend_has_rows_under_its_name_beside_the_same_rivals(

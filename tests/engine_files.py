@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from skip_softmax.thresholds import (
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import (
     DecodeGeometry,
     Geometry,
     LayerOverride,
@@ -14,7 +15,6 @@ from skip_softmax.thresholds import (
     ModelSection,
     PrefillGeometry,
     ScaleFactors,
-    Thresholds,
 )
 
 HOPPER = Geometry(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 import skip_softmax as ss
-from skip_softmax import reference
-from skip_softmax.backends import Backend
-from skip_softmax.reference import Request
+from skip_softmax.choose import Backend
+from skip_softmax.meaning import reference
+from skip_softmax.meaning.reference import Request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter has no bf16.
@@ -197,3 +197,28 @@ def check_decisions_near_the_threshold(
     differ = (found.skipped - true.skipped).abs().sum().item()
     print(f"{differ} of {finite.numel()} decisions differ, {near} within 1e-3 nats")
     assert true.skipped.sum() > 0 and differ <= near
+
+
+LENGTHS = [1, 63, 127, 129, 200, 1000]
+
+
+def planted(
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    dim: int = 16,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs whose tiles differ: ever weaker keys that every query likes, among keys of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, heads, q_len, dim, generator=generator, dtype=torch.float64)
+    k = torch.randn(1, kv_heads, kv_len, dim, generator=generator, dtype=torch.float64)
+    v = torch.randn(1, kv_heads, kv_len, dim, generator=generator, dtype=torch.float64)
+    direction = torch.nn.functional.normalize(torch.ones(dim, dtype=torch.float64), dim=0)
+    q += 4 * direction
+    k *= torch.exp2(-(torch.arange(kv_len) // 48 % 5).double())[:, None]
+    liked = torch.arange(0, kv_len, 40)
+    k[:, :, liked] = 6 * direction * 0.97 ** torch.arange(len(liked), dtype=torch.float64)[:, None]
+    return q.to(dtype), k.to(dtype), v.to(dtype)

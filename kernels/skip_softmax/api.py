@@ -11,8 +11,16 @@ from typing import Any, Literal, overload
 
 import torch
 
-from skip_softmax import reference
-from skip_softmax.arguments import (
+from skip_softmax.choose import (
+    Backend,
+    choose_backend,
+    choose_prefill,
+    decode_kernel,
+    run_prefill,
+    statistics_kernel,
+)
+from skip_softmax.meaning import reference
+from skip_softmax.meaning.call import (
     Lengths,
     as_kernels_read,
     check_block_table,
@@ -29,16 +37,8 @@ from skip_softmax.arguments import (
     warn_if_known_meaningless,
     warn_if_meaningless,
 )
-from skip_softmax.backends import (
-    Backend,
-    choose_backend,
-    choose_prefill,
-    decode_kernel,
-    run_prefill,
-    statistics_kernel,
-)
-from skip_softmax.histogram import BINS, TileHistogram
-from skip_softmax.reference import Request, RunningMax
+from skip_softmax.meaning.histogram import BINS, TileHistogram
+from skip_softmax.meaning.reference import Request, RunningMax
 
 
 @dataclass(frozen=True)

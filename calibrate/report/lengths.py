@@ -1,0 +1,135 @@
+"""What scale factors mean at a KV length: thresholds, sparsity and loss, as rows and as tables."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PHASES, Phase
+
+if TYPE_CHECKING:
+    from calibrate.proof.assess import Row
+    from calibrate.statistics.counts import Statistics
+
+
+_TYPICAL = (1024, 4096, 16384, 65536, 131072)
+
+
+def expectations(
+    thresholds: Thresholds, statistics: Statistics | None = None
+) -> list[dict[str, Any]]:
+    """Scale factor, threshold and expected sparsity per phase and KV length.
+
+    Args:
+        thresholds: a thresholds file.
+        statistics: tile statistics of a run of the same model and geometry, or None.
+
+    Returns:
+        One row per phase and length; sparsity is None where nothing is known.
+    """
+    rows: list[dict[str, Any]] = []
+    layers = range(thresholds.model.layers)
+    for phase in PHASES:
+        factors = [thresholds.per_head(layer, phase) for layer in layers]
+        above = [value for heads in factors for value in heads if value > 0]
+        if not above:
+            continue
+        known: dict[int, tuple[float, str]] = {
+            length: (share, "measured, held-out")
+            for length, share in _measured(thresholds, phase).items()
+        }
+        if statistics is not None:
+            for index, length in enumerate(statistics.lengths):
+                share = statistics.sparsity(phase, [sum(f) / len(f) for f in factors], index)
+                known[length] = (share, "from the run's statistics")
+        floor = getattr(thresholds.min_kv_len, phase)
+        curve = _from_curve(thresholds, phase, above)
+        for length in sorted({*known, *_TYPICAL}):
+            sparsity, source = known.get(length, (curve, "from the fitted curve"))
+            if sparsity is None:
+                source = "not known"
+            if length < floor:
+                sparsity, source = 0.0, f"dense: below min_kv_len {floor}"
+            rows.append(
+                {
+                    "phase": phase,
+                    "kv_len": length,
+                    "scale_factor": [min(above), max(above)],
+                    "threshold": [min(above) / length, max(above) / length],
+                    "dense": length < floor,
+                    "sparsity": sparsity,
+                    "source": source,
+                }
+            )
+    return rows
+
+
+def expectation_table(rows: list[dict[str, Any]]) -> Table:
+    """Threshold = scale factor / KV length, with the sparsity that it is expected to give."""
+    table = Table(title="Threshold and expected sparsity by KV length", title_justify="left")
+    for column in (
+        "phase",
+        "KV length",
+        "scale factor",
+        "threshold",
+        "expected sparsity",
+        "source",
+    ):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row["phase"],
+            str(row["kv_len"]),
+            _range(row["scale_factor"]),
+            "–" if row["dense"] else _range(row["threshold"]),
+            "–" if row["sparsity"] is None else f"{100 * row['sparsity']:.1f} %",
+            row["source"],
+        )
+    return table
+
+
+def assessment_table(rows: tuple[Row, ...]) -> Table:
+    """Dense, given and calibrated numbers per prompt length."""
+    table = Table(title="Held-out prompts: loss and sparsity by length", title_justify="left")
+    for column in ("tokens", "setting", *(f"{phase} threshold" for phase in PHASES)):
+        table.add_column(column)
+    for column in ("KL [nats/token]", "score [points]", *(f"{phase} skipped" for phase in PHASES)):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.length),
+            row.setting + (" (1 or more)" if row.above_one else ""),
+            *(f"{row.threshold[p]:.3g}" if row.threshold.get(p) else "–" for p in PHASES),
+            f"{row.kl:.2e}",
+            f"{row.score:.1f}",
+            *(f"{100 * row.sparsity[p]:.1f} %" if p in row.sparsity else "–" for p in PHASES),
+        )
+    if any(row.above_one for row in rows):
+        table.caption = (
+            "(1 or more): as engines run it, which go on skipping; "
+            "the kernel of this package would run dense there"
+        )
+    return table
+
+
+def _measured(thresholds: Thresholds, phase: Phase) -> dict[int, float]:
+    found = thresholds.evidence.get("sparsity", {}).get(phase, {}).get("by_length", {})
+    return {int(length): row["achieved"] for length, row in found.items()}
+
+
+def _from_curve(thresholds: Thresholds, phase: Phase, above: list[float]) -> float | None:
+    """The fitted curve's answer for one number, inside the range it was fitted on."""
+    fit = thresholds.fit.get(phase, {})
+    if not {"a", "b", "sparsity_range"} <= set(fit) or len(set(above)) > 1:
+        return None
+    low, high = fit["sparsity_range"]
+    sparsity = (math.log(above[0]) - math.log(fit["a"])) / fit["b"]
+    return sparsity if low <= sparsity <= high else None
+
+
+def _range(pair: list[float]) -> str:
+    low, high = pair
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

@@ -1,0 +1,359 @@
+"""The search space: few numbers that stand for one scale factor per layer and phase.
+
+Per phase: a global scale, how far layers follow the analytic allocation (0: one number for all, 1:
+the allocation), one offset per sensitivity group, and the sparsity under which a layer is left
+dense. Uniform scale factors and the analytic optimum are both points of this space, so the search
+starts from them.
+
+An engine that takes one number per phase has only the global scale; one with an ignore list also
+the number of layers left dense in both phases, first those that cost most loss for the time they
+save.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from calibrate.engines.catalogue import form_of
+from calibrate.loss.sensitivity import LossModel, largest_scale_factor
+from calibrate.model.section import Setting
+from calibrate.schema import RunConfig
+from calibrate.search.cost import Cost
+from calibrate.statistics.counts import Statistics
+from skip_softmax.thresholds.types import Phase
+
+Params = dict[str, float]
+
+_FLOOR_LOG2 = -2.0  # scale factors below 1/4 skip nothing in any model seen
+_OPTIONS_PER_OCTAVE = 4
+_PRICES = (-30.0, 60.0)  # log2 of relative time per nat; wide enough for any loss
+_SCALE_RANGE = 2.0  # octaves
+_GROUP_RANGE = 1.0  # octaves
+_OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
+_DENSE_BELOW = 0.3
+_DENSE_LAYERS = "dense_layers"
+_TILTS = {"analytic": 1.0, "uniform": 0.0}
+_LEAST_LOSS = 1e-9  # of a setting that skips next to nothing [nats/token]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Maps a point of the search space to a setting.
+
+    Attributes:
+        statistics: of the calibration prompts.
+        cost: measured kernel curves.
+        losses: predicted loss per layer.
+        config: the run config.
+        layers: indices of the layers that can be calibrated.
+        offsets: per phase and layer, log2 distance from the phase's scale in the analytic
+            allocation.
+        groups: per phase and layer, its sensitivity group.
+        dense_order: layers, the one to leave dense first at the front.
+    """
+
+    statistics: Statistics
+    cost: Cost
+    losses: LossModel
+    config: RunConfig
+    layers: tuple[int, ...]
+    offsets: dict[Phase, tuple[float, ...]]
+    groups: dict[Phase, tuple[int, ...]]
+    dense_order: tuple[int, ...] = ()
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Lower and upper end of every parameter; a scale lies within two octaves of the warm starts."""
+        bounds: dict[str, tuple[float, float]] = {}
+        seeds = [params for _, params in self.seeds()]
+        if self._form == "scalar+ignore":
+            bounds[_DENSE_LAYERS] = (0.0, max(len(self.layers) - 1.0, 0.0))
+        for phase in self.config.target.phases:
+            scales = [params[f"{phase}.log2_scale"] for params in seeds]
+            bounds[f"{phase}.log2_scale"] = (
+                max(min(scales) - _SCALE_RANGE, _FLOOR_LOG2),
+                min(max(scales) + _SCALE_RANGE, self._top(phase)),
+            )
+            if self._form != "native":
+                continue
+            bounds[f"{phase}.tilt"] = (0.0, 1.5)
+            for group in range(self.config.search.groups):
+                bounds[f"{phase}.group{group}"] = (-_GROUP_RANGE, _GROUP_RANGE)
+            bounds[f"{phase}.dense_below"] = (0.0, _DENSE_BELOW)
+        return bounds
+
+    def setting(self, params: Params) -> Setting:
+        """One scale factor per phase and layer; layers that cannot be calibrated are 0."""
+        return {phase: self._phase_setting(phase, params) for phase in self.config.target.phases}
+
+    def relative_time(self, setting: Setting) -> float:
+        """Predicted attention time relative to dense, weighted over phases."""
+        weights = self.config.target.phase_weight
+        times = self.phase_times(setting)
+        return sum(weights[p] * t for p, t in times.items()) / sum(weights[p] for p in times)
+
+    def phase_times(self, setting: Setting) -> dict[Phase, float]:
+        """Predicted attention time of each phase relative to dense."""
+        times: dict[Phase, float] = {}
+        for phase, factors in setting.items():
+            share = self.statistics.layer_sparsity(phase, factors).tolist()
+            times[phase] = self.cost.relative_time(phase, share, [factor > 0 for factor in factors])
+        return times
+
+    def predicted_loss(self, setting: Setting) -> dict[Phase, float]:
+        """Sum of the layers' predicted losses per phase [nats/token]; interactions are left to the search."""
+        losses: dict[Phase, float] = {}
+        for phase, factors in setting.items():
+            mass = self.statistics.dropped_mass(phase, factors).tolist()
+            losses[phase] = sum(
+                self.losses.loss(phase, layer, mass[layer]) for layer in self.layers
+            )
+        return losses
+
+    def seeds(self) -> list[tuple[str, Params]]:
+        """Warm starts: the analytic allocation and one number per phase, at several shares of the budget."""
+        points: list[tuple[str, Params]] = []
+        for share in (0.5, 0.25, 1.0):
+            for name, tilt in _TILTS.items():
+                if self._form == "scalar" and tilt:
+                    continue  # one number per phase is uniform
+                points.append((name, self._seed(tilt, share * self.config.budget.kl)))
+        return points
+
+    def aimed(
+        self, name: str, loss: float, measured: Sequence[tuple[Setting, float]]
+    ) -> Params | None:
+        """A warm start whose measured loss should come to `loss` [nats/token].
+
+        Layers interact, so a predicted loss is off by a factor, which differs between models. Losses
+        measured on the same line of settings say which prediction to ask for: between them by their
+        logarithms, beyond them in proportion.
+
+        Args:
+            name: `analytic` or `uniform`.
+            loss: to aim at.
+            measured: settings of that name that were tried, with their loss.
+
+        Returns:
+            The point, or None where the space has no such line or nothing was measured on it.
+        """
+        if not measured or (name == "analytic" and self._form == "scalar"):
+            return None
+        pairs = sorted(
+            (math.log(max(sum(self.predicted_loss(setting).values()), _LEAST_LOSS)), kl)
+            for setting, kl in measured
+        )
+        predicted = [log_predicted for log_predicted, _ in pairs]
+        # A larger allowance costs no less; what noise puts out of order counts as equal.
+        risen = itertools.accumulate((math.log(max(kl, _LEAST_LOSS)) for _, kl in pairs), max)
+        found, target = list(risen), math.log(loss)
+        if target < found[0]:
+            allowed = predicted[0] + target - found[0]
+        elif target > found[-1]:
+            allowed = predicted[-1] + target - found[-1]
+        else:
+            allowed = float(np.interp(target, found, predicted))
+        return self._seed(_TILTS[name], math.exp(allowed))
+
+    def _seed(self, tilt: float, allowed: float) -> Params:
+        """The scale of each phase that gains most time for a total predicted loss of `allowed`."""
+        phases = self.config.target.phases
+        scales = {phase: _grid(self._top(phase)) for phase in phases}
+        options = {
+            phase: [self._option(phase, tilt, log2_scale) for log2_scale in scales[phase]]
+            for phase in phases
+        }
+
+        def loss(log2_price: float) -> float:
+            return sum(
+                options[phase][_cheapest(options[phase], log2_price, self.config, phase)][2]
+                for phase in phases
+            )
+
+        price = _price(loss, allowed)
+        params: Params = {}
+        for phase in phases:
+            params |= self._point(
+                phase, tilt, scales[phase][_cheapest(options[phase], price, self.config, phase)]
+            )
+        return params
+
+    def _option(self, phase: Phase, tilt: float, log2_scale: float) -> _Option:
+        setting: Setting = {phase: self._phase_setting(phase, self._point(phase, tilt, log2_scale))}
+        return log2_scale, self.phase_times(setting)[phase], self.predicted_loss(setting)[phase]
+
+    def _point(self, phase: Phase, tilt: float, log2_scale: float) -> Params:
+        if self._form != "native":
+            params = {f"{phase}.log2_scale": log2_scale}
+            quarter = len(self.layers) // 4 if tilt else 0
+            return params | (
+                {_DENSE_LAYERS: float(quarter)} if self._form == "scalar+ignore" else {}
+            )
+        groups = {f"{phase}.group{group}": 0.0 for group in range(self.config.search.groups)}
+        # A layer below break-even only pays for being armed; one number for all layers cannot leave
+        # it out.
+        dense_below = min(self.cost.curves[phase].break_even, _DENSE_BELOW) if tilt else 0.0
+        return {
+            f"{phase}.log2_scale": log2_scale,
+            f"{phase}.tilt": tilt,
+            **groups,
+            f"{phase}.dense_below": dense_below,
+        }
+
+    def _phase_setting(self, phase: Phase, params: Params) -> tuple[float, ...]:
+        if self._form != "native":
+            return self._one_number(phase, params)
+        scale, tilt = params[f"{phase}.log2_scale"], params[f"{phase}.tilt"]
+        top = self._top(phase)
+        factors = [0.0] * self.statistics.counts[phase].shape[0]
+        for layer in self.layers:
+            exponent = scale + tilt * self.offsets[phase][layer]
+            exponent += params[f"{phase}.group{self.groups[phase][layer]}"]
+            factors[layer] = 2.0 ** min(max(exponent, _FLOOR_LOG2), top)
+        share = self.statistics.layer_sparsity(phase, factors).tolist()
+        floor = params[f"{phase}.dense_below"]
+        return tuple(
+            float(f"{factor:.5g}") if share[layer] > floor else 0.0
+            for layer, factor in enumerate(factors)
+        )
+
+    def _one_number(self, phase: Phase, params: Params) -> tuple[float, ...]:
+        """The same number in every layer that is not left dense."""
+        factor = float(f"{2.0 ** params[f'{phase}.log2_scale']:.5g}")
+        armed = set(self.layers) - set(self.dense_order[: round(params.get(_DENSE_LAYERS, 0.0))])
+        size = self.statistics.counts[phase].shape[0]
+        return tuple(factor if layer in armed else 0.0 for layer in range(size))
+
+    @property
+    def _form(self) -> str:
+        return form_of(self.config.target.engine)
+
+    def _top(self, phase: Phase) -> float:
+        return math.log2(largest_scale_factor(self.config, phase))
+
+
+def build_space(
+    statistics: Statistics,
+    cost: Cost,
+    losses: LossModel,
+    config: RunConfig,
+    layers: tuple[int, ...],
+) -> Space:
+    """Computes the analytic allocation and the sensitivity groups.
+
+    The allocation minimises predicted time plus a price times predicted loss, layer by layer: for
+    every price that is the exact optimum of the knapsack. The price is the one that spends half the
+    budget.
+    """
+    phases = config.target.phases
+    options = {phase: _options(statistics, cost, losses, config, phase, layers) for phase in phases}
+
+    def loss(log2_price: float) -> float:
+        return sum(
+            options[phase][layer][_cheapest(options[phase][layer], log2_price, config, phase)][2]
+            for phase in phases
+            for layer in layers
+        )
+
+    price = _price(loss, 0.5 * config.budget.kl)
+    offsets: dict[Phase, tuple[float, ...]] = {}
+    groups: dict[Phase, tuple[int, ...]] = {}
+    for phase in phases:
+        size = statistics.counts[phase].shape[0]
+        chosen = {
+            layer: options[phase][layer][_cheapest(options[phase][layer], price, config, phase)][0]
+            for layer in layers
+        }
+        armed = [log2_factor for log2_factor in chosen.values() if log2_factor is not None]
+        centre = sum(armed) / len(armed) if armed else 0.0
+        low, high = _OFFSET_RANGE
+        offsets[phase] = tuple(
+            low
+            if chosen.get(layer) is None
+            else min(max(float(chosen[layer] or 0.0) - centre, low), high)
+            for layer in range(size)
+        )
+        order = sorted(layers, key=lambda layer: losses.weights[phase][layer])
+        rank = {layer: position for position, layer in enumerate(order)}
+        groups[phase] = tuple(
+            rank.get(layer, 0) * config.search.groups // max(len(order), 1) for layer in range(size)
+        )
+    dense_order = _dense_order(statistics, cost, losses, config, layers)
+    return Space(statistics, cost, losses, config, layers, offsets, groups, dense_order)
+
+
+def _dense_order(
+    statistics: Statistics,
+    cost: Cost,
+    losses: LossModel,
+    config: RunConfig,
+    layers: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Layers by predicted loss per saved time, at the number per phase that spends the budget."""
+    price: dict[int, float] = dict.fromkeys(layers, 0.0)
+    gain: dict[int, float] = dict.fromkeys(layers, 0.0)
+    for phase in config.target.phases:
+        table = _options(statistics, cost, losses, config, phase, layers)
+        levels = range(1, len(next(iter(table.values()), [])))
+        allowed = config.budget.kl / len(config.target.phases)
+        spends = [
+            level for level in levels if sum(table[layer][level][2] for layer in layers) <= allowed
+        ]
+        level = max(spends, default=1)
+        for layer in layers:
+            _, time, loss = table[layer][level]
+            price[layer] += loss
+            gain[layer] += config.target.phase_weight[phase] * (1.0 - time)
+    # A layer that saves no time goes first, whatever it costs.
+    return tuple(
+        sorted(layers, key=lambda i: (-price[i] / gain[i] if gain[i] > 0 else -math.inf, i))
+    )
+
+
+_Option = tuple[float | None, float, float]
+"""log2 of a scale factor (None: dense), predicted relative time, predicted loss [nats/token]."""
+
+
+def _options(
+    statistics: Statistics,
+    cost: Cost,
+    losses: LossModel,
+    config: RunConfig,
+    phase: Phase,
+    layers: tuple[int, ...],
+) -> dict[int, list[_Option]]:
+    grid = _grid(math.log2(largest_scale_factor(config, phase)))
+    table: dict[int, list[_Option]] = {layer: [(None, 1.0, 0.0)] for layer in layers}
+    for log2_factor in grid:
+        share = statistics.layer_sparsity(phase, 2.0**log2_factor)
+        mass = statistics.dropped_mass(phase, 2.0**log2_factor)
+        for layer in layers:
+            time = cost.curves[phase].at(float(share[layer]))
+            table[layer].append((log2_factor, time, losses.loss(phase, layer, float(mass[layer]))))
+    return table
+
+
+def _grid(top: float) -> list[float]:
+    """log2 scale factors up to the largest allowed one, rising."""
+    steps = int((top - _FLOOR_LOG2) * _OPTIONS_PER_OCTAVE)
+    return [top - step / _OPTIONS_PER_OCTAVE for step in range(steps + 1)][::-1]
+
+
+def _cheapest(options: list[_Option], log2_price: float, config: RunConfig, phase: Phase) -> int:
+    weight = config.target.phase_weight[phase]
+    totals = torch.tensor([weight * time + 2.0**log2_price * loss for _, time, loss in options])
+    return int(totals.argmin())
+
+
+def _price(loss: Callable[[float], float], allowed: float) -> float:
+    """log2 of the smallest price at which `loss` (falling in the price) is at most `allowed`."""
+    low, high = _PRICES
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if loss(middle) <= allowed else (middle, high)
+    return high

@@ -1,0 +1,1 @@
+"""What every scale factor would skip."""

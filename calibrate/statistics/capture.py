@@ -1,0 +1,146 @@
+"""One dense pass per prompt: the tiles of every layer, by critical scale factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from calibrate.model.load import LoadedModel
+from calibrate.prompts.build import Prompt
+from calibrate.schema import GeometryConfig
+from calibrate.statistics.counts import PARTS, Statistics
+from skip_softmax.api import tile_statistics
+from skip_softmax.huggingface.intercept import Call, intercepted
+
+if TYPE_CHECKING:
+    from skip_softmax.meaning.histogram import TileHistogram
+    from skip_softmax.thresholds.types import Phase
+
+from calibrate.model.forward import forward
+
+
+def empty_statistics(
+    loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int]
+) -> Statistics:
+    """Statistics for this model and geometry, with nothing counted yet."""
+    layer = loaded.calibratable[0]
+    identity = {
+        "model": loaded.sha256,
+        "geometry": geometry.model_dump(mode="json"),
+        "q_heads": layer.q_heads,
+        "kv_heads": layer.kv_heads,
+        "layers": len(loaded.layers),
+    }
+    return Statistics.empty(identity, len(loaded.layers), layer.q_heads, layer.kv_heads, lengths)
+
+
+def capture(
+    loaded: LoadedModel, prompts: Sequence[Prompt], statistics: Statistics, geometry: GeometryConfig
+) -> Iterator[Prompt]:
+    """Counts the tiles of prompts that the statistics do not hold yet.
+
+    The prompt's rows are prefill tiles. The continuation is teacher-forced in the same pass, and
+    each of its tokens is one decode step. A prompt is added whole or, after an interruption, not at
+    all.
+
+    Args:
+        loaded: the model.
+        prompts: prompts to count.
+        statistics: grows in place.
+        geometry: tiles of both phases.
+
+    Yields:
+        Each prompt once it is counted.
+    """
+    counted = set(statistics.prompts)
+    for prompt in prompts:
+        if prompt.key in counted:
+            continue
+        one = Statistics.empty({}, *_shape(statistics), statistics.lengths)
+        observe(loaded, prompt, one, geometry)
+        for name in PARTS:
+            for phase, value in getattr(one, name).items():
+                getattr(statistics, name)[phase] += value
+        statistics.prompts.append(prompt.key)
+        yield prompt
+
+
+def without_unseen(loaded: LoadedModel, statistics: Statistics) -> LoadedModel:
+    """The model, with a reason for layers that looked plain when probed but counted no tile.
+
+    A layer may turn out to attend in chunks only on prompts longer than a chunk.
+    """
+    if not statistics.prompts:
+        return loaded
+    tiles = statistics.visited("prefill").sum((1, 2)).tolist()
+    reason = "attention other than full, causal or sliding window at these lengths"
+    layers = [
+        replace(layer, reason=reason) if layer.reason is None and not tiles[layer.index] else layer
+        for layer in loaded.layers
+    ]
+    return replace(loaded, layers=layers)
+
+
+def observe(
+    loaded: LoadedModel, prompt: Prompt, statistics: Statistics, geometry: GeometryConfig
+) -> torch.Tensor:
+    """Runs one prompt densely and adds its tiles.
+
+    Returns:
+        The logits [continuation + 1, vocabulary], which are the dense model's.
+    """
+    length_bin = nearest_bin(prompt.length, statistics.lengths)
+    prompt_len, steps = len(prompt.ids), len(prompt.continuation)
+    # Read back after the pass: in every call it would make the GPU wait.
+    seen: list[tuple[int, Phase, TileHistogram]] = []
+
+    def handler(call: Call) -> torch.Tensor:
+        tiles = (
+            {
+                "decode": True,
+                "tile_kv": geometry.decode.tile_kv,
+                "running_max": geometry.decode.running_max,
+            }
+            if call.phase == "decode"
+            else {"tile_q": geometry.prefill.tile_q, "tile_kv": geometry.prefill.tile_kv}
+        )
+        out, histogram = tile_statistics(
+            call.q,
+            call.k,
+            call.v,
+            causal=call.causal,
+            scale=call.scale,
+            window=call.window,
+            kv_start=call.kv_start,
+            **tiles,
+        )
+        seen.append((call.layer, call.phase, histogram))
+        return out
+
+    left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
+    with intercepted(loaded.model, handler, decode_from=prompt_len, left_alone=left_alone):
+        logits = forward(loaded, prompt)
+    for layer, phase, histogram in seen:
+        statistics.add(layer, phase, length_bin, histogram)
+    lengths: dict[Phase, tuple[int, int]] = {
+        "prefill": (prompt_len, 1),
+        "decode": (sum(range(prompt_len + 1, prompt_len + steps + 1)), steps),
+    }
+    for phase, (tokens, calls) in lengths.items():
+        statistics.kv_tokens[phase][length_bin] += tokens
+        statistics.calls[phase][length_bin] += calls
+    return logits
+
+
+def nearest_bin(length: int, lengths: Sequence[int]) -> int:
+    """Index of the length bin that is nearest in log2."""
+    return min(range(len(lengths)), key=lambda i: abs(math.log2(length / lengths[i])))
+
+
+def _shape(statistics: Statistics) -> tuple[int, int, int]:
+    layers, q_heads = statistics.counts["prefill"].shape[:2]
+    return layers, q_heads, statistics.counts["decode"].shape[1]

@@ -1,0 +1,238 @@
+"""Tile statistics of a model: what every scale factor would skip, per layer, head, phase and length.
+
+Histograms add: batches, prompts, GPUs and hosts merge by addition.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from calibrate.errors import UserError
+from calibrate.record.files import save_atomically
+from skip_softmax.meaning.histogram import BINS, EDGES, LOW, NEVER, PER_OCTAVE, TileHistogram
+from skip_softmax.thresholds.types import PHASES, Phase
+
+ScaleFactors = float | Sequence[float] | torch.Tensor
+
+PARTS = ("counts", "mass", "rows", "kv_tokens", "calls")
+"""What adds: the fields of `Statistics` that hold one tensor per phase."""
+
+
+@dataclass
+class Statistics:
+    """Histograms of log2(critical scale factor) for a model.
+
+    Attributes:
+        identity: what two sets of statistics must share to be added: model hash, geometry, lengths,
+            shape.
+        counts: per phase int64 [layers, heads, lengths, BINS]; KV heads in decode.
+        mass: per phase float64, like `counts`: softmax probability summed over rows.
+        rows: per phase int64 [layers, lengths]: softmax rows per head.
+        kv_tokens: per phase int64 [lengths]: sum of KV lengths over calls [tokens].
+        calls: per phase int64 [lengths]: calls (prefill) or decode steps.
+        prompts: keys of the prompts that were counted.
+    """
+
+    identity: dict[str, Any]
+    counts: dict[Phase, torch.Tensor]
+    mass: dict[Phase, torch.Tensor]
+    rows: dict[Phase, torch.Tensor]
+    kv_tokens: dict[Phase, torch.Tensor]
+    calls: dict[Phase, torch.Tensor]
+    prompts: list[str]
+
+    @classmethod
+    def empty(
+        cls,
+        identity: dict[str, Any],
+        layers: int,
+        q_heads: int,
+        kv_heads: int,
+        lengths: Sequence[int],
+    ) -> Statistics:
+        """Statistics of nothing, ready to be added to."""
+        heads: dict[Phase, int] = {"prefill": q_heads, "decode": kv_heads}
+        bins = len(lengths)
+
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        return cls(
+            identity={**identity, "lengths": list(lengths)},
+            counts={p: zeros(torch.int64, layers, heads[p], bins, BINS) for p in PHASES},
+            mass={p: zeros(torch.float64, layers, heads[p], bins, BINS) for p in PHASES},
+            rows={p: zeros(torch.int64, layers, bins) for p in PHASES},
+            kv_tokens={p: zeros(torch.int64, bins) for p in PHASES},
+            calls={p: zeros(torch.int64, bins) for p in PHASES},
+            prompts=[],
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt lengths that name the length bins [tokens]."""
+        return list(self.identity["lengths"])
+
+    def add(self, layer: int, phase: Phase, length_bin: int, histogram: TileHistogram) -> None:
+        """Adds one call's tiles."""
+        self.counts[phase][layer, :, length_bin] += histogram.counts.cpu()
+        self.mass[phase][layer, :, length_bin] += histogram.mass.cpu()
+        self.rows[phase][layer, length_bin] += histogram.rows
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both: one run over all prompts gives the same.
+
+        Raises:
+            UserError: they are of different models, geometries or lengths, or share a prompt.
+        """
+        if self.identity != other.identity:
+            differing = [k for k in self.identity if self.identity[k] != other.identity.get(k)]
+            raise UserError(
+                f"statistics can be added only if they share model, geometry and lengths, "
+                f"but {differing} differ"
+            )
+        common = set(self.prompts) & set(other.prompts)
+        if common:
+            raise UserError(
+                f"both statistics count the same {len(common)} prompts; count each prompt once"
+            )
+        both = {
+            name: {p: getattr(self, name)[p] + getattr(other, name)[p] for p in PHASES}
+            for name in PARTS
+        }
+        return Statistics(self.identity, **both, prompts=[*self.prompts, *other.prompts])
+
+    def visited(self, phase: Phase) -> torch.Tensor:
+        """Visited tiles, int64 [layers, heads, lengths]."""
+        return self.counts[phase].sum(-1)
+
+    def skipped(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
+        """Skipped tiles, float64 [layers, heads, lengths]; exact at bin edges, linear between them.
+
+        Args:
+            phase: `prefill` or `decode`.
+            scale_factor: a number, [layers] or [layers, heads] [tokens].
+        """
+        return _below(self.counts[phase].double(), self._factors(phase, scale_factor))
+
+    def sparsity(
+        self, phase: Phase, scale_factor: ScaleFactors, length_bin: int | None = None
+    ) -> float:
+        """Skipped / visited tiles over layers and heads, of one length bin or all."""
+        pick = slice(None) if length_bin is None else slice(length_bin, length_bin + 1)
+        visited = self.visited(phase)[..., pick].sum()
+        skipped = self.skipped(phase, scale_factor)[..., pick].sum()
+        return float(skipped / visited) if visited else 0.0
+
+    def layer_sparsity(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
+        """Sparsity of each layer over heads and lengths, float64 [layers]; 0 where nothing was counted."""
+        skipped = self.skipped(phase, scale_factor).sum((1, 2))
+        return skipped / self.visited(phase).sum((1, 2)).clamp_min(1)
+
+    def dropped_mass(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
+        """Softmax probability that skipping removes, mean over rows and heads, float64 [layers]."""
+        dropped = _below(self.mass[phase], self._factors(phase, scale_factor)).sum((1, 2))
+        return dropped / (self.rows[phase].sum(1) * self.mass[phase].shape[1]).clamp_min(1)
+
+    def mean_kv_len(self, phase: Phase) -> torch.Tensor:
+        """Mean KV length of each length bin [tokens], float64 [lengths]."""
+        return self.kv_tokens[phase].double() / self.calls[phase].clamp_min(1)
+
+    def _factors(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
+        layers, heads = self.counts[phase].shape[:2]
+        factors = torch.as_tensor(scale_factor, dtype=torch.float64)
+        if factors.dim() == 1:
+            factors = factors[:, None]
+        return factors.expand(layers, heads)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file atomically.
+
+        Args:
+            path: a `.safetensors` file in an existing folder.
+        """
+        tensors = {
+            f"{name}.{phase}": getattr(self, name)[phase].contiguous()
+            for name in PARTS
+            for phase in PHASES
+        }
+        metadata = {"identity": json.dumps(self.identity), "prompts": json.dumps(self.prompts)}
+        save_atomically(tensors, Path(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another bin layout.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            parts = {
+                name: {phase: tensors[f"{name}.{phase}"] for phase in PHASES} for name in PARTS
+            }
+            identity, prompts = json.loads(metadata["identity"]), json.loads(metadata["prompts"])
+        except (OSError, KeyError, SafetensorError, ValueError) as error:
+            raise UserError(
+                f"{path}: no readable statistics file ({error}); delete it and run again"
+            ) from None
+        if parts["counts"]["prefill"].shape[-1] != BINS:
+            raise UserError(
+                f"{path}: the file has another bin layout than this version; capture again"
+            )
+        return cls(identity, **parts, prompts=prompts)
+
+
+def scale_factor_at(
+    statistics: Statistics, phase: Phase, sparsity: float, layer: int | None = None
+) -> float:
+    """The scale factor that skips a given share of the tiles of a layer (or of all layers).
+
+    Args:
+        statistics: the histograms.
+        phase: `prefill` or `decode`.
+        sparsity: wanted skipped / visited, in [0, 1]; above what can be reached gives the largest
+            edge.
+        layer: one layer, or None for the whole model.
+
+    Returns:
+        The scale factor [tokens], interpolated within a bin.
+    """
+    counts = statistics.counts[phase].double()
+    counts = counts.sum((0, 1, 2)) if layer is None else counts[layer].sum((0, 1))
+    wanted = sparsity * float(counts.sum())
+    cumulative = counts[:NEVER].cumsum(0)  # at edges
+    index = int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64)))
+    index = min(max(index, 0), EDGES - 1)
+    below = float(cumulative[index - 1]) if index else 0.0
+    inside = float(cumulative[index]) - below
+    fraction = min(max((wanted - below) / inside, 0.0), 1.0) if inside and index else 1.0
+    return float(2.0 ** (LOW + (index - 1 + fraction) / PER_OCTAVE))
+
+
+def _below(histogram: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Sum of the bins below a scale factor, [layers, heads, lengths]."""
+    cumulative = histogram[..., :NEVER].cumsum(-1)  # [..., EDGES], at the edges
+    position = (torch.log2(factors.clamp_min(2.0**LOW)) - LOW) * PER_OCTAVE
+    position = position.clamp(0, EDGES - 1)
+    # Scale factors at an edge must hit it exactly: log2 of a power of two's eighth is off by an
+    # ulp.
+    nearest = position.round()
+    position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
+    low = position.floor().long()
+    fraction = (position - low)[..., None]
+    index = low[..., None, None].expand(*low.shape, histogram.shape[2], 1)
+    lower = cumulative.gather(-1, index)[..., 0]
+    upper = cumulative.gather(-1, (index + 1).clamp_max(EDGES - 1))[..., 0]
+    result = lower + fraction * (upper - lower)
+    # Below the lowest edge nothing is known to be skipped; 0 is dense.
+    return torch.where((factors >= 2.0**LOW)[..., None], result, 0.0)

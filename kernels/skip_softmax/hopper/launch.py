@@ -1,0 +1,141 @@
+"""Host side of the Hopper kernel: what it can run, and how it is launched."""
+
+import math
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from skip_softmax.hopper.prefill import ROWS, _hopper
+from skip_softmax.launch import cdiv, device, empty_results, launching_on, why_not_here
+
+# Registers per thread of consumers and producer, by warpgroups of consumers: all that a processor has.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+# At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
+GROUPS = {64: 3, 128: 2}
+TILE_KV = 128
+# With fewer items per program, those that start last decide when all are done: long ones must not be among
+# them. So several KV heads are read at a time, up to so many bytes (L2 has 50 MB in two parts). With more
+# items, one KV head at a time is as fast dense, and faster where tiles are skipped.
+FEW_ITEMS = 48
+NEAR_BYTES = 2**25
+
+
+def why_not(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tile_q: int,
+    tile_kv: int,
+    window: int | None,
+    scale: float,
+    kv_start: int,
+) -> str | None:
+    """Why this kernel cannot run a call, or None when it can."""
+    if reason := _on_sm_90(q):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype} is not fp16 or bf16"
+    if q.shape[-1] not in GROUPS or v.shape[-1] != q.shape[-1]:
+        return f"head_dim {q.shape[-1]} (of values {v.shape[-1]}) is not 64 or 128"
+    if (tile_q, tile_kv) != (ROWS.value, TILE_KV):
+        return f"votes of {tile_q} x {tile_kv} are not {ROWS.value} x {TILE_KV}"
+    if window is not None:
+        return "a sliding window is not supported"
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        if not _has_descriptor(x):
+            return f"{name} has strides {tuple(x.stride())}, which TMA cannot follow"
+    return why_not_here(q, v, scale, kv_start)
+
+
+def _on_sm_90(q: torch.Tensor) -> str | None:
+    if not q.is_cuda:
+        return "tensors are on the CPU, and Triton's interpreter knows no Gluon"
+    if device(q.device)[0] != 9:
+        return f"the device has compute capability {device(q.device)[0]}.x, not 9.0"
+    return None
+
+
+def _near(kv_heads: int, size: int) -> int:
+    """How many KV heads of `size` bytes of keys and values are read at a time: all or an equal part."""
+    return max(
+        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * size <= max(NEAR_BYTES, size)
+    )
+
+
+def _has_descriptor(x: torch.Tensor) -> bool:
+    return x.stride(-1) == 1 and all(
+        n == 1 or (step > 0 and step * x.element_size() % 16 == 0)
+        for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Shows [B, H, S, D] in boxes of `rows` tokens of one head; tokens beyond S read as zero."""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    # The stride of a dimension of size 1 is never used, and may be anything.
+    strides = [
+        x.shape[-1] if n == 1 else step
+        for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]], layout)
+
+
+@torch.library.custom_op("skip_softmax::hopper", mutates_args=())
+def hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    q_lens: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    q_starts: torch.Tensor | None,
+    kv_starts: torch.Tensor | None,
+    most_q: int,
+    stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Skip-softmax prefill attention on Hopper, votes of 64 x 128; nothing in it waits for the device.
+
+    Arguments and results are those of `prefill`, without window and geometry; `why_not` says what is
+    supported.
+    """
+    batch, heads, _, head_dim = q.shape
+    requests = batch if q_starts is None else q_starts.shape[0] - 1
+    out, counts = empty_results(q, v, q_starts, stats)
+    counts.zero_()
+    groups = GROUPS[head_dim]
+    blocks = cdiv(most_q, ROWS.value * groups)
+    items = requests * heads * blocks
+    if not items:
+        return out, counts
+    if not k.shape[2]:
+        return out.zero_(), counts
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    # Counts the items given out, beyond the first of each program.
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
+    heavy, light = REGISTERS[groups]
+    few = items < FEW_ITEMS * processors
+    near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size()) if few else 1
+    with launching_on(q):
+        _hopper[(min(items, processors),)](
+            _descriptor(q, ROWS.value), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
+            counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * math.log2(math.e),
+            most_q, k.shape[2], items, heads // k.shape[1], k.shape[1], blocks,
+            near, *out.stride()[:3],
+            GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
+            # Known to be dense on the host: the kernel without skipping.
+            ARMED=factors is not None or factor > 0,
+            STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,
+        )  # fmt: skip
+    return out, counts
+
+
+@hopper.register_fake
+def _(q, k, v, *others):
+    *_, q_starts, _, _, stats = others
+    return empty_results(q, v, q_starts, stats)

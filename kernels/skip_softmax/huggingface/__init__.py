@@ -1,0 +1,1 @@
+"""Skip-softmax inside Hugging Face models; the only folder that imports transformers."""

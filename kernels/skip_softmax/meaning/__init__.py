@@ -1,0 +1,1 @@
+"""What skip-softmax attention means, without a kernel."""

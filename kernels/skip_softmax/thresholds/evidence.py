@@ -1,0 +1,148 @@
+"""What a thresholds file says for its numbers: the fitted curves, and the evidence that is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    model_validator,
+)
+
+from skip_softmax.thresholds.types import Phase, ScaleFactor
+
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value)
+        _ANY.dump_python(value, mode="json")  # as `to_yaml` does: has a limit on nesting
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"must hold text, numbers, lists and mappings only, but got something else ({error}); "
+            "put quotes around a date, and flatten what is nested too deep"
+        ) from None
+    return value
+
+
+def _shaped(shape: type[BaseModel]) -> AfterValidator:
+    """Checks a mapping and keeps it as it stands, so that it is written back as it was read."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        shape.model_validate(value)
+        return value
+
+    return AfterValidator(check)
+
+
+def _length(key: Any) -> str:
+    text = str(key)
+    if not re.fullmatch("[1-9][0-9]{0,11}", text):
+        raise ValueError(f"a KV length must be a whole number of tokens above 0, but got {key!r}")
+    return text
+
+
+_Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Pair = Field(min_length=2, max_length=2)
+
+
+class FitSection(BaseModel):
+    """The fitted curve `scale_factor = a * exp(b * sparsity)` of a phase, or why there is none."""
+
+    # Strict: the mapping itself is kept, so a text that looks like a number would stay a text.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    a: _Positive = 1.0
+    b: _Positive = 1.0
+    r2: _Number = 0.0
+    points: int = 0
+    sparsity_range: Annotated[list[_Share], _Pair] = [0.0, 1.0]
+    kv_len_range: Annotated[list[_Number], _Pair] = [0.0, 0.0]
+    length_exponent: _Number = 1.0
+    refused: str = ""
+
+    @model_validator(mode="after")
+    def _curve_or_reason(self) -> FitSection:
+        given = self.model_fields_set & {"a", "b", "refused"}
+        if given not in ({"a", "b"}, {"refused"}):
+            raise ValueError(
+                "must hold both `a` and `b`, or else `refused` (why there is no curve), but got "
+                f"{' and '.join(f'`{key}`' for key in sorted(given)) or 'none of them'}"
+            )
+        return self
+
+
+class _Evidence(BaseModel):
+    # What evidence says beyond the parts that are read is its writer's own business.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class BoundSection(_Evidence):
+    """A mean over prompts, and its upper confidence bound."""
+
+    mean: float
+    upper: float
+
+
+class LossSection(_Evidence):
+    """What skipping costs on the held-out prompts."""
+
+    kl: BoundSection
+    score_drop: BoundSection
+    heldout_prompts: int
+
+
+class ShareSection(_Evidence):
+    """Skipped / visited tiles."""
+
+    achieved: _Share
+
+
+class SparsitySection(ShareSection):
+    """The same of a phase, and by length."""
+
+    by_length: dict[Annotated[str, BeforeValidator(_length)], ShareSection] = {}
+
+
+class SpeedSection(_Evidence):
+    """Dense time / time, predicted."""
+
+    prefill: _Number = 1.0
+    decode: _Number = 1.0
+    weighted: _Number = 1.0
+
+
+class BaselineSection(_Evidence):
+    """The best single number per phase."""
+
+    loss: dict[str, Any]
+    sparsity: dict[Phase, SparsitySection]
+    scale_factor: dict[Phase, ScaleFactor] = {}
+
+
+class ImportedSection(_Evidence):
+    """Where numbers of another source come from."""
+
+    engine: str = "native"
+
+
+class EvidenceSection(_Evidence):
+    """The parts of `evidence` that are read."""
+
+    verdict: Literal["passed", "failed", "not validated"] = "not validated"
+    loss: LossSection | None = None
+    sparsity: dict[Phase, SparsitySection] = {}
+    predicted_speedup: SpeedSection = SpeedSection()
+    uniform_baseline: BaselineSection = BaselineSection(loss={}, sparsity={})
+    imported: ImportedSection = ImportedSection()

@@ -1,0 +1,237 @@
+"""The proof: bounds that hold, verdicts with reasons, and a file that says dense when nothing was proven."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from thresholds_files import GOOD, write
+
+from calibrate.errors import UserError
+from calibrate.loss.measure import Outcome, kl_divergence, score
+from calibrate.prompts.build import Prompt
+from calibrate.proof.emit import emit
+from calibrate.proof.validate import upper_bound, validate
+from calibrate.schema import CostConfig, RunConfig
+from calibrate.search.cost import Cost, Curve, load_curves
+from calibrate.search.points import Point
+from calibrate.statistics.counts import Statistics
+from skip_softmax import Thresholds
+
+HELDOUT = [Prompt("text", "heldout", 1024, (i,), (1,) * 8, False) for i in range(12)]
+COST = Cost(
+    {"prefill": Curve((0.0, 1.0), (1.0, 0.5), 1), "decode": Curve((0.0, 1.0), (1.0, 0.5), 1)},
+    {"device": "x"},
+)
+
+
+def config(**budget: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "unused"},
+            "prompts": {"lengths": [1024], "decode_tokens": 8},
+            "budget": {"kl": 0.01, "score_drop": 5.0, **budget},
+        }
+    )
+
+
+def point(factor: float, name: str = "search") -> Point:
+    setting = {"prefill": (factor,) * 4, "decode": (factor,) * 4}
+    return Point(name, setting, 0.001, 0.8, {"prefill": 0.5, "decode": 0.5})
+
+
+def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int = 0):
+    def evaluate(setting, prompt: Prompt) -> Outcome:
+        short = prompt.task == "short"
+        spread = 1 + 0.1 * (len(prompt.ids) + sum(prompt.ids)) / 12
+        tiles = short_skips if short else skipped
+        return Outcome(
+            prompt.key,
+            prompt.task,
+            1024,
+            0.0 if short else kl * spread,
+            50.0 - drop,
+            50.0,
+            {"prefill": [10] * 4, "decode": [10] * 4},
+            {"prefill": [tiles] * 4, "decode": [tiles] * 4},
+        )
+
+    return evaluate
+
+
+TEN = point(10.0)
+
+
+def run(evaluate, points=(TEN,), baselines=(), short=None, **budget):
+    return validate(
+        points,
+        baselines,
+        HELDOUT,
+        evaluate,
+        Statistics.empty({}, 4, 4, 2, [1024]),
+        config(**budget),
+        short,
+    )
+
+
+def test_the_bound_covers_the_true_mean_as_often_as_it_says() -> None:
+    chosen = config()
+    chosen = chosen.model_copy(
+        update={"validation": chosen.validation.model_copy(update={"bootstrap": 999})}
+    )
+    random = np.random.default_rng(1)
+    covered = [
+        upper_bound(random.exponential(size=40).tolist(), 0.95, chosen).upper >= 1.0
+        for _ in range(200)
+    ]
+    # A binomial with p = 0.95 is above 0.87 in 200 draws with near certainty; skewed samples cost a
+    # little.
+    assert 0.87 <= np.mean(covered) < 1.0
+
+
+def test_within_the_budget_passes() -> None:
+    result = run(evaluator(0.004))
+    assert result.passed
+    assert result.attempts[0].kl.mean < result.attempts[0].kl.upper <= 0.01
+    assert result.attempts[0].sparsity == {"prefill": 0.5, "decode": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "reason"),
+    [
+        (evaluator(0.0095), "upper bound .* above the budget of 0.01 nats/token"),
+        (
+            evaluator(0.001, drop=20.0),
+            "score drop 20.00, upper bound .* above the budget of 5 points",
+        ),
+        (evaluator(0.001, skipped=0), "nothing was skipped in prefill and decode"),
+    ],
+)
+def test_a_failure_says_why(evaluate, reason: str) -> None:
+    import re
+
+    result = run(evaluate)
+    assert not result.passed
+    assert re.search(reason, result.attempts[0].reason or "")
+
+
+def test_no_observed_drop_is_no_proof_of_no_drop() -> None:
+    result = run(evaluator(0.001, drop=0.0), score_drop=0.5)
+    assert result.attempts[0].score_drop.mean == 0.0
+    assert result.attempts[0].score_drop.upper > 0.5
+    assert not result.passed
+    assert run(evaluator(0.001, drop=20.0), score_drop=None).passed
+
+
+def test_more_candidates_mean_a_stricter_level_and_stop_at_the_first_pass() -> None:
+    one = run(evaluator(0.004), score_drop=None)
+    three = run(evaluator(0.004), points=(point(3.0), point(2.0), point(1.0)), score_drop=None)
+    assert one.attempts[0].kl.confidence == pytest.approx(0.95)
+    assert three.attempts[0].kl.confidence == pytest.approx(1 - 0.05 / 3)
+    assert three.attempts[0].kl.upper > one.attempts[0].kl.upper
+    assert len(three.attempts) == 1
+
+
+def test_single_numbers_are_tried_until_one_holds() -> None:
+    """A file for an engine that takes one number should hold one, if a slower one would do."""
+    ten, five = point(10.0), point(5.0)
+
+    def evaluate(setting, prompt):
+        return evaluator(0.02 if setting == ten.setting else 0.002)(setting, prompt)
+
+    found = run(evaluate, points=(five,), baselines=(ten, five), score_drop=None)
+    assert found.baseline is not None and found.baseline.passed
+    assert found.baseline.setting == five.setting
+    assert found.baseline.kl.confidence == pytest.approx(1 - 0.05 / 2)
+    none_holds = run(evaluate, points=(five,), baselines=(ten,), score_drop=None)
+    assert none_holds.baseline is not None and not none_holds.baseline.passed
+
+
+def test_a_short_prompt_that_skips_fails_the_file() -> None:
+    short = Prompt("short", "heldout", 1024, (1, 2), (1,), False)
+    assert run(evaluator(0.004), short=short).passed
+    leaking = run(evaluator(0.004, short_skips=1), short=short)
+    assert leaking.attempts[0].passed
+    assert not leaking.passed
+
+
+def emitted(tmp_path, result) -> Thresholds:
+    template = Thresholds.load(write(tmp_path, GOOD)).model_copy(
+        update={"layers": (), "evidence": {}}
+    )
+    curve = {
+        "a": 1.0,
+        "b": 2.0,
+        "r2": 0.5,
+        "points": 9,
+        "sparsity_range": (0.1, 0.2),
+        "kv_len_range": (1.0, 2.0),
+        "length_exponent": None,
+        "refused": None,
+    }
+    fits = {"prefill": {"model": curve}, "decode": {"model": {**curve, "refused": "poor"}}}
+    file = emit(
+        template, result, fits, {"prefill": 0.8, "decode": 0.5}, COST, config(), {"seed": 0}
+    )
+    file.save(tmp_path / "out.yaml")
+    return Thresholds.load(tmp_path / "out.yaml")
+
+
+def test_what_passed_is_emitted_with_its_evidence(tmp_path) -> None:
+    file = emitted(tmp_path, run(evaluator(0.004), baselines=(point(7.0, "uniform"),)))
+    assert file.evidence["verdict"] == "passed"
+    assert {file.per_head(layer, "prefill") for layer in range(4)} == {(10.0,) * 4}
+    assert file.scale_factor.prefill == 7.0
+    assert file.evidence["predicted_speedup"]["decode"] == 2.0
+    assert file.evidence["loss"]["heldout_prompts"] == 12
+    assert file.fit["prefill"]["a"] == 1.0
+    assert "a" not in file.fit["decode"], "nobody can use a refused curve by mistake"
+
+
+def test_what_failed_is_emitted_dense_and_says_failed(tmp_path) -> None:
+    file = emitted(tmp_path, run(evaluator(0.02), baselines=(point(7.0, "uniform"),)))
+    assert file.evidence["verdict"] == "failed"
+    assert "above the budget" in file.evidence["reason"]
+    assert all(
+        max(file.per_head(layer, phase)) == 0
+        for layer in range(4)
+        for phase in ("prefill", "decode")
+    )
+
+
+def test_kl_and_score_in_closed_form() -> None:
+    dense = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64))
+    sparse = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64))
+    expected = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)) / 3
+    assert kl_divergence(dense, sparse) == pytest.approx(expected)
+    assert kl_divergence(dense, dense + 7.0) == pytest.approx(0.0, abs=1e-15)
+    assert score(sparse, Prompt("t", "heldout", 1, (0,), (1, 1), True)) == 50.0
+
+
+def test_predicted_time_comes_from_measured_points() -> None:
+    cost = load_curves(CostConfig(), 16384, 128)
+    for phase in ("prefill", "decode"):
+        curve = cost.curves[phase]
+        for share, time in zip(curve.sparsity, curve.relative_time, strict=True):
+            assert curve.at(share) == time
+        assert curve.at(1.0) == curve.relative_time[-1]
+        assert 0.0 <= curve.break_even < 0.5
+    assert cost.relative_time("decode", [0.0, 1.0], [False, True]) == pytest.approx(
+        (1 + cost.curves["decode"].at(1.0)) / 2
+    )
+    assert Curve((0.0, 1.0), (1.1, 0.6), 1).break_even == pytest.approx(0.2, abs=2e-3)
+
+
+def test_cost_files_that_do_not_fit_are_named(tmp_path) -> None:
+    with pytest.raises(
+        UserError, match=r"no prefill measurement of `Abacus`.*devices there: NVIDIA H100"
+    ):
+        load_curves(CostConfig(device="Abacus"), 1024, 64)
+    (tmp_path / "rows.jsonl").write_text('{"device": "x"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a row needs the keys"):
+        load_curves(CostConfig(curves=str(tmp_path / "rows.jsonl")), 1024, 64)
+    (tmp_path / "rows.jsonl").write_text("\n{oops\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:2: not valid JSON"):
+        load_curves(CostConfig(curves=str(tmp_path / "rows.jsonl")), 1024, 64)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_curves(CostConfig(curves=str(tmp_path / "none.jsonl")), 1024, 64)

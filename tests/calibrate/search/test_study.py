@@ -1,0 +1,260 @@
+"""The search space, its warm starts, and the search itself on a model whose loss is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from calibrate.errors import WorkFailed
+from calibrate.loss.measure import Outcome
+from calibrate.loss.sensitivity import LOSS_POWER, LossModel
+from calibrate.prompts.build import Prompt
+from calibrate.schema import RunConfig
+from calibrate.search.cost import Cost, Curve
+from calibrate.search.points import Point, candidates, front, points, uniform_candidates
+from calibrate.search.space import Space, build_space
+from calibrate.search.study import open_study, search
+from calibrate.statistics.counts import Statistics
+from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
+
+LAYERS = 4
+WEIGHTS = (5.0, 0.5, 0.05, 0.005)
+PROMPTS = [Prompt("text", "search", 4096, (i,), (1,), False) for i in range(3)]
+
+
+def config(**search_changes: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "unused"},
+            "prompts": {"lengths": [4096]},
+            "budget": {"kl": 0.01},
+            "target": {"min_kv_len": {"prefill": 4000, "decode": 4000}},
+            "search": {"trials": 12, **search_changes},
+        }
+    )
+
+
+def statistics() -> Statistics:
+    """Every layer: 40 tiles from critical scale factor 1 to 1024, a quarter octave apart."""
+    result = Statistics.empty({}, LAYERS, 2, 2, [4096])
+    for phase in ("prefill", "decode"):
+        bins = torch.arange(40) * PER_OCTAVE // 4 - LOW * PER_OCTAVE + 1
+        result.counts[phase][:, :, 0, bins] = 1
+        result.counts[phase][:, :, 0, NEVER] = 10
+        result.mass[phase][:, :, 0, bins] = torch.logspace(-4, -1, 40, dtype=torch.float64)
+        result.rows[phase][:] = 10
+        result.kv_tokens[phase][:], result.calls[phase][:] = 4096, 1
+    return result
+
+
+def space(chosen: RunConfig, layers: tuple[int, ...] = tuple(range(LAYERS))) -> Space:
+    line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
+    losses = LossModel({"prefill": WEIGHTS, "decode": WEIGHTS})
+    return build_space(
+        statistics(), Cost({"prefill": line, "decode": line}, {}), losses, chosen, layers
+    )
+
+
+def planted_loss(of: Space, setting: dict) -> float:
+    return sum(of.predicted_loss(setting).values())
+
+
+def outcome(of: Space, setting: dict, prompt: Prompt) -> Outcome:
+    skipped = {
+        phase: (10 * of.statistics.layer_sparsity(phase, factors)).int().tolist()
+        for phase, factors in setting.items()
+    }
+    visited = {phase: [10] * LAYERS for phase in setting}
+    return Outcome(
+        prompt.key, prompt.task, 4096, planted_loss(of, setting), 100.0, 100.0, visited, skipped
+    )
+
+
+def test_uniform_and_analytic_warm_starts_are_points_of_the_space() -> None:
+    here = space(config())
+    bounds = here.bounds()
+    assert len(bounds) <= 20
+    for name, params in here.seeds():
+        assert set(params) == set(bounds)
+        assert all(low <= params[key] <= high for key, (low, high) in bounds.items())
+        setting = here.setting(params)
+        if name == "uniform":
+            assert all(len(set(factors)) == 1 for factors in setting.values())
+        else:
+            # The less a layer costs, the more it may skip.
+            assert list(setting["prefill"]) == sorted(setting["prefill"])
+            assert setting["prefill"][0] < setting["prefill"][-1]
+
+
+def test_the_analytic_seed_beats_the_uniform_one_at_the_same_loss() -> None:
+    here = space(config())
+    seeds = here.seeds()
+    for (_, analytic), (_, uniform) in zip(seeds[::2], seeds[1::2], strict=True):
+        ours, theirs = here.setting(analytic), here.setting(uniform)
+        assert planted_loss(here, ours) <= 0.011
+        assert here.relative_time(ours) < here.relative_time(theirs)
+
+
+def test_the_allocation_is_the_best_of_all_combinations() -> None:
+    """Brute force over three levels per layer of one phase, at the loss that the allocation spends."""
+    chosen = config()
+    chosen = chosen.model_copy(
+        update={"target": chosen.target.model_copy(update={"phases": ("prefill",)})}
+    )
+    here = space(chosen)
+    setting = here.setting(next(params for name, params in here.seeds() if name == "analytic"))
+    spent, time = planted_loss(here, setting), here.relative_time(setting)
+    levels = [0.0, 4.0, 16.0, 64.0, 256.0, 1024.0]
+    best = min(
+        here.relative_time({"prefill": factors})
+        for factors in itertools.product(levels, repeat=LAYERS)
+        if planted_loss(here, {"prefill": factors}) <= spent
+    )
+    assert time <= best + 0.01
+
+
+def test_settings_stay_below_the_shortest_served_length_and_leave_other_layers_dense() -> None:
+    chosen = config()
+    here = space(chosen, layers=(1, 3))
+    top = {key: high for key, (_, high) in here.bounds().items()}
+    setting = here.setting({**top, "prefill.dense_below": 0.0, "decode.dense_below": 0.0})
+    for phase, factors in setting.items():
+        assert max(factors) < chosen.target.min_kv_len[phase]
+        assert factors[0] == factors[2] == 0.0
+        assert factors[1] > 0
+
+
+def test_layers_that_skip_too_little_are_left_dense() -> None:
+    here = space(config())
+    low = {key: low for key, (low, _) in here.bounds().items()}
+    params = {**low, "prefill.log2_scale": 2.0, "prefill.dense_below": 0.3}
+    assert here.setting(params)["prefill"] == (0.0,) * LAYERS
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
+def test_every_sampler_searches_and_starts_from_the_seeds(tmp_path, sampler: str) -> None:
+    chosen = config(sampler=sampler, trials=10, prune_factor=1000.0)
+    here = space(chosen)
+    study = open_study(chosen, tmp_path)
+    found = list(
+        search(study, here, chosen, PROMPTS, lambda setting, prompt: outcome(here, setting, prompt))
+    )
+    assert len(found) == 10
+    names = [point.name for point in found if point is not None]
+    assert names[:8] == ["analytic", "uniform"] * 4 and names.count("search") >= 2
+    assert points(study) == found
+    assert study.metric_names == ["loss [nats/token]", "predicted attention time"]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
+def test_every_sampler_takes_every_seed(tmp_path, sampler: str) -> None:
+    chosen = config(sampler=sampler, trials=8, prune_factor=1000.0)
+    chosen = chosen.model_copy(update={"seed": 2**32 - 1})
+    here = space(chosen)
+    study = open_study(chosen, tmp_path)
+    found = search(study, here, chosen, PROMPTS, lambda s, prompt: outcome(here, s, prompt))
+    assert len(list(found)) == 8
+
+
+@pytest.mark.parametrize("factor", [0.2, 10.0])
+def test_later_warm_starts_spend_the_budget_that_predictions_missed(
+    tmp_path, factor: float
+) -> None:
+    chosen = config(trials=18, prune_factor=1000.0)
+    here = space(chosen)
+    study = open_study(chosen, tmp_path)
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        found = outcome(here, setting, prompt)
+        return dataclasses.replace(found, kl=factor * found.kl**1.1)
+
+    found = list(search(study, here, chosen, PROMPTS, evaluate))
+    budget = chosen.budget.kl
+    for name in ("analytic", "uniform"):
+        first = [point.kl / budget for point in found[:6] if point.name == name]
+        later = [point.kl / budget for point in found[6:] if point.name == name]
+        assert max(first) < 0.2 or min(first) > 1.0, "the first ones miss"
+        # A step of the scale changes the loss by a quarter.
+        assert any(0.5 < share <= 0.8 for share in later)
+
+
+def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
+    results = []
+    for stop in (None, 3, 8):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        chosen = config(trials=11)
+        here = space(chosen)
+        calls = 0
+
+        def evaluate(
+            setting: dict, prompt: Prompt, here: Space = here, stop: int | None = stop
+        ) -> Outcome:
+            nonlocal calls
+            calls += 1
+            if stop is not None and calls == 3 * stop + 2:  # in the middle of a trial
+                raise KeyboardInterrupt
+            return outcome(here, setting, prompt)
+
+        study = open_study(chosen, folder)
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                list(search(study, here, chosen, PROMPTS, evaluate))
+            study = open_study(chosen, folder)
+        list(search(study, here, chosen, PROMPTS, evaluate))
+        results.append(points(study))
+    assert results[0] == results[1] == results[2]
+
+
+def test_hopeless_trials_stop_after_the_first_prompts(tmp_path) -> None:
+    chosen = config(trials=6, prune_factor=1.01)
+    here = space(chosen)
+    asked: list[str] = []
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        asked.append(prompt.key)
+        good = outcome(here, setting, prompt)
+        return Outcome(**{**vars(good), "kl": 1.0})
+
+    found = list(search(open_study(chosen, tmp_path), here, chosen, PROMPTS, evaluate))
+    assert found == [None] * 6
+    assert asked == [PROMPTS[0].key] * 6
+
+
+def point(kl: float, time: float, name: str = "search", share: float = 0.5) -> Point:
+    return Point(
+        name, {"prefill": (1.0,), "decode": (1.0,)}, kl, time, {"prefill": share, "decode": share}
+    )
+
+
+def test_the_front_and_the_candidates() -> None:
+    slow, good, wild, beaten = (
+        point(0.001, 0.9),
+        point(0.004, 0.7),
+        point(0.02, 0.5),
+        point(0.005, 0.8),
+    )
+    assert front([slow, good, wild, beaten]) == [wild, good, slow]
+    chosen = config()
+    assert candidates([slow, good, wild, beaten], chosen) == [good, slow]
+    single = [point(0.006, 0.7, "uniform"), point(0.003, 0.8, "uniform")]
+    assert uniform_candidates([slow, *single, point(0.05, 0.1, "uniform")], chosen) == single
+    assert uniform_candidates([slow], chosen) == []
+
+
+def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
+    with pytest.raises(
+        WorkFailed, match=r"no trial skips tiles in every phase within the budget.*none skips"
+    ):
+        candidates([point(0.0, 1.0, share=0.0)], config())
+    with pytest.raises(
+        WorkFailed, match=r"smallest loss of one that skips is 0.5 nats/token, the budget is 0.01"
+    ):
+        candidates([point(0.5, 0.7)], config())
+
+
+def test_loss_power_is_what_the_loss_model_uses() -> None:
+    assert LossModel({"prefill": (2.0,)}).loss("prefill", 0, 0.25) == 2.0 * 0.25**LOSS_POWER

@@ -1,0 +1,96 @@
+"""Curves: planted parameters come back, and poor fits are refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from calibrate.schema import FitConfig
+from calibrate.statistics.counts import Statistics
+from calibrate.statistics.fit import fit_phase, fit_points
+from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
+
+
+def points(
+    exponent: float = 1.0, noise: float = 0.0
+) -> tuple[list[float], list[float], list[float]]:
+    """Points of scale_factor = 0.5 exp(8 s), where threshold ~ kv_len^-exponent around 4096 tokens."""
+    random = np.random.default_rng(0)
+    s, x, length = [], [], []
+    for kv_len in (1024.0, 4096.0, 16384.0):
+        for share in np.linspace(0.1, 0.8, 20):
+            s.append(float(share))
+            length.append(kv_len)
+            x.append(
+                0.5
+                * math.exp(8 * share + noise * random.normal())
+                * (kv_len / 4096) ** (1 - exponent)
+            )
+    return s, x, length
+
+
+def test_planted_parameters_come_back() -> None:
+    curve = fit_points(*points(), min_r2=0.9)
+    assert curve.refused is None
+    assert (curve.a, curve.b) == (pytest.approx(0.5, rel=1e-9), pytest.approx(8.0, rel=1e-9))
+    assert curve.r2 == pytest.approx(1.0)
+    assert curve.length_exponent == pytest.approx(1.0)
+    assert curve.scale_factor(0.5) == pytest.approx(0.5 * math.exp(4))
+
+
+def test_the_length_exponent_is_found() -> None:
+    assert fit_points(*points(exponent=1.3), min_r2=0.0).length_exponent == pytest.approx(1.3)
+
+
+def test_one_length_says_nothing_about_the_exponent() -> None:
+    s, x, _ = points()
+    assert fit_points(s[:20], x[:20], [4096.0] * 20, min_r2=0.9).length_exponent is None
+
+
+def test_a_poor_fit_is_refused_and_cannot_be_used() -> None:
+    curve = fit_points(*points(noise=6.0), min_r2=0.9)
+    assert curve.refused is not None
+    assert "`R² >= 0.9` must hold" in curve.refused
+    with pytest.raises(ValueError, match="must not be used"):
+        curve.scale_factor(0.5)
+
+
+def test_a_falling_curve_and_too_few_points_are_refused() -> None:
+    falling = fit_points([0.1, 0.2, 0.3], [3.0, 2.0, 1.0], [9.0] * 3, min_r2=0.0)
+    assert falling.refused is not None
+    assert "does not grow" in falling.refused
+    assert (
+        fit_points([0.1, 0.1], [1.0, 2.0], [9.0] * 2, min_r2=0.0).refused == "only 2 usable points"
+    )
+
+
+def test_saturated_points_are_dropped() -> None:
+    """Half of the tiles can never be skipped: sparsity stops at 0.5 however large the scale factor."""
+    statistics = Statistics.empty({}, 1, 1, 1, [8192])
+    statistics.kv_tokens["prefill"][0], statistics.calls["prefill"][0] = 8192, 1
+    octaves = torch.arange(1, 9) * PER_OCTAVE - LOW * PER_OCTAVE
+    statistics.counts["prefill"][0, 0, 0, octaves] = 10
+    statistics.counts["prefill"][0, 0, 0, NEVER] = 80
+    fit = fit_phase(statistics, "prefill", FitConfig(sparsity_range=(0.1, 0.9)))
+    low, high = fit["model"]["sparsity_range"]
+    assert 0.05 <= low < high <= 0.45
+    assert fit["model"] == fit["layers"][0]
+    assert fit["model"]["refused"] is None
+    # One octave per 1/16 of all tiles.
+    assert fit["model"]["b"] == pytest.approx(math.log(2) * 16, rel=0.1)
+
+
+def test_a_layer_without_tiles_has_no_curve() -> None:
+    fit = fit_phase(Statistics.empty({}, 2, 1, 1, [64]), "decode", FitConfig())
+    assert fit["model"]["refused"] == "only 0 usable points"
+    assert len(fit["layers"]) == 2
+
+
+def test_a_curve_too_steep_for_numbers_is_refused() -> None:
+    s = [0.50, 0.505, 0.51]
+    curve = fit_points(s, [math.exp(2600 * (x - 0.5)) for x in s], [4096.0] * 3, min_r2=0.9)
+    assert curve.a == 0.0
+    assert curve.refused is not None and "grows too fast" in curve.refused

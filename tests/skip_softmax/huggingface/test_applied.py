@@ -1,0 +1,577 @@
+"""Attention inside Hugging Face models: replaced per layer and phase, exact, and undone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from calibrate.loss import measure
+from calibrate.model import section
+from calibrate.model.config_json import read_model_config
+from calibrate.model.load import LoadedModel
+from calibrate.prompts.build import Prompt
+from calibrate.schema import GeometryConfig, RunConfig
+from calibrate.statistics import capture
+from skip_softmax import Thresholds, applied
+from skip_softmax.huggingface.intercept import intercepted
+from skip_softmax.huggingface.layers import inspect_layers
+from skip_softmax.huggingface.masks import MaskRecipe
+from skip_softmax.thresholds.types import (
+    Geometry,
+    LayerOverride,
+    MinKvLen,
+    ModelSection,
+    ScaleFactors,
+    UncalibratedLayer,
+)
+
+FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "gpt2"]
+SHARPNESS = 400.0  # so sharp that tiles can be skipped in a random model
+
+
+def thresholds(found: list, factor: float, *, floor: int = 60, **changes: object) -> Thresholds:
+    first = found[0]
+    return Thresholds(
+        model=ModelSection(
+            name="tiny",
+            sha256="0",
+            layers=len(found),
+            q_heads=first.q_heads,
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
+            dtype="float32",
+        ),
+        geometry=Geometry(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16}),
+        min_kv_len=MinKvLen(prefill=floor, decode=floor),
+        scale_factor=ScaleFactors(prefill=factor, decode=factor),
+        **changes,
+    )
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(
+        2, tiny.VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def loaded(family: str, **changes: object) -> LoadedModel:
+    model = tiny.model(family, SHARPNESS, **changes)
+    return LoadedModel(model, None, family, "0", inspect_layers(model), 1024, "float32")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_found(family: str) -> None:
+    layers = inspect_layers(tiny.model(family))
+    assert [layer.index for layer in layers] == [0, 1, 2]
+    assert all(layer.reason is None for layer in layers)
+    assert {layer.kv_heads for layer in layers} == {4 if family in ("phi", "gpt2") else 2}
+    windows = {"gemma3": [48, None, 48], "mistral": [70, 70, 70]}.get(family, [None, None, None])
+    assert [layer.window for layer in layers] == windows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
+    """Sliding layers too: their tiles are those of the reference with that window."""
+    one = loaded(family)
+    prompt = Prompt(
+        "text",
+        "calibration",
+        150,
+        tuple(tokens(150)[0].tolist()),
+        tuple(tokens(9, 1)[0].tolist()),
+        False,
+    )
+    geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
+    statistics = capture.empty_statistics(one, geometry, [150])
+    logits = capture.observe(one, prompt, statistics, geometry)
+    dense = capture.forward(one, prompt)
+    assert (logits - dense).abs().max() <= 2e-4 * dense.abs().max()
+    with applied(one.model, thresholds(one.layers, 0.0), decode_from=150) as counts:
+        capture.forward(one, prompt)
+    for phase in ("prefill", "decode"):
+        assert torch.equal(statistics.visited(phase)[:, :, 0], counts.visited[phase])
+        assert int(counts.skipped[phase].sum()) == 0
+        assert int(counts.visited[phase].min()) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
+    """Teacher forcing in one call equals prefill plus one token at a time with a cache."""
+    one = loaded(family)
+    prompt, steps = tokens(150), tokens(6, 1)
+    settings = thresholds(one.layers, 55.0)
+    with torch.no_grad(), applied(one.model, settings, decode_from=150) as together:
+        whole = one.model(torch.cat([prompt, steps], 1), use_cache=False).logits[0, 149:]
+    with torch.no_grad(), applied(one.model, settings) as stepwise:
+        out = one.model(prompt, use_cache=True)
+        logits = [out.logits[0, -1]]
+        for t in range(6):
+            out = one.model(
+                steps[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True
+            )
+            logits.append(out.logits[0, -1])
+    torch.testing.assert_close(torch.stack(logits), whole, atol=2e-4, rtol=2e-4)
+    for phase in ("prefill", "decode"):
+        assert torch.equal(together.visited[phase], stepwise.visited[phase])
+        assert torch.equal(together.skipped[phase], stepwise.skipped[phase])
+        assert int(together.skipped[phase].sum()) > 0, "nothing skipped: this test shows nothing"
+
+
+def test_batches_with_padding_equal_single_requests() -> None:
+    one = loaded("llama")
+    settings = thresholds(one.layers, 55.0)
+    long, short = tokens(150), tokens(97, 1)
+    batch = torch.cat([long, torch.cat([torch.ones(1, 53, dtype=torch.long), short], 1)])
+    mask = torch.ones_like(batch)
+    mask[1, :53] = 0
+    with torch.no_grad():
+        with applied(one.model, settings) as alone:
+            expected = [one.model(ids, use_cache=False).logits[0, -1] for ids in (long, short)]
+        with applied(one.model, settings) as padded:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            logits = one.model(
+                batch, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits[:, -1]
+    torch.testing.assert_close(logits, torch.stack(expected), atol=2e-4, rtol=2e-4)
+    assert torch.equal(alone.skipped["prefill"], padded.skipped["prefill"])
+    assert alone.sparsity("prefill") > 0.01
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_uses_both_phases(cache: str) -> None:
+    one = loaded("llama")
+    prompt = tokens(120)
+    arguments = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "disable_compile": True,
+    }
+    with applied(one.model, thresholds(one.layers, 0.0)):
+        same = one.model.generate(prompt, cache_implementation=cache, **arguments)
+    assert torch.equal(same, one.model.generate(prompt, **arguments))
+    with applied(one.model, thresholds(one.layers, 55.0)) as counts:
+        one.model.generate(prompt, cache_implementation=cache, **arguments)
+    assert counts.sparsity("prefill") > 0.01
+    assert counts.sparsity("decode") > 0.01
+
+
+def test_chunked_prefill_is_prefill() -> None:
+    one = loaded("llama")
+    prompt = tokens(160)
+    with torch.no_grad(), applied(one.model, thresholds(one.layers, 0.0)) as counts:
+        first = one.model(prompt[:, :96], use_cache=True)
+        chunked = one.model(prompt[:, 96:], past_key_values=first.past_key_values).logits[0, -1]
+        whole = one.model(prompt, use_cache=False).logits[0, -1]
+    torch.testing.assert_close(chunked, whole, atol=2e-4, rtol=2e-4)
+    assert int(counts.visited["decode"].sum()) == 0
+
+
+def test_calls_below_the_floor_run_dense() -> None:
+    one = loaded("llama")
+    with (
+        torch.no_grad(),
+        applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=148) as counts,
+    ):
+        one.model(tokens(156), use_cache=False)
+    assert int(counts.skipped["prefill"].sum()) == 0
+    with (
+        torch.no_grad(),
+        applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=150) as tail,
+    ):
+        one.model(tokens(156), use_cache=False)
+    # Both runs decode positions 150 to 155 above the floor; the first also 148 and 149 below it.
+    assert torch.equal(counts.skipped["decode"], tail.skipped["decode"])
+    assert int(tail.skipped["decode"].sum()) > 0
+    assert int(counts.visited["decode"].sum()) > int(tail.visited["decode"].sum())
+
+
+def test_overrides_reach_their_layer_and_head_only() -> None:
+    one = loaded("llama")
+    override = LayerOverride(layer=1, prefill=(0.0, 55.0, 0.0, 0.0))
+    settings = thresholds(one.layers, 0.0, layers=(override,))
+    with torch.no_grad(), applied(one.model, settings) as counts:
+        one.model(tokens(150), use_cache=False)
+    skipped = counts.skipped["prefill"]
+    assert int(skipped[1, 1]) > 0
+    assert int(skipped.sum()) == int(skipped[1, 1])
+
+
+def test_soft_cap_layers_keep_their_own_attention_and_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny.model("gemma2", SHARPNESS)
+    prompt = tokens(100)
+    with torch.no_grad():
+        dense = model(prompt, use_cache=False).logits
+    layers = inspect_layers(model)
+    assert [layer.reason for layer in layers] == ["attention soft-cap"] * 3
+    left = tuple(UncalibratedLayer(layer=i, reason="attention soft-cap") for i in range(3))
+    caplog.clear()
+    with torch.no_grad(), applied(model, thresholds(layers, 55.0)) as counts:
+        assert torch.equal(model(prompt, use_cache=False).logits, dense)
+    assert int(counts.visited["prefill"].sum()) == 0
+    assert "layer 0 keeps the model's own attention: attention soft-cap" in caplog.text
+    caplog.clear()
+    with torch.no_grad(), applied(model, thresholds(layers, 55.0, uncalibrated=left)):
+        assert torch.equal(model(prompt, use_cache=False).logits, dense)
+    assert caplog.text == "", "a layer that the file lists needs no warning"
+
+
+def test_a_mask_of_the_users_own_is_left_alone() -> None:
+    one = loaded("llama")
+    prompt = tokens(100)
+    mask = torch.ones(1, 1, 100, 100, dtype=torch.bool).tril()
+    mask[..., 50:, :20] = False
+    with torch.no_grad():
+        dense = one.model(prompt, attention_mask=mask, use_cache=False).logits
+        with applied(one.model, thresholds(one.layers, 55.0)) as counts:
+            assert torch.equal(
+                one.model(prompt, attention_mask=mask, use_cache=False).logits, dense
+            )
+    assert int(counts.visited["prefill"].sum()) == 0
+
+
+def test_everything_is_undone_after_an_exception() -> None:
+    one = loaded("llama")
+    before = one.model.config._attn_implementation
+    with torch.no_grad():
+        dense = one.model(tokens(80), use_cache=False).logits
+        with (
+            pytest.raises(RuntimeError, match="in the block"),
+            applied(one.model, thresholds(one.layers, 55.0)),
+        ):
+            raise RuntimeError("in the block")
+        assert one.model.config._attn_implementation == before
+        assert torch.equal(one.model(tokens(80), use_cache=False).logits, dense)
+
+
+def test_a_second_block_on_the_same_model_is_refused() -> None:
+    one = loaded("llama")
+    settings = thresholds(one.layers, 0.0)
+    with (
+        applied(one.model, settings),
+        pytest.raises(ValueError, match="already runs inside `applied`"),
+        applied(one.model, settings),
+    ):
+        pass
+
+
+def test_a_file_for_another_model_is_refused() -> None:
+    one = loaded("llama")
+    other = inspect_layers(tiny.model("gpt2"))
+    with (
+        pytest.raises(
+            ValueError, match=r"must agree, but the file is for tiny with \(3, 4, 4, 16\)"
+        ),
+        applied(one.model, thresholds(other, 0.0)),
+    ):
+        pass
+
+
+def test_two_models_can_run_at_once() -> None:
+    first, second = loaded("llama"), loaded("gpt2")
+    with (
+        torch.no_grad(),
+        applied(first.model, thresholds(first.layers, 55.0)) as a,
+        applied(second.model, thresholds(second.layers, 0.0)) as b,
+    ):
+        first.model(tokens(150), use_cache=False)
+        second.model(tokens(150), use_cache=False)
+    assert int(a.skipped["prefill"].sum()) > 0
+    assert int(b.skipped["prefill"].sum()) == 0
+    assert int(b.visited["prefill"].sum()) > 0
+
+
+def test_handlers_see_absolute_positions() -> None:
+    one = loaded("gemma3")
+    seen: list[tuple[int, str, int, int]] = []
+
+    def handler(call) -> torch.Tensor:
+        seen.append((call.layer, call.phase, call.kv_start, call.kv_len))
+        return call.q.new_zeros(call.q.shape)
+
+    with torch.no_grad(), intercepted(one.model, handler):
+        out = one.model(tokens(100), use_cache=True)
+        one.model(tokens(1), past_key_values=out.past_key_values)
+    assert seen[:3] == [(i, "prefill", 0, 100) for i in range(3)]
+    # A sliding cache holds the last 47 keys and the new one; the full layer holds all.
+    assert seen[3:] == [(0, "decode", 53, 101), (1, "decode", 0, 101), (2, "decode", 53, 101)]
+
+
+def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
+    one = loaded("llama")
+    prompt = Prompt(
+        "text",
+        "search",
+        150,
+        tuple(tokens(150)[0].tolist()),
+        tuple(tokens(9, 1)[0].tolist()),
+        False,
+    )
+    config = RunConfig(
+        model={"path": "unused"},
+        geometry={"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}},
+        target={"min_kv_len": {"prefill": 150, "decode": 150}},
+    )
+    dense = capture.forward(one, prompt).float()
+    losses = []
+    for factor in (0.0, 20.0, 140.0):
+        setting = {"prefill": (factor,) * 3, "decode": (factor,) * 3}
+        losses.append(
+            measure.compare(one, section.thresholds_for(one, config, setting), prompt, dense)
+        )
+    assert losses[0].kl < 1e-7
+    assert losses[0].score == losses[0].dense_score
+    assert 1e-7 < losses[1].kl < losses[2].kl
+    assert SimpleNamespace(**vars(losses[2])).skipped["prefill"] != [0, 0, 0]
+
+
+def test_layers_that_attend_in_chunks_are_found_out_by_their_first_long_prompt() -> None:
+    one = loaded("llama4")
+    assert all(layer.reason is None for layer in one.layers), "four tokens cannot tell"
+    ids, steps = tuple(tokens(150)[0].tolist()), tuple(tokens(9, 1)[0].tolist())
+    prompt = Prompt("text", "calibration", 150, ids, steps, False)
+    geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
+    statistics = capture.empty_statistics(one, geometry, [150])
+    list(capture.capture(one, [prompt], statistics, geometry))
+    named = capture.without_unseen(one, statistics)
+    assert [layer.reason is None for layer in named.layers] == [False, False, False, True]
+    file = section.thresholds_for(named, RunConfig.model_validate({"model": {"path": "x"}}), {})
+    assert [entry.layer for entry in file.uncalibrated] == [0, 1, 2]
+
+
+def test_layers_left_alone_see_no_later_token_of_a_static_cache() -> None:
+    """The cache's length is a tensor that grows before such a layer builds its mask."""
+    model = tiny.model("llama", SHARPNESS)
+    found = inspect_layers(model)
+    left = tuple(UncalibratedLayer(layer=i, reason="test") for i in (0, 2))
+    prompt = tokens(60)
+
+    def in_chunks() -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+        with torch.no_grad():
+            chunks = [model(part, past_key_values=cache).logits for part in prompt.split(25, 1)]
+        return torch.cat(chunks, 1)
+
+    own = in_chunks()
+    with applied(model, thresholds(found, 0.0, uncalibrated=left)) as counts:
+        torch.testing.assert_close(in_chunks(), own, rtol=1e-4, atol=1e-5)
+    assert counts.visited["prefill"].sum(1).bool().tolist() == [False, True, False]
+
+
+def test_tokens_of_an_image_see_each_other() -> None:
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_id=399,
+        boi_token_id=397, eoi_token_id=398,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.mul_(20)
+    found = inspect_layers(model)
+    assert [layer.reason for layer in found] == [None, None]
+    ids = torch.randint(2, 390, (1, 200))
+    ids[0, 20], ids[0, 21:37], ids[0, 37] = 397, 399, 398
+    image = {
+        "input_ids": ids,
+        "token_type_ids": (ids == 399).long(),
+        "pixel_values": torch.randn(1, 3, 32, 32),
+    }
+    file = thresholds(found, 0.0)
+    with torch.no_grad():
+        own = model(**image).logits
+        with applied(model, file) as counts:
+            torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
+            assert counts.visited["prefill"].sum() == 0, "no layer is plain causal beside an image"
+            model(input_ids=ids[:, 40:])
+            assert counts.visited["prefill"].sum(1).bool().all()
+
+
+def test_layers_of_the_images_are_none_of_the_files() -> None:
+    """Gemma 4 numbers its vision layers as it numbers those of the text."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "global_head_dim": 16,
+        "num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 400, "num_kv_shared_layers": 0, "sliding_window": 512,
+        "layer_types": ["full_attention"] * 2, "use_bidirectional_attention": None,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 3,
+    }  # fmt: skip
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=vision, audio_config=None, image_token_id=399
+    )
+    model = transformers.Gemma4ForConditionalGeneration(config).eval()
+    side = 18  # patches; 9 of them become one token
+    ids = torch.randint(2, 390, (1, 60))
+    ids[0, 5 : 5 + side * side // 9] = 399
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
+    image = {
+        "input_ids": ids,
+        "pixel_values": torch.rand(1, side * side, 48),
+        "image_position_ids": places.reshape(1, -1, 2),
+        "mm_token_type_ids": (ids == 399).long(),
+    }
+    file = thresholds(inspect_layers(model), 250.0, floor=300)  # every text layer runs dense
+    with torch.no_grad():
+        own = model(**image).logits
+        with applied(model, file) as counts:
+            torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
+    assert counts.visited["prefill"].sum(1).tolist() == [40, 40]  # 4 heads, 4 x 4 tiles, causal
+    assert counts.skipped["prefill"].sum() == 0
+
+
+def test_windows_are_known_without_asking_the_mask() -> None:
+    model = tiny.model("gemma3")
+    asked = MaskRecipe._recognise
+    with torch.no_grad(), intercepted(model, lambda call: call.q):
+        MaskRecipe._recognise = None  # type: ignore[assignment, method-assign]
+        try:
+            model(tokens(100))
+        finally:
+            MaskRecipe._recognise = asked  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_mask_that_differs_in_one_row_is_found_out(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skip_softmax.huggingface.masks._ASKED_AT_ONCE", 1000)  # seven rows
+
+    def recipe(odd: int | None) -> MaskRecipe:
+        def mask(batch: Any, head: Any, row: Any, key: Any) -> torch.Tensor:
+            seen = (key <= row) | (row == odd if odd is not None else False)
+            return seen if window is None else seen & (key > row - window)
+
+        return MaskRecipe({"batch_size": 1, "q_length": 140, "mask_function": mask}, {})
+
+    assert recipe(None).causal(window) is True
+    for row in (0, 1, 69, 138):
+        assert recipe(row).causal(window) is None
+
+
+def test_one_odd_call_is_left_alone_and_the_next_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    one = loaded("llama")
+    prompt = tokens(100)
+    hole = torch.ones(1, 100, dtype=torch.long)
+    hole[0, 40:45] = 0
+    with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0)) as counts:
+        one.model(prompt)
+        visited = int(counts.visited["prefill"].sum())
+        for _ in range(2):
+            one.model(prompt, attention_mask=hole)
+        assert int(counts.visited["prefill"].sum()) == visited > 0
+        one.model(prompt)
+    assert int(counts.visited["prefill"].sum()) == 2 * visited
+    assert caplog.text.count("layer 0 keeps the model's own attention") == 1
+
+
+def test_hooks_may_move_what_a_layer_is_given() -> None:
+    one = loaded("llama")
+    prompt = tokens(100)
+
+    def moved(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        copies = {
+            k: v.clone().to("cpu") if isinstance(v, torch.Tensor) else v
+            for k, v in keywords.items()
+        }
+        return arguments, copies
+
+    with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0)):
+        own = one.model(prompt).logits
+        for layer in one.model.model.layers:
+            layer.register_forward_pre_hook(moved, with_kwargs=True)
+        assert torch.equal(one.model(prompt).logits, own)
+
+
+def test_models_that_share_a_config() -> None:
+    first = tiny.model("llama", SHARPNESS)
+    second = transformers.LlamaForCausalLM(first.config).eval()
+    file = thresholds(inspect_layers(first), 55.0)
+    prompt = tokens(100)
+    with torch.no_grad():
+        own = second(prompt).logits
+        with applied(first, file):
+            assert torch.equal(second(prompt).logits, own)
+            with (
+                pytest.raises(ValueError, match="one that shares its config, already runs"),
+                applied(second, file),
+            ):
+                pass
+            copied = copy.deepcopy(first)
+        assert torch.equal(second(prompt).logits, own)
+        with pytest.raises(RuntimeError, match="must be copied outside `applied`"):
+            copied(prompt)
+
+
+def test_latent_attention_runs_the_file_that_was_made_for_it(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2, first_k_dense_replace=2, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    found = inspect_layers(model)
+    assert {layer.head_dim for layer in found} == {24}
+    config.save_pretrained(tmp_path)  # and what `import --model` reads says the same
+    assert read_model_config(tmp_path).shape == (2, 4, 4, 24)
+    prompt = tokens(100)
+    with torch.no_grad():
+        own = model(prompt).logits
+        with applied(model, thresholds(found, 0.0)) as counts:
+            torch.testing.assert_close(model(prompt).logits, own, rtol=1e-4, atol=1e-5)
+    assert counts.visited["prefill"].sum() > 0
+
+
+def test_models_that_cannot_be_looked_into_are_refused_by_name() -> None:
+    sizes = {"vocab_size": 400, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+    with pytest.raises(ValueError, match="GPTJForCausalLM computes attention itself"):
+        inspect_layers(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)).eval())
+    both = transformers.BartConfig(
+        vocab_size=400, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="must be decoder-only, but BartModel also has an encoder"):
+        inspect_layers(transformers.BartModel(both))
+
+
+def test_a_block_entered_in_inference_mode_counts_outside_of_it() -> None:
+    one = loaded("llama")
+    with torch.inference_mode():
+        block = applied(one.model, thresholds(one.layers, 55.0))
+        counts = block.__enter__()
+    with torch.no_grad():
+        one.model(tokens(100))
+    block.__exit__(None, None, None)
+    assert counts.visited["prefill"].sum() > 0
+
+
+def test_training_through_a_block_is_refused_by_name() -> None:
+    one = loaded("llama")
+    with applied(one.model, thresholds(one.layers, 55.0)):
+        logits = one.model(tokens(100)).logits
+    with pytest.raises(RuntimeError, match="skip-softmax attention has no backward"):
+        logits.sum().backward()

@@ -1,0 +1,417 @@
+"""The reference against a plain float64 loop over rows, tiles and keys, and its laws."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from planting import planted
+
+import skip_softmax as ss
+
+
+def loop(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_factor: float,
+    *,
+    causal: bool,
+    window: int | None,
+    tile_q: int,
+    tile_kv: int,
+    decode: bool = False,
+    seeded: bool = False,
+) -> tuple[torch.Tensor, int, int, list[float]]:
+    """Section by section what the thresholds mean, one request, written without tensors' help.
+
+    Returns the output, visited and skipped tiles, and every visited tile's critical scale factor.
+    """
+    heads, q_len, dim = q.shape
+    kv_heads, kv_len, _ = k.shape
+    group, offset = heads // kv_heads, kv_len - q_len
+    out = torch.zeros(heads, q_len, v.shape[-1], dtype=torch.float64)
+    visited = skipped = 0
+    critical: list[float] = []
+    if decode:
+        votes = [
+            ([(h * group + g, t) for g in range(group)], h, offset + t + 1)
+            for h in range(kv_heads)
+            for t in range(q_len)
+        ]
+    else:
+        votes = [
+            ([(h, r) for r in range(start, min(start + tile_q, q_len))], h // group, kv_len)
+            for h in range(heads)
+            for start in range(0, q_len, tile_q)
+        ]
+    for rows, kv_head, length in votes:
+        scores = {}
+        for h, r in rows:
+            s = (q[h, r].double() @ k[kv_head].double().T) / math.sqrt(dim)
+            for c in range(kv_len):
+                hidden = (causal and c > offset + r) or (
+                    window is not None and c <= offset + r - window
+                )
+                if hidden:
+                    s[c] = -math.inf
+            scores[h, r] = s
+        tiles = [
+            j
+            for j in range(-(-kv_len // tile_kv))
+            if any(scores[row][j * tile_kv : (j + 1) * tile_kv].max() > -math.inf for row in rows)
+        ]
+        threshold = scale_factor / length if scale_factor < length else 0.0
+        running = dict.fromkeys(rows, -math.inf)
+        if seeded and tiles:
+            ends = [tiles[0], tiles[-1]]
+            running = {
+                row: max(float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for j in ends)
+                for row in rows
+            }
+        kept = []
+        for j in tiles:
+            top = {row: float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for row in rows}
+            never = j == tiles[0] or (seeded and j == tiles[-1])
+            gap = max(
+                -math.inf if top[row] == -math.inf else top[row] - running[row] for row in rows
+            )
+            critical.append(math.inf if never or gap >= 0 else length * math.exp(gap))
+            visited += 1
+            if not never and math.exp(min(gap, 700)) < threshold:
+                skipped += 1
+                continue
+            kept.append(j)
+            if not seeded:
+                running = {row: max(running[row], top[row]) for row in rows}
+        keep = torch.zeros(kv_len, dtype=torch.bool)
+        for j in kept:
+            keep[j * tile_kv : (j + 1) * tile_kv] = True
+        for h, r in rows:
+            s = scores[h, r].masked_fill(~keep, -math.inf)
+            if s.max() > -math.inf:
+                out[h, r] = torch.softmax(s, -1) @ v[kv_head].double()
+    return out, visited, skipped, critical
+
+
+@pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1)], ids=["mha", "gqa3", "gqa8"])
+@pytest.mark.parametrize("length", [1, 63, 129, 200])
+def test_prefill_equals_the_loop(length: int, heads: tuple[int, int], window: int | None) -> None:
+    q, k, v = planted(*heads, length, length)
+    factor = min(20.0, 0.9 * length)
+    expected, visited, skipped, _ = loop(
+        q[0], k[0], v[0], factor, causal=True, window=window, tile_q=16, tile_kv=32
+    )
+    out, stats = ss.attention(
+        q, k, v, scale_factor=factor, window=window, tile_q=16, tile_kv=32, return_stats=True
+    )
+    torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
+    assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
+    if length >= 129:
+        assert skipped > 0, "the planted input must skip something, or this test shows nothing"
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("shape", [(1, 200), (65, 129), (63, 64), (130, 130)])
+def test_prefill_with_queries_shorter_than_keys(shape: tuple[int, int], causal: bool) -> None:
+    q, k, v = planted(4, 2, *shape)
+    expected, visited, skipped, _ = loop(
+        q[0], k[0], v[0], 15.0, causal=causal, window=None, tile_q=32, tile_kv=16
+    )
+    out, stats = ss.attention(
+        q, k, v, scale_factor=15.0, causal=causal, tile_q=32, tile_kv=16, return_stats=True
+    )
+    torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
+    assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
+
+
+@pytest.mark.parametrize("running_max", ["ascending", "seeded"])
+@pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1)], ids=["mha", "gqa3", "gqa8"])
+@pytest.mark.parametrize(("tokens", "length"), [(1, 1), (1, 127), (3, 200), (4, 129)])
+def test_decode_equals_the_loop(
+    tokens: int, length: int, heads: tuple[int, int], window: int | None, running_max: str
+) -> None:
+    q, k, v = planted(*heads, tokens, length)
+    factor = min(20.0, 0.9 * (length - tokens + 1))
+    expected, visited, skipped, _ = loop(
+        q[0],
+        k[0],
+        v[0],
+        factor,
+        causal=True,
+        window=window,
+        tile_q=1,
+        tile_kv=16,
+        decode=True,
+        seeded=running_max == "seeded",
+    )
+    out, stats = ss.decode_attention(
+        q,
+        k,
+        v,
+        scale_factor=factor,
+        window=window,
+        tile_kv=16,
+        running_max=running_max,
+        return_stats=True,
+    )
+    torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
+    assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
+
+
+def test_a_run_of_tokens_equals_one_token_at_a_time() -> None:
+    q, k, v = planted(6, 2, 5, 150)
+    together, stats = ss.decode_attention(q, k, v, scale_factor=30.0, tile_kv=16, return_stats=True)
+    skipped = torch.zeros_like(stats.skipped)
+    for t in range(5):
+        seen = 150 - 5 + t + 1
+        alone, one = ss.decode_attention(
+            q[:, :, t],
+            k[:, :, :seen],
+            v[:, :, :seen],
+            scale_factor=30.0,
+            tile_kv=16,
+            return_stats=True,
+        )
+        torch.testing.assert_close(alone, together[:, :, t], atol=1e-12, rtol=0)
+        skipped += one.skipped
+    assert torch.equal(skipped, stats.skipped)
+    assert int(skipped.sum()) > 0
+
+
+def test_paged_cache_equals_contiguous() -> None:
+    q, k, v = planted(4, 2, 1, 160)
+    pages = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    paged = [torch.zeros(10, 2, 16, 16, dtype=torch.float64) for _ in range(2)]
+    for cache, whole in zip(paged, (k, v), strict=True):
+        cache[pages] = whole[0].view(2, 10, 16, 16).transpose(0, 1)
+    expected = ss.decode_attention(q[:, :, 0], k, v, [150], scale_factor=40.0, tile_kv=16)
+    table = torch.cat([pages, torch.tensor([-1])])[None]
+    got = ss.decode_attention(
+        q[:, :, 0], *paged, [150], block_table=table, scale_factor=40.0, tile_kv=16
+    )
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+def test_ragged_batch_equals_one_request_at_a_time() -> None:
+    q, k, v = (torch.cat([t, t.flip(2)]) for t in planted(4, 2, 100, 120))
+    q_lens, kv_lens = [100, 37], [120, 90]
+    out, stats = ss.attention(
+        q,
+        k,
+        v,
+        scale_factor=25.0,
+        tile_q=16,
+        tile_kv=16,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        return_stats=True,
+    )
+    for b, (nq, nk) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        alone, one = ss.attention(
+            q[b : b + 1, :, :nq],
+            k[b : b + 1, :, :nk],
+            v[b : b + 1, :, :nk],
+            scale_factor=25.0,
+            tile_q=16,
+            tile_kv=16,
+            return_stats=True,
+        )
+        torch.testing.assert_close(out[b : b + 1, :, :nq], alone, atol=1e-12, rtol=0)
+        assert torch.equal(stats.skipped[b], one.skipped[0])
+    assert bool((out[1, :, 37:] == 0).all())
+
+
+def test_a_cache_without_its_first_keys_keeps_absolute_tiles() -> None:
+    """A sliding cache holds the last keys only; tiles still begin at multiples of tile_kv."""
+    q, k, v = planted(2, 1, 1, 200)
+    whole, stats = ss.decode_attention(
+        q, k, v, scale_factor=30.0, window=70, tile_kv=16, return_stats=True
+    )
+    held, fewer = ss.decode_attention(
+        q,
+        k[:, :, 125:],
+        v[:, :, 125:],
+        scale_factor=30.0,
+        window=70,
+        tile_kv=16,
+        kv_start=125,
+        return_stats=True,
+    )
+    torch.testing.assert_close(held, whole, atol=1e-12, rtol=0)
+    assert torch.equal(stats.visited, fewer.visited)
+    assert torch.equal(stats.skipped, fewer.skipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_error_is_at_most_twice_that_of_low_precision_pytorch(dtype: torch.dtype) -> None:
+    q, k, v = planted(4, 2, 129, 129, dtype=dtype)
+    exact, *_ = loop(q[0], k[0], v[0], 0.0, causal=True, window=None, tile_q=16, tile_kv=16)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    theirs = (plain[0].double() - exact).abs().max()
+    ours = (ss.attention(q, k, v)[0].double() - exact).abs().max()
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert ours <= 2 * theirs + rounding
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_zero_is_bit_identical_to_dense(dtype: torch.dtype) -> None:
+    q, k, v = planted(4, 2, 200, 200, dtype=dtype)
+    dense = ss.attention(q, k, v, tile_q=16, tile_kv=16)
+    factors = torch.tensor([0.0, 60.0, 0.0, 60.0])
+    some_heads = ss.attention(q, k, v, tile_q=16, tile_kv=16, scale_factor=factors)
+    assert torch.equal(ss.attention(q, k, v, tile_q=16, tile_kv=16, scale_factor=0.0), dense)
+    assert torch.equal(some_heads[:, [0, 2]], dense[:, [0, 2]])
+    assert not torch.equal(some_heads[:, [1, 3]], dense[:, [1, 3]])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_request_without_keys_is_empty_and_no_reason_to_warn(phase: str) -> None:
+    q, k, v = planted(2, 1, 1 if phase == "decode" else 100, 100)
+    q, k, v = (torch.cat([x, x]) for x in (q, k, v))
+    run = ss.decode_attention if phase == "decode" else ss.attention
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, stats = run(q, k, v, kv_lens=[100, 0], scale_factor=5.0, return_stats=True)
+    assert (out[1] == 0).all() and stats.visited[0].sum() > 0 == stats.visited[1].sum()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_threshold_of_one_or_more_runs_dense_with_one_warning(phase: str) -> None:
+    q, k, v = planted(2, 1, 1 if phase == "decode" else 100, 100)
+    run = ss.decode_attention if phase == "decode" else ss.attention
+    dense = run(q, k, v)
+    for factor in (100.0, 1e6):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out, stats = run(q, k, v, scale_factor=factor, return_stats=True)
+        assert [w.category for w in caught] == [ss.DenseCallWarning]
+        assert "kv_len=100" in str(caught[0].message)
+        assert torch.equal(out, dense)
+        assert int(stats.skipped.sum()) == 0
+
+
+def test_padding_rows_never_vote() -> None:
+    """Rows beyond q_len hold huge queries that would veto every skip if they voted."""
+    q, k, v = planted(2, 1, 40, 140)
+    padded = torch.cat([q, torch.full_like(q[:, :, :24], 1e3)], dim=2)
+    _, alone = ss.attention(q, k, v, scale_factor=40.0, tile_q=64, tile_kv=16, return_stats=True)
+    _, stats = ss.attention(
+        padded, k, v, scale_factor=40.0, tile_q=64, tile_kv=16, q_lens=[40], return_stats=True
+    )
+    assert torch.equal(alone.skipped, stats.skipped)
+    assert int(alone.skipped.sum()) > 0
+
+
+@pytest.mark.parametrize("factor", [0.0, 5.0, 150.0, 500.0])
+def test_no_probability_reaches_a_future_token(factor: float) -> None:
+    q, k, v = planted(2, 1, 200, 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ss.DenseCallWarning)
+        before = ss.attention(q, k, v, scale_factor=factor, tile_q=16, tile_kv=16)
+        changed = v.clone()
+        changed[:, :, 120:] = 1e9
+        after = ss.attention(q, k, changed, scale_factor=factor, tile_q=16, tile_kv=16)
+    assert torch.equal(before[:, :, :120], after[:, :, :120])
+
+
+def test_skipped_tiles_grow_with_the_scale_factor() -> None:
+    q, k, v = planted(4, 2, 300, 300)
+    counts = [
+        int(
+            ss.attention(q, k, v, scale_factor=f, tile_q=16, tile_kv=16, return_stats=True)[
+                1
+            ].skipped.sum()
+        )
+        for f in (0.0, 10.0, 25.0, 50.0, 100.0, 299.0)
+    ]
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[1] > counts[0] == 0
+
+
+def test_decode_is_the_last_row_of_prefill_for_one_head() -> None:
+    q, k, v = planted(1, 1, 64, 200)
+    decode = ss.decode_attention(q[:, :, -1], k, v, scale_factor=20.0, tile_kv=16)
+    prefill = ss.attention(q[:, :, -1:], k, v, scale_factor=20.0, tile_q=16, tile_kv=16)
+    torch.testing.assert_close(decode, prefill[:, :, 0], atol=1e-12, rtol=0)
+
+
+def test_tile_gaps_are_the_loops() -> None:
+    q, k, _ = planted(3, 1, 100, 130)
+    gaps = ss.tile_gaps(q, k, tile_q=32, tile_kv=16)
+    *_, critical = loop(q[0], k[0], k[0], 0.0, causal=True, window=None, tile_q=32, tile_kv=16)
+    visited = gaps[0] > -torch.inf
+    ours = torch.where(gaps[0][visited] >= 0, torch.inf, 130 * torch.exp(gaps[0][visited]))
+    torch.testing.assert_close(
+        ours, torch.tensor(critical, dtype=torch.float64), atol=0, rtol=1e-12
+    )
+    assert bool((gaps[0, :, :, 0] == torch.inf).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_factor": -1.0}, "`scale_factor >= 0` and finite must hold, but got -1.0"),
+        ({"scale_factor": math.nan}, "`scale_factor >= 0` and finite must hold, but got nan"),
+        ({"scale_factor": torch.ones(3)}, r"a number or a tensor \[4\] \(one per query head\)"),
+        ({"tile_q": 48}, "`tile_q` must be a power of two, but got 48"),
+        ({"window": 0}, "`window >= 1` must hold, but got 0"),
+        ({"kv_lens": [201]}, r"`kv_lens` must hold 1 numbers from 0 to 200, but got \[201\]"),
+        ({"backend": "fast"}, "backend must be auto, reference, triton or hopper, but got 'fast'"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
+    q, k, v = planted(4, 2, 200, 200)
+    with pytest.raises(ValueError, match=message):
+        ss.attention(q, k, v, **changes)  # type: ignore[call-overload]
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    q, k, v = planted(4, 2, 20, 20)
+    with pytest.raises(
+        ValueError, match="query heads must be a multiple of KV heads, but got 3 and 2"
+    ):
+        ss.attention(q[:, :3], k, v)
+    with pytest.raises(ValueError, match="must share one floating dtype"):
+        ss.attention(q.float(), k, v)
+    with pytest.raises(ValueError, match="a paged cache needs `kv_lens`"):
+        ss.decode_attention(q[:, :, 0], k, v, block_table=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("length", [1500, 3000, 6000])
+def test_memory_grows_with_the_length_and_not_with_its_square(length: int) -> None:
+    """Scores held at once stay within a fixed number, or one row of tiles where even that is more."""
+    from skip_softmax.meaning import reference
+
+    q, k, _ = planted(2, 1, length, length, dim=4, dtype=torch.float32)
+    request = reference.Request(length, length, 0, True, None, 64, 128)
+    held = [block.scores.numel() for block in reference.blocks(q[0], k[0], request, 0.5)]
+    assert max(held) <= max(reference._BLOCK_ELEMENTS, 2 * 64 * (length + 128)) * 1.1
+    assert sum(held) >= length * length, "every pair was looked at"
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    q, k, v = planted(4, 2, 200, 200, dtype=torch.float32)
+    keywords = {"tile_q": 16, "tile_kv": 16, "backend": "reference"}
+    out, stats = ss.attention(q, k, v, scale_factor=60.0, return_stats=True, **keywords)
+    gaps = ss.tile_gaps(q, k, **keywords)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered, same = ss.attention(q, k, v, scale_factor=60.0, return_stats=True, **keywords)
+        assert torch.equal(gaps, ss.tile_gaps(q, k, **keywords))
+    assert torch.equal(out, lowered) and torch.equal(stats.skipped, same.skipped)
+    assert stats.skipped.sum() > 0
+
+
+@pytest.mark.parametrize("heads, head_dim", [(0, 16), (2, 0)])
+def test_no_heads_and_no_head_dim_are_named(heads: int, head_dim: int) -> None:
+    x = torch.zeros(1, heads, 5, head_dim)
+    with pytest.raises(ValueError, match="heads and head_dim must be above 0"):
+        ss.attention(x, x, x)

@@ -1,0 +1,276 @@
+"""Every kernel compiles for every promised GPU without one, and spills no more than is written here.
+
+Registers and spills go to the file that SKIP_SOFTMAX_RESOURCES names,
+when it is set. A second Triton (a folder that
+SKIP_SOFTMAX_TRITON36 names) is tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Runs in a process without the interpreter, which cannot compile, and with the Triton under test.
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from skip_softmax import launch
+from skip_softmax.hopper import launch as hopper
+from skip_softmax.meaning import histogram
+from skip_softmax.triton import decode, prefill, statistics
+
+D, TILE = 128, 128
+
+
+def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSource):
+    names = kernel.arg_names
+    types = {**{n: "i32" for n in names if n.startswith("stride")}, **types}
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    aligned = [n for n, t in signature.items() if t.startswith("*") or n.startswith("stride")]
+    source = source(
+        kernel, signature, {(names.index(n),): v for n, v in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
+    new = arch >= 100 or launch.KNOWS_BLACKWELL
+    tool = os.path.join(tools, "ptxas-blackwell" if new else "ptxas")
+    name = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}[arch]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        said = subprocess.run(
+            [tool, "-v", "--gpu-name", name, file.name, "-o", os.devnull], capture_output=True, text=True,
+            check=True
+        ).stderr
+    return {
+        "registers": max(map(int, re.findall(r"Used (\\d+) registers", said))),
+        # ptxas gives up running products in the background when it does not follow their registers.
+        "serialized": "serialized" in said,
+        "spilled_bytes": sum(map(int, re.findall(r"(\\d+) bytes spill stores", said))),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+SHARED = {80: 166912, 90: 232448, 100: 232448}
+
+
+def tile_type(on, rows, columns):
+    return f"tensordesc<bf16[{rows}, {columns}]>" if on else "*bf16"
+
+
+def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False):
+    config = prefill.choose_for(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE)
+    number = "*fp32" if single else "*bf16"
+    kv = number if single else tile_type(config.tma, TILE, head_dim)
+    types = {"q": number, "k": kv, "v": kv, "out": number, "stats": "*i64", "factor": "fp32",
+    "scale": "fp32",
+             "q_len": "i32", "kv_len": "i32", "window": "i32", "q_starts": "*i32", "kv_starts": "*i32"}
+    constants = dict(
+        factors=None, q_lens=None, kv_lens=None, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
+        WIDTH=head_dim,
+        WIDTH_V=head_dim, BLOCK_M=config.block_m, TILE_Q=64, TILE_KV=TILE, CAUSAL=True, WINDOWED=window,
+        ARMED=armed,
+        TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
+        TMA=config.tma,
+        STATS=window, PRECISION="bf16x6" if single else "tf32", STAGES=config.stages,
+        SPARSE_STAGES=config.sparse_stages,
+    )
+    if not packed:
+        constants.update(q_starts=None, kv_starts=None)
+    return compile(prefill._prefill, types, constants, arch, config.warps, config.registers)
+
+
+def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
+    size = tile * head_dim * (4 if single else 2)
+    ahead = 2 * size <= decode.AHEAD_BYTES
+    config, _, stages = decode.choose(
+        batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0
+    )
+    if not ahead:
+        stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
+    number = "*fp32" if single else "*bf16"
+    types = {"q": number, "k": number, "v": number, "out": "*fp32", "lse": "*fp32", "stats": "*i64",
+             "kv_lens": "*i32", "table": "*i32", "factor": "fp32", "scale": "fp32", "kv_len": "i32",
+             "window": "i32"}
+    constants = dict(
+        factors=None, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
+        WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
+        SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32", AHEAD=ahead,
+        STAGES=stages,
+    )
+    if not page:
+        constants["table"] = None
+    return compile(decode._decode, types, constants, arch, config.warps)
+
+
+def combine_case(arch):
+    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32"}
+    constants = dict(TOKENS=1, GROUP=16, HEAD_DIM_V=D, WIDTH_V=D, BLOCK=64, EARLY=arch >= 90)
+    return compile(decode._combine, types, constants, arch, 4)
+
+
+def statistics_case(arch, in_decode):
+    tma = arch >= 90
+    kv = tile_type(tma, TILE, D)
+    types = {"q": "*bf16", "k": kv, "v": kv, "out": "*bf16", "counts": "*i64", "mass": "*i64",
+    "gaps": "*fp32",
+             "weights_log2": "*fp32", "row_lse": "*fp32", "scale": "fp32", "q_len": "i32", "kv_len": "i32",
+             "window": "i32", "items": "i32", "blocks": "i32", "note_blocks": "i32"}
+    pack = 16 if in_decode else 1
+    constants = dict(
+        HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
+        HEAD_DIM_V=D, WIDTH=D, WIDTH_V=D, BLOCK_M=128, SUBS=1, VOTE_ROWS=pack if in_decode else 64,
+        BLOCK_N=TILE,
+        PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, DECODE=in_decode, LOW=histogram.LOW,
+        PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
+        STAGES=3 if tma else 2,
+    )
+    return compile(statistics._statistics, types, constants, arch, 8)
+
+
+def hopper_case(head_dim, armed, lengths="", causal=True):
+    groups = hopper.GROUPS[head_dim]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    types = {name: f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{layout!r}>"
+             for name, rows in (("q", 64), ("k", TILE), ("v", TILE))}
+    types |= {"out": "*bf16", "stats": "*i64", "counter": "*i32", "factors": "*fp32", "factor": "fp32",
+              "scale": "fp32", "items": "i32", "group": "i32", "kv_heads": "i32", "blocks": "i32",
+              "near": "i32", "q_len": "i32", "kv_len": "i32",
+              "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
+    heavy, light = hopper.REGISTERS[groups]
+    constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, STATS=bool(lengths),
+                     HEAVY=heavy, LIGHT=light)
+    for name in ("q_starts", "kv_starts"):
+        if lengths != "packed":
+            constants[name] = None
+    for name in ("q_lens", "kv_lens"):
+        if lengths != "padded":
+            constants[name] = None
+    if not lengths:
+        constants["factors"] = None
+    return compile(hopper._hopper, types, constants, 90, 4, source=GluonASTSource)
+
+
+arch = int(sys.argv[1])
+cases = {
+    "decode": lambda: decode_case(arch, 0, True),
+    "decode dense": lambda: decode_case(arch, 0, False),
+    "decode 64": lambda: decode_case(arch, 0, True, head_dim=64),
+    "decode 64 dense": lambda: decode_case(arch, 0, False, head_dim=64),
+    "decode 64 paged 16": lambda: decode_case(arch, 16, True, head_dim=64),
+    "decode 64 paged 64": lambda: decode_case(arch, 64, True, head_dim=64),
+    "decode few": lambda: decode_case(arch, 0, True, batch=1),
+    "decode paged 16": lambda: decode_case(arch, 16, True, tokens=2),
+    "decode paged 128": lambda: decode_case(arch, 128, True),
+    "decode 256 dense": lambda: decode_case(arch, 0, False, batch=1, head_dim=256, tile=128),
+    "decode fp32": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True),
+    "combine": lambda: combine_case(arch),
+}
+if arch < 100 or launch.KNOWS_BLACKWELL:
+    cases |= {
+        "prefill 128": lambda: prefill_case(arch, 128, True),
+        "prefill 128 dense": lambda: prefill_case(arch, 128, False),
+        "prefill 64": lambda: prefill_case(arch, 64, True),
+        "prefill 64 dense": lambda: prefill_case(arch, 64, False),
+        "prefill 64 window packed": lambda: prefill_case(arch, 64, True, packed=True, window=True),
+        "prefill fp32": lambda: prefill_case(arch, 128, True, single=True),
+        "statistics": lambda: statistics_case(arch, False),
+        "statistics decode": lambda: statistics_case(arch, True),
+    }
+if arch == 90:
+    for head_dim in (64, 128):
+        cases |= {
+            f"hopper {head_dim}": lambda d=head_dim: hopper_case(d, True),
+            f"hopper {head_dim} dense": lambda d=head_dim: hopper_case(d, False),
+            f"hopper {head_dim} packed": lambda d=head_dim: hopper_case(d, True, "packed"),
+            f"hopper {head_dim} padded, not causal": lambda d=head_dim: hopper_case(d, True, "padded", False),
+        }
+print(json.dumps({"triton": triton.__version__, "arch": arch, "kernels": {n: case() for n,
+case in cases.items()}}))
+"""
+# Bytes that may spill; whatever is not named here must not spill at all.
+MAY_SPILL = {
+    (80, "prefill 64"): 256, (80, "prefill 64 dense"): 256, (80, "prefill 64 window packed"): 512,
+    (80, "prefill 128 dense"): 64,
+    (80, "statistics"): 4096, (80, "statistics decode"): 4096,
+    (90, "decode dense"): 16, (90, "prefill 64"): 64, (90, "prefill 64 window packed"): 64,
+    (80, "decode paged 16"): 32, (90, "decode paged 16"): 32,
+    # At head_dim 64 three warpgroups share the registers, and the producer has 32: nearly all of it is there.
+    (90, "hopper 64"): 2400, (90, "hopper 64 dense"): 400, (90, "hopper 64 packed"): 2400,
+    (90, "hopper 64 padded, not causal"): 2100,
+    (90, "hopper 128"): 64, (90, "hopper 128 packed"): 64, (90, "hopper 128 padded, not causal"): 16,
+    # Products of fp32 are made of parts, which take registers: the speed of fp32 is no goal.
+    **{(arch, name): 4096 for arch in (80, 90, 100) for name in ("prefill fp32", "decode fp32")},
+    **{(arch, "decode 256 dense"): 128 for arch in (80, 90, 100)},
+    (90, "statistics"): 256, (90, "statistics decode"): 256,
+    (100, "prefill 128"): 512, (100, "prefill 64 window packed"): 256,
+    (100, "statistics"): 512, (100, "statistics decode"): 512,
+}  # fmt: skip
+
+
+def compiled(arch: int, folder: str | None = None) -> dict:
+    pytest.importorskip("triton")
+    path = os.pathsep.join(([folder] if folder else []) + [p for p in sys.path if p])
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "PYTHONPATH": path,
+            "TRITON_CACHE_DIR": cache,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", _from_file(cache), str(arch)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    if target := os.environ.get("SKIP_SOFTMAX_RESOURCES"):
+        with Path(target).open("a") as file:
+            file.write(json.dumps(report) + "\n")
+    return report
+
+
+def _from_file(folder: str) -> str:
+    """Triton reads the source of what it compiles, so the cases must lie in a file."""
+    path = Path(folder) / "cases.py"
+    path.write_text(COMPILE)
+    return f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
+
+
+def fits(used: dict, arch: int) -> bool:
+    return used["shared_bytes"] <= {80: 166912}.get(arch, 232448)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kernels_compile_and_spill_as_promised(arch):
+    report = compiled(arch)
+    for name, used in report["kernels"].items():
+        assert used["spilled_bytes"] <= MAY_SPILL.get((arch, name), 0), (name, used)
+        assert not used["serialized"], name
+        assert fits(used, arch), (name, used)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.skipif(
+    "SKIP_SOFTMAX_TRITON36" not in os.environ, reason="needs a folder with Triton 3.6"
+)
+def test_kernels_compile_with_the_oldest_triton(arch):
+    report = compiled(arch, os.environ["SKIP_SOFTMAX_TRITON36"])
+    assert re.match(r"3\.6", report["triton"])
+    for name, used in report["kernels"].items():
+        assert fits(used, arch), (name, used)

@@ -1,0 +1,367 @@
+"""The decode kernel against the reference: on a CPU through Triton's interpreter, on a GPU as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from planting import DEVICE, DTYPES, assert_accurate, expected, paged, plant
+
+import skip_softmax as ss
+from skip_softmax.meaning.reference import Request
+
+pytest.importorskip("triton")
+from skip_softmax.triton import decode
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` holds NaN, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[False, True], ids=["waits", "ahead"])
+def both_ways(request, monkeypatch):
+    """V loaded where it is used, and ahead of it; the splits joined in several ways too."""
+    config = decode.AHEAD._replace(ahead=request.param)
+    if request.param:
+        config = config._replace(join=4, join_columns=16)
+    monkeypatch.setattr(decode, "AHEAD", config)
+
+
+def planted(*, tokens=1, kv_len=500, tile_kv=32, **keywords):
+    return plant(q_len=tokens, kv_len=kv_len, tile_q=1, tile_kv=tile_kv, **keywords)
+
+
+def check(
+    p, *, tile_kv=32, window=None, running_max="seeded", scale_factor=None, kv_lens=None, page=0
+):
+    factor = p.scale_factor if scale_factor is None else scale_factor
+    k, v, table = paged(p, page) if page else (p.k, p.v, None)
+    tokens = p.q.shape[2]
+    if page and kv_lens is None:
+        kv_lens = [p.k.shape[2]] * p.q.shape[0]
+    out, stats = ss.decode_attention(
+        p.q, k, v, kv_lens, scale_factor=factor, block_table=table, window=window, tile_kv=tile_kv,
+        running_max=running_max, backend="triton", return_stats=True,
+    )  # fmt: skip
+    for b in range(p.q.shape[0]):
+        kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
+        request = Request(tokens, kv_len, 0, True, window, None, tile_kv, running_max)
+        _, visited, skipped = expected(p, request, b, factor)
+        assert stats.visited[b].tolist() == visited.tolist()
+        assert stats.skipped[b].tolist() == skipped.tolist()
+        if kv_len:
+            assert_accurate(out[b], p, request, b, factor)
+    return out, stats
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+@pytest.mark.parametrize("kv_len", [1, 63, 129, 500])
+def test_output_and_decisions_match_the_reference(kv_len, running_max, dtype):
+    _, stats = check(planted(kv_len=kv_len, dtype=dtype), running_max=running_max)
+    assert kv_len < 129 or stats.skipped.sum() > 0
+
+
+def test_skipped_tiles_are_the_planted_ones():
+    p = planted(kv_len=512)
+    _, stats = check(p)
+    middle = p.quiet[0, 0, 0, 1:-1]  # the first and the last tile are never skipped
+    assert stats.skipped.tolist() == [[middle.sum().item()]]
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+@pytest.mark.parametrize("tokens, window", [(2, None), (4, None), (3, 100), (4, 33)])
+def test_runs_of_tokens_vote_one_by_one(tokens, window, running_max):
+    check(planted(tokens=tokens, kv_len=330), window=window, running_max=running_max)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (6, 2)])
+def test_groups_of_heads(heads, kv_heads):
+    check(planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2))
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    check(planted(head_dim=head_dim, kv_len=200))
+
+
+@pytest.mark.parametrize("tile_kv", [16, 64, 128, 256])
+def test_tiles(tile_kv):
+    check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv)
+
+
+@pytest.mark.parametrize("armed", [True, False])
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(
+    "head_dim, tile_kv, dtype",
+    [
+        (64, 256, torch.float32),
+        (128, 64, torch.float32),
+        (128, 128, torch.float32),
+        (128, 256, torch.float16),
+        (256, 128, torch.float16),
+    ],
+    ids=str,
+)
+def test_the_largest_tiles_fit_shared_memory(head_dim, tile_kv, dtype, tokens, armed):
+    p = planted(tokens=tokens, heads=4, kv_len=700, head_dim=head_dim, tile_kv=tile_kv, dtype=dtype)
+    check(p, tile_kv=tile_kv, scale_factor=p.scale_factor if armed else 0.0)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_pages_equal_a_contiguous_cache(page):
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=300, tokens=2)
+    out, stats = check(p, page=page, kv_lens=[300, 77])
+    flat, counted = check(p, kv_lens=[300, 77])
+    torch.testing.assert_close(out, flat)  # the splits may differ
+    assert torch.equal(stats.skipped, counted.skipped) and stats.skipped.sum() > 0
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_ragged_requests_equal_each_one_alone():
+    p = planted(batch=4, heads=4, kv_heads=2, kv_len=500)
+    kv_lens = [500, 0, 33, 260]
+    for b, n in enumerate(kv_lens):
+        p.k[b, :, n:] = torch.nan  # what a cache holds behind its end
+        p.v[b, :, n:] = torch.nan
+    out, stats = check(p, kv_lens=kv_lens)
+    assert (out[1] == 0).all() and stats.visited[1].sum() == 0
+    for b, n in enumerate(kv_lens):
+        if n:
+            alone, counted = ss.decode_attention(
+                p.q[b : b + 1], p.k[b : b + 1, :, :n], p.v[b : b + 1, :, :n],
+                scale_factor=p.scale_factor,
+                tile_kv=32, running_max="seeded", backend="triton", return_stats=True,
+            )  # fmt: skip
+            assert counted.skipped[0].tolist() == stats.skipped[b].tolist()
+            torch.testing.assert_close(alone[0], out[b])
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("splits", [1, 2, 5, 16])
+def test_decisions_do_not_depend_on_the_number_of_splits(splits):
+    p = planted(kv_len=500, tokens=2)
+    out, counts = decode.decode(
+        p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, splits, True
+    )
+    _, visited, skipped = expected(p, Request(2, 500, 0, True, None, None, 32, "seeded"))
+    assert counts[0, :, 0].tolist() == visited.tolist()
+    assert counts[0, :, 1].tolist() == skipped.tolist()
+    assert_accurate(out[0], p, Request(2, 500, 0, True, None, None, 32, "seeded"))
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_zero_is_bit_identical_to_the_kernel_without_skipping():
+    p = planted(kv_len=500, heads=4, kv_heads=2)
+    keywords = {"tile_kv": 32, "running_max": "seeded", "backend": "triton"}
+    dense = ss.decode_attention(p.q, p.k, p.v, **keywords)
+    zeros = torch.zeros(2, device=DEVICE)  # not known on the host: the kernel that may skip runs
+    assert torch.equal(dense, ss.decode_attention(p.q, p.k, p.v, scale_factor=zeros, **keywords))
+
+
+def test_loading_ahead_changes_no_bit(monkeypatch):
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=500, tokens=2)
+    found = []
+    for ahead in (False, True):
+        monkeypatch.setattr(decode, "AHEAD", decode.AHEAD._replace(ahead=ahead))
+        found.append(
+            decode.decode(
+                p.q, p.k, p.v, None, None, p.scale_factor, None, 0.2, None, 32, True, 5, True
+            )
+        )
+    (out, counts), (other, others) = found
+    assert torch.equal(counts, others) and counts[..., 1].sum() > 0
+    assert torch.equal(out, other)
+
+
+@pytest.mark.parametrize("page", [0, 16, 64])
+def test_many_small_tiles_take_more_programs(page, monkeypatch):
+    def chosen(batch_heads, tile_bytes):
+        return decode.choose(batch_heads, 128, 132, 16, tile_bytes, ahead=True, paged=page > 0)[0]
+
+    assert chosen(512, 2**14) == decode.AHEAD_SMALL
+    assert chosen(512, 2**15) == chosen(3, 2**14) == decode.AHEAD
+    monkeypatch.setattr(decode, "MANY_TILES", 0)
+    p = planted(batch=2, heads=4, kv_heads=2, kv_len=1300, tile_kv=64, head_dim=64)
+    _, stats = check(p, tile_kv=64, page=page)
+    assert 0 < stats.skipped.sum() < stats.visited.sum()
+
+
+@pytest.mark.parametrize(
+    "change, ahead",
+    [
+        ({}, True),
+        ({"scale_factor": 0.0}, True),
+        ({"tokens": 16, "heads": 4}, False),  # 64 rows: Triton 3.6 aborts on such a product
+        ({"tile_kv": 256, "head_dim": 64}, False),  # more shared memory than there may be
+        ({"running_max": "ascending"}, False),
+    ],
+)
+def test_v_is_loaded_ahead_where_that_compiles(change, ahead, monkeypatch):
+    seen = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *arguments, **keywords: seen.append(keywords)
+
+    monkeypatch.setattr(decode, "_decode", Launched())
+    monkeypatch.setattr(decode, "_combine", Launched())
+    shape = {k: v for k, v in change.items() if k in ("tokens", "heads", "tile_kv", "head_dim")}
+    p = planted(**{"tile_kv": 32, "kv_len": 600, **shape})
+    keywords = {"scale_factor": p.scale_factor, "running_max": "seeded", **change}
+    keywords = {
+        k: v for k, v in keywords.items() if k in ("scale_factor", "running_max", "tile_kv")
+    }
+    ss.decode_attention(p.q, p.k, p.v, backend="triton", **{"tile_kv": 32, **keywords})
+    assert seen[0]["AHEAD"] == ahead
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_one_number_per_kv_head():
+    p = planted(heads=4, kv_heads=2, kv_len=300)
+    factors = torch.tensor([0.0, p.scale_factor], device=DEVICE)
+    _, stats = ss.decode_attention(
+        p.q, p.k, p.v, scale_factor=factors, tile_kv=32, backend="triton", return_stats=True
+    )
+    assert stats.skipped[0, 0] == 0 < stats.skipped[0, 1]
+
+
+def test_queries_without_a_token_dimension():
+    p = planted(kv_len=200)
+    keywords = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    out = ss.decode_attention(p.q[:, :, 0], p.k, p.v, **keywords)
+    assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, **keywords)[:, :, 0])
+
+
+def test_torch_compile_sees_one_graph():
+    p = planted(batch=2, kv_len=200)
+    k, v, table = paged(p, 32)
+    kv_lens = torch.tensor([200, 100], dtype=torch.int32, device=DEVICE)
+
+    def call(q, lengths):
+        return ss.decode_attention(
+            q, k, v, lengths, scale_factor=0.05, block_table=table, tile_kv=32, backend="triton"
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(p.q, kv_lens), call(p.q, kv_lens))
+    torch.library.opcheck(
+        torch.ops.skip_softmax.decode.default,
+        (p.q, k, v, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 2, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"tokens": 17}, "17 query tokens"),
+        ({"heads": 256, "kv_len": 8}, "256 rows per KV head"),
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"head_dim": 256, "tile_kv": 128}, "128 x 256 numbers of torch.float32"),
+        ({"head_dim": 128, "tile_kv": 128, "heads": 128}, "256 x 128 numbers of torch.float32"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
+    p = planted(**{"kv_len": 40, **change})
+    with pytest.raises(NotImplementedError, match=words):
+        ss.decode_attention(p.q, p.k, p.v, tile_kv=change.get("tile_kv", 64), backend="triton")
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page", [0, 16, 128])
+def test_long_caches(page, dtype):
+    p = planted(
+        batch=3, heads=16, kv_heads=2, kv_len=9001, head_dim=128, tile_kv=64, dtype=dtype, tokens=2
+    )
+    check(p, tile_kv=64, page=page, kv_lens=[9001, 5000, 64])
+    check(p, tile_kv=64, page=page, window=2000, running_max="ascending")
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.gpu
+def test_128k_tokens():
+    p = planted(heads=16, kv_heads=1, kv_len=131072, head_dim=128, tile_kv=64, dtype=torch.bfloat16)
+    _, stats = check(p, tile_kv=64)
+    assert 0.5 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.gpu
+def test_a_captured_graph_follows_new_thresholds_and_lengths():
+    p = planted(
+        batch=2, heads=4, kv_heads=2, kv_len=700, head_dim=64, tile_kv=64, dtype=torch.bfloat16
+    )
+    factors = torch.zeros(2, device="cuda")
+    kv_lens = torch.tensor([700, 650], dtype=torch.int32, device="cuda")
+    keywords = {"running_max": "seeded", "backend": "triton", "return_stats": True}
+    ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, stats = ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
+    factors.fill_(p.scale_factor)
+    kv_lens.copy_(torch.tensor([600, 700]))
+    graph.replay()
+    eager, counted = ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
+    assert torch.equal(out, eager)
+    assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
+
+
+def test_freed_pages_before_the_window_and_stale_entries_are_not_read():
+    p = planted(kv_len=190, tile_kv=64, batch=2)
+    k, v, table = paged(p, 16)
+    lost = table[:, :7].clone()  # no key that the window of 70 reaches
+    k[lost.flatten()], v[lost.flatten()] = torch.nan, torch.nan
+    table = torch.nn.functional.pad(table, (0, 3), value=10**6)
+    table[:, :7] = -1
+    call = {
+        "scale_factor": p.scale_factor, "window": 70, "tile_kv": 64, "block_table": table,
+        "return_stats": True,
+    }  # fmt: skip
+    found = ss.decode_attention(p.q, k, v, [190, 190], backend="triton", **call)
+    true = ss.decode_attention(p.q, k, v, [190, 190], backend="reference", **call)
+    assert torch.isfinite(found[0]).all()
+    torch.testing.assert_close(found[0], true[0], rtol=1e-4, atol=1e-4)
+    assert found[1].skipped.tolist() == true[1].skipped.tolist()
+    with pytest.raises(ValueError, match=r"must name pages from 0 to 23 .* 190 keys"):
+        ss.decode_attention(p.q, k, v, [190, 190], backend="reference", **{**call, "window": 90})
+
+
+@pytest.mark.parametrize("change", ["rows", "dtype"])
+def test_a_table_that_does_not_fit_the_batch_is_refused(change):
+    p = planted(kv_len=64, batch=2)
+    k, v, table = paged(p, 16)
+    table = table[:1] if change == "rows" else table.short()
+    with pytest.raises(ValueError, match=r"block_table must be int32 or int64 \[2, pages\]"):
+        ss.decode_attention(p.q, k, v, [64, 64], block_table=table, backend="triton")
+
+
+def test_tables_and_lengths_need_not_be_contiguous():
+    p = planted(kv_len=100, batch=3)
+    k, v, table = paged(p, 16)
+    lengths = torch.tensor([[77, 1], [100, 2], [30, 3]], dtype=torch.int32, device=DEVICE)[:, 0]
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    strided = table.int().t().contiguous().t()
+    out = ss.decode_attention(p.q, k, v, lengths, block_table=strided, **call)
+    assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, [77, 100, 30], **call))
+
+
+def test_queries_far_apart_in_memory():
+    p = planted(heads=4, kv_len=100, dtype=torch.float16)
+    # Offsets beyond 2^31 elements. NumPy's memory is not filled: what is never touched takes none.
+    whole = torch.from_numpy(np.empty((1, 4, 20_000_000, 32), np.float16)).to(DEVICE)
+    far = whole[:, :, -1:].copy_(p.q)
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    out = ss.decode_attention(far, p.k, p.v, **call)
+    assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, **call))

@@ -1,0 +1,170 @@
+"""The statistics kernel against the reference: on a CPU through Triton's interpreter, on a GPU as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planting import DEVICE, plant
+
+import skip_softmax as ss
+from skip_softmax.meaning import histogram
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` holds NaN, so that an unread note or an unwritten output shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def compare(p, moved=0.0, **keywords):
+    """`moved`: share of tiles that rounding may put into the next bin."""
+    out, found = ss.tile_statistics(p.q, p.k, p.v, backend="triton", **keywords)
+    truth_out, truth = ss.tile_statistics(p.q, p.k, p.v, backend="reference", **keywords)
+    eps = torch.finfo(p.q.dtype).eps
+    assert (out - truth_out).abs().max() <= max(4 * eps, 1e-5) * truth_out.abs().max()
+    assert found.rows == truth.rows
+    assert found.counts.sum(1).tolist() == truth.counts.sum(1).tolist()
+    assert found.counts[:, -1].tolist() == truth.counts[:, -1].tolist()  # never skipped
+    # Rounding moves a tile to the next bin at most: cumulative counts differ by what moved.
+    cumulative = (found.counts.cumsum(1) - truth.counts.cumsum(1)).abs().max().item()
+    assert cumulative <= moved * truth.counts.sum().item()
+    visible = truth.rows * truth.counts.shape[0]
+    torch.testing.assert_close(found.mass.sum(), truth.mass.sum(), rtol=1e-3, atol=1e-3)
+    if not moved:
+        torch.testing.assert_close(found.mass, truth.mass, rtol=2e-3, atol=2e-4 * visible)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (63, 63), (200, 333)])
+def test_prefill(q_len, kv_len, dtype):
+    compare(
+        plant(heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, dtype=dtype), tile_kv=32, moved=0.02
+    )
+
+
+@pytest.mark.parametrize("tile_q, tile_kv", [(16, 16), (64, 128), (128, 64), (256, 256), (32, 512)])
+def test_any_vote_geometry(tile_q, tile_kv):
+    p = plant(q_len=300, kv_len=600, tile_q=tile_q, tile_kv=tile_kv)
+    compare(p, tile_q=tile_q, tile_kv=tile_kv, moved=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_large_heads_fit_shared_memory(head_dim, dtype):
+    p = plant(q_len=140, kv_len=300, head_dim=head_dim, tile_kv=128, dtype=dtype)
+    compare(p, tile_q=64, tile_kv=128, moved=0.02)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("window", [30, 150])
+def test_windows(window, decode):
+    p = plant(q_len=130, kv_len=200)
+    compare(p, window=window, decode=decode, tile_kv=32, running_max="seeded", moved=0.02)
+
+
+def test_not_causal():
+    compare(plant(q_len=100, kv_len=130), causal=False, tile_kv=32, moved=0.02)
+
+
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+@pytest.mark.parametrize("heads, kv_heads, tokens", [(4, 2, 1), (3, 1, 5), (6, 2, 130), (2, 2, 70)])
+def test_decode(heads, kv_heads, tokens, running_max):
+    p = plant(heads=heads, kv_heads=kv_heads, q_len=tokens, kv_len=300, tile_q=1)
+    compare(p, decode=True, tile_kv=32, running_max=running_max, moved=0.02)
+
+
+def test_decode_tiles_wider_than_a_block():
+    compare(
+        plant(q_len=20, kv_len=700, tile_q=1),
+        decode=True,
+        tile_kv=256,
+        running_max="seeded",
+        moved=0.05,
+    )
+
+
+def test_batches_add():
+    p = plant(batch=2, q_len=70, kv_len=130)
+    whole = compare(p, tile_kv=32, moved=0.02)
+    parts = [
+        ss.tile_statistics(*(x[b : b + 1] for x in (p.q, p.k, p.v)), tile_kv=32, backend="triton")[
+            1
+        ]
+        for b in (0, 1)
+    ]
+    assert torch.equal(whole.counts, parts[0].counts + parts[1].counts)
+    assert torch.equal(whole.mass, parts[0].mass + parts[1].mass)
+
+
+def test_the_histogram_predicts_what_the_kernel_skips():
+    p = plant(heads=4, kv_heads=2, q_len=200, kv_len=300)
+    _, found = ss.tile_statistics(p.q, p.k, p.v, tile_kv=32, backend="triton")
+    edge = int((histogram.edges() <= p.scale_factor).sum()) - 1
+    factor = histogram.edges()[edge].item()
+    _, stats = ss.attention(
+        p.q, p.k, p.v, scale_factor=factor, tile_kv=32, backend="triton", return_stats=True
+    )
+    assert stats.skipped[0].tolist() == found.counts[:, : edge + 1].sum(1).tolist()
+    assert stats.skipped.sum() > 0
+
+
+def test_the_output_is_dense_attention():
+    p = plant(q_len=130, kv_len=200)
+    out, _ = ss.tile_statistics(p.q, p.k, p.v, tile_kv=32, backend="triton")
+    dense = ss.attention(p.q, p.k, p.v, tile_kv=32, backend="triton")
+    torch.testing.assert_close(out, dense)
+
+
+def test_what_the_kernel_cannot_do_is_refused_by_name():
+    p = plant(q_len=10, kv_len=20)
+    with pytest.raises(NotImplementedError, match="kv_start 4"):
+        ss.tile_statistics(p.q, p.k, p.v, kv_start=4, backend="triton")
+    with pytest.raises(NotImplementedError, match="tile_gaps has no kernel"):
+        ss.tile_gaps(p.q, p.k, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("decode", [False, True])
+def test_long_prompts(decode, head_dim):
+    p = plant(
+        heads=8, kv_heads=2, q_len=3000, kv_len=5003, head_dim=head_dim, dtype=torch.bfloat16,
+        tile_q=1 if decode else 64, tile_kv=128,
+    )  # fmt: skip
+    compare(p, decode=decode, tile_kv=128, running_max="seeded", moved=0.01)
+
+
+@pytest.mark.gpu
+def test_memory_grows_with_length_not_with_its_square():
+    torch.cuda.empty_cache()
+    q = torch.randn(1, 16, 131072, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 1, 131072, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+
+    def peak(call):
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated()
+
+    plain = peak(lambda: ss.attention(q, k, v, backend="triton"))
+    noted = peak(lambda: ss.tile_statistics(q, k, v, backend="triton"))
+    print(f"peak memory at 128K: {noted / plain:.3f} of plain attention")
+    assert noted <= 1.2 * plain
+
+
+def test_rows_that_see_no_key_weigh_nothing():
+    p = plant(q_len=100, kv_len=70)
+    found = compare(p, tile_q=64, tile_kv=16, moved=0.02)
+    assert found.mass.sum().item() == pytest.approx(2 * 70)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_an_empty_batch_counts_nothing(backend):
+    p = plant(q_len=10, kv_len=20)
+    out, found = ss.tile_statistics(p.q[:0], p.k[:0], p.v[:0], backend=backend)
+    assert out.shape == (0, *p.q.shape[1:]) and found.counts.shape[0] == 2
+    assert found.counts.sum() == found.mass.sum() == found.rows == 0

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
+from calibrate import terminal
 from calibrate.errors import UserError, WorkFailed
+from calibrate.record.files import write_output
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
-from skip_softmax.thresholds.yaml_file import FileError
 
 app = typer.Typer(
     name="calibrate",
@@ -35,10 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
-_stderr = Console(stderr=True)
-_RUNS_MODELS = ("transformers", "gguf", "accelerate")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a `calibrate run`.")]
@@ -61,7 +46,7 @@ def run(
     """Calibrate a model. The same command resumes an interrupted run."""
     import calibrate
 
-    with _Watch() as watch:
+    with terminal.Bars() as watch:
         finished = calibrate.run(config, output, overrides=tuple(overrides or ()), progress=watch)
     _finish(finished, as_json)
 
@@ -74,9 +59,9 @@ def search(
     """Continue the search of a run, for example to more trials."""
     from calibrate.pipeline import search_again
 
-    with _Watch() as watch:
+    with terminal.Bars() as watch:
         search_again(folder, trials, watch)
-    _say(f"searched; now prove the winner: calibrate validate {folder}")
+    terminal.say(f"searched; now prove the winner: calibrate validate {folder}")
 
 
 @app.command()
@@ -104,7 +89,7 @@ def validate(
         )
     from calibrate.pipeline import validate_again
 
-    with _Watch() as watch:
+    with terminal.Bars() as watch:
         finished = validate_again(folder, watch)
     _finish(finished, as_json)
 
@@ -122,7 +107,7 @@ def report(
     """Write report.html of a run, or compare two runs side by side; prints the file's path."""
     from calibrate.pipeline import write_report
 
-    _write(f"{write_report(folder, other, output)}\n")
+    terminal.write(f"{write_report(folder, other, output)}\n")
 
 
 @app.command()
@@ -136,7 +121,7 @@ def show(
     """Print a thresholds file as a table, with its evidence."""
     thresholds = Thresholds.load(file)
     if as_json:
-        _print_json(thresholds.model_dump(mode="json", exclude_none=True))
+        terminal.write_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
     from calibrate.report.lengths import expectation_table, expectations
 
@@ -148,7 +133,7 @@ def show(
     rows = expectations(thresholds, statistics)
     tables = [_phase_table(thresholds), *([expectation_table(rows)] if rows else [])]
     dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
-    _show(*tables, _layer_table(thresholds), *map(Text, dense))
+    terminal.show(*tables, _layer_table(thresholds), *map(Text, dense))
 
 
 @app.command()
@@ -201,25 +186,25 @@ def export(
     patch = made.require_patch() if apply else made.patch
     lost = [] if made.sidecar is None else made.sidecar["lost"]
     for text in (*made.warnings, *(f"not in the artefact: {loss}" for loss in lost)):
-        _say(f"note: {text}")
+        terminal.say(f"note: {text}")
     if output is not None:
         made.write(output)
     if apply and patch is not None:
         old = made.apply()
         there = f"{old} says all this already: nothing was merged"
-        _say(there if old == patch.path else f"merged into {model}; the old file is {old}")
+        terminal.say(there if old == patch.path else f"merged into {model}; the old file is {old}")
     diff = None if patch is None else patch.diff()
     if as_json:
-        _print_json(
+        terminal.write_json(
             {"engine": engine, "artefact": made.text, "diff": diff, "sidecar": made.sidecar}
         )
     elif engine == "modelopt" and diff is not None:
-        _write(diff)
+        terminal.write(diff)
     else:
         if diff:
-            _say(diff)
+            terminal.say(diff)
         if output is None:
-            _write(made.text)
+            terminal.write(made.text)
 
 
 @app.command()
@@ -234,21 +219,21 @@ def project(
     from calibrate.engines.export import needed_options
     from calibrate.transfer import project_run
 
-    with _Watch() as watch:
+    with terminal.Bars() as watch:
         path, report = project_run(folder, engine, gpu=gpu, phases=_phases(phase), progress=watch)
     direct = report["direct"]
     if not direct["holds"]:
-        _say(
+        terminal.say(
             f"refused: the straight projection {direct['scale_factor']} breaks the budget "
             f"({direct['refused']}); the nearest that holds is {report['used']}"
         )
     thresholds = Thresholds.load(path)
     if as_json:
-        _print_json({"thresholds": str(path), "projection": report})
+        terminal.write_json({"thresholds": str(path), "projection": report})
     else:
-        _show(_phase_table(thresholds))
+        terminal.show(_phase_table(thresholds))
     options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu)])
-    _say(f"passed: {path}; now: calibrate export {path} {options}")
+    terminal.say(f"passed: {path}; now: calibrate export {path} {options}")
 
 
 @app.command("import")
@@ -314,10 +299,10 @@ def import_numbers(
     section, geometry = importing.model_of(model, config)
     origin = "the command line" if source is None else source.name
     thresholds = importing.to_thresholds(found, section, engine, geometry, gpu, origin)
-    _save(thresholds, output)
+    write_output(output, thresholds.to_yaml())
     for note in found.notes:
-        _say(f"note: {note}")
-    _say(
+        terminal.say(f"note: {note}")
+    terminal.say(
         f"not validated: {output}; what it does to your model: "
         f"calibrate validate RUN_DIR --thresholds {output}"
     )
@@ -339,78 +324,25 @@ def main() -> None:
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # the bars are ours; libraries' would cut through them
-    try:
+    with terminal.exit_codes():
         app()
-    except (UserError, FileError) as error:
-        _fail(str(error), 2)
-    except WorkFailed as error:
-        _fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        if error.name not in _RUNS_MODELS:
-            raise
-        _fail(
-            f"`{error.name}` must be installed to run models; install it with the extra [hf]: "
-            "pip install 'skip-softmax-calibrate[hf]'",
-            2,
-        )
-
-
-class _Watch:
-    """Progress bars on a terminal; plain lines, one per stage, elsewhere."""
-
-    def __init__(self) -> None:
-        self._bars = RichProgress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            TextColumn(
-                "{task.fields[note]}",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-            ),
-            console=_stderr,
-            disable=not _stderr.is_terminal,
-            expand=True,
-            speed_estimate_period=3600,  # a step can take minutes, and its time left is wanted too
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> _Watch:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._bars.stop()
-        if kind is KeyboardInterrupt:
-            _say("interrupted: the same command goes on from here")
-
-    def stage(self, name: str, total: int, done: int) -> None:
-        """Starts a bar."""
-        self._task = self._bars.add_task(name, total=total, completed=done, note="")
-        if not _stderr.is_terminal:
-            _say(f"{name}: {done} of {total} done")
-
-    def step(self, note: str) -> None:
-        """Moves the bar."""
-        self._bars.update(self._task, advance=1, note=note)
 
 
 def _finish(finished: Any, as_json: bool) -> None:
     evidence = finished.thresholds.evidence
     path = finished.folder / "thresholds.yaml"
     if as_json:
-        _print_json({"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence})
+        terminal.write_json(
+            {"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence}
+        )
     else:
-        _show(_tradeoff_table(finished.validation))
+        terminal.show(_tradeoff_table(finished.validation))
     if evidence["verdict"] != "passed":
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "
             f"`{path}` says dense. Raise the budget, or give the search more trials"
         )
-    _say(f"passed: {path}")
+    terminal.say(f"passed: {path}")
 
 
 def _assess(
@@ -430,17 +362,19 @@ def _assess(
     if folder is None:
         assert config is not None and loaded is not None
         folder = Path(loaded.output or Path("runs") / config.stem)
-    with _Watch() as watch:
+    with terminal.Bars() as watch:
         thresholds, result = assess_file(Thresholds.load(file), folder, loaded, watch)
     if as_json:
-        _print_json(asdict(result))
+        terminal.write_json(asdict(result))
     else:
-        _show(assessment_table(result.rows))
+        terminal.show(assessment_table(result.rows))
     if output is not None:
-        _save(thresholds, output)
+        write_output(output, thresholds.to_yaml())
     if result.evidence["verdict"] != "passed":
         raise WorkFailed(f"`{file}` does not hold on this model: {result.evidence['reason']}")
-    _say(f"passed: `{file}` holds on this model" + (f"; written: {output}" if output else ""))
+    terminal.say(
+        f"passed: `{file}` holds on this model" + (f"; written: {output}" if output else "")
+    )
 
 
 def _one_origin(
@@ -464,15 +398,6 @@ def _phases(names: list[str] | None) -> tuple[Phase, ...] | None:
     if wrong:
         raise UserError(f"--phase must be prefill or decode, but got `{wrong[0]}`")
     return tuple(phase for phase in PHASES if phase in names) if names else None
-
-
-def _save(thresholds: Thresholds, output: Path) -> None:
-    try:
-        thresholds.save(output)
-    except OSError as error:
-        raise UserError(
-            f"--output: `{output}` cannot be written ({error}); choose another file"
-        ) from None
 
 
 def _tradeoff_table(validation: dict[str, Any]) -> Table:
@@ -557,53 +482,6 @@ def _layer_table(thresholds: Thresholds) -> Table:
             cells.append(f"{values[0]:g}" if same else f"{min(values):g} to {max(values):g}")
         table.add_row(str(layer), *cells)
     return table
-
-
-@contextmanager
-def _written() -> Iterator[None]:
-    """Turns an stdout that takes no more into one message."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise  # the reader has what it wanted; typer ends quietly
-    except OSError as error:
-        # What is still in the buffer would fail once more when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(
-            f"stdout cannot be written ({error}); free space, or send it elsewhere"
-        ) from None
-
-
-def _write(text: str) -> None:
-    with _written():
-        sys.stdout.write(text)
-
-
-def _show(*parts: Table | Text) -> None:
-    # A terminal or a file in Latin-1 has no ×: a question mark in its place is still a table.
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    # A pipe or a file has no width: rich would cut tables at 80 columns there.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    with _written():
-        for part in parts:
-            console.print(part)
-
-
-def _say(message: str) -> None:
-    # A path in the message must not be taken for markup or wrapped.
-    _stderr.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(data: Any) -> None:
-    _write(json.dumps(data, indent=2) + "\n")
-
-
-def _fail(message: str, code: int) -> None:
-    # Plain text: a path in the message must not be taken for markup or wrapped.
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

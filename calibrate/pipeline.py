@@ -102,7 +102,7 @@ def run(config: RunConfig, folder: str | os.PathLike[str], progress: Progress | 
     """
     with locked(Path(folder)) as path:
         config = claimed(path, config)
-        work = Work(config, path, progress or Silent())
+        work = _Work(config, path, progress or Silent())
         work.capture()
         work.fit()
         work.sensitivity()
@@ -134,7 +134,7 @@ def search_again(
             update={"search": config.search.model_copy(update={"trials": trials})}
         )
     with locked(path):
-        work = Work(config, path, progress or Silent())
+        work = _Work(config, path, progress or Silent())
         work.require("sensitivity")
         _write_config(path, config)
         work.forget("search", "validation")
@@ -154,7 +154,7 @@ def validate_again(folder: str | os.PathLike[str], progress: Progress | None = N
     """
     path, config = open_run(folder)
     with locked(path):
-        work = Work(config, path, progress or Silent())
+        work = _Work(config, path, progress or Silent())
         work.require("search")
         work.forget("validation")
         return work.finish()
@@ -167,7 +167,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         UserError: it is no run folder, or the run is not finished.
     """
     path, config = open_run(folder)
-    work = Work(config, path, Silent())
+    work = _Work(config, path, Silent())
     work.require("validation")
     return work.emitted()
 
@@ -208,7 +208,7 @@ _RESULTS = {
 }
 
 
-class Work:
+class _Work:
     """The stages of one run over its folder. Each stage reads what earlier ones left on disk."""
 
     def __init__(self, config: RunConfig, folder: Path, progress: Progress) -> None:

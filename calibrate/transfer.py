@@ -18,7 +18,7 @@ from calibrate.loss.above_one import compare_unguarded
 from calibrate.loss.measure import Outcome, compare
 from calibrate.model.config_json import identity_of
 from calibrate.model.section import Setting, thresholds_for
-from calibrate.pipeline import Progress, Silent, Work
+from calibrate.pipeline import Progress, Silent, _Work
 from calibrate.prompts.build import Prompt
 from calibrate.proof.assess import Assessment, Evaluate, assess
 from calibrate.proof.emit import emit
@@ -65,7 +65,7 @@ def project_run(
         )
     path, config = open_run(folder)
     with locked(path):
-        work = Work(config, path, progress or Silent())
+        work = _Work(config, path, progress or Silent())
         work.require("validation")
         source = Thresholds.load(path / "thresholds.yaml")
         if source.evidence.get("verdict") != "passed":
@@ -117,7 +117,7 @@ def assess_file(
         config = open_run(folder)[1]
     with locked(Path(folder)) as path:
         config = claimed(path, config)
-        work = Work(config, path, progress or Silent())
+        work = _Work(config, path, progress or Silent())
         _require_same_model(thresholds, work)
         calibrated = _calibrated(path)
         heldout = work.prompts["heldout"]
@@ -157,7 +157,7 @@ def _at(config: RunConfig, tiles: Geometry, engine: str, phases: tuple[Phase, ..
     return config.model_copy(update={"geometry": geometry, "target": target})
 
 
-def _projected(work: Work, ours: RunConfig, winner: Setting, engine: str) -> Projection:
+def _projected(work: _Work, ours: RunConfig, winner: Setting, engine: str) -> Projection:
     dense = work._dense
     once = _cached(work)
 
@@ -185,7 +185,7 @@ def _projected(work: Work, ours: RunConfig, winner: Setting, engine: str) -> Pro
 
 
 def _emitted(
-    work: Work, ours: RunConfig, found: Projection, source: Thresholds, engine: str
+    work: _Work, ours: RunConfig, found: Projection, source: Thresholds, engine: str
 ) -> tuple[Path, dict[str, Any]]:
     attempt = found.validation.attempts[-1]
     if not found.validation.passed:
@@ -232,7 +232,7 @@ def _emitted(
     return target, report
 
 
-def _require_same_model(thresholds: Thresholds, work: Work) -> None:
+def _require_same_model(thresholds: Thresholds, work: _Work) -> None:
     loaded = work.loaded
     if thresholds.model.sha256 != loaded.sha256:
         raise UserError(
@@ -251,7 +251,7 @@ def _calibrated(folder: Path) -> Thresholds | None:
     return thresholds if thresholds.evidence.get("verdict") == "passed" else None
 
 
-def _evaluator(work: Work) -> Evaluate:
+def _evaluator(work: _Work) -> Evaluate:
     once = _cached(work)
 
     def evaluate(thresholds: Thresholds, prompt: Prompt, above_one: bool) -> Outcome:
@@ -267,7 +267,7 @@ def _evaluator(work: Work) -> Evaluate:
     return evaluate
 
 
-def _cached(work: Work) -> Callable[[Any, Prompt, Callable[[], Outcome]], Outcome]:
+def _cached(work: _Work) -> Callable[[Any, Prompt, Callable[[], Outcome]], Outcome]:
     """Measures once per setting and prompt, across processes."""
     path = work.folder / "served.json"
 

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
+from skip_softmax.thresholds.yaml_file import write_text_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -31,6 +32,29 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return found
 
 
+def write_json(path: Path, data: Any, indent: int | None = None) -> None:
+    """Writes a JSON file of the run folder so that a reader sees the old one or the new one."""
+    write_text_atomically(path, json.dumps(data, indent=indent))
+
+
+def write_output(path: Path, text: str) -> Path:
+    """Writes a file whose place the user chose, so that a reader sees the old one or the new one.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    try:
+        write_text_atomically(path, text)
+    except OSError as error:
+        raise UserError(
+            f"--output: `{path}` cannot be written ({error}); choose another file"
+        ) from None
+    return path
+
+
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
     """Names the file whose content is not what a run writes."""
@@ -47,6 +71,8 @@ def save_atomically(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Writes a safetensors file so that a reader sees the old one or the new one."""
+    from safetensors.torch import save_file
+
     temporary = path.with_name(f".{path.name}.new")
     try:
         save_file(tensors, temporary, metadata)

@@ -664,7 +664,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch.setattr("calibrate.pipeline.run", interrupted)
     result = calibrate("run", smoke())
     assert (result.code, result.stdout) == (130, "")
-    assert result.message == "interrupted: the same command goes on from here\n"
+    assert result.message == "interrupted: run the same command again to resume\n"
 
 
 # Models.
@@ -1018,6 +1018,11 @@ def test_the_installed_command_refuses_with_exit_code_2(
     assert (result.code, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr
     assert part in result.stderr and result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("verb", ["export", "import"])
+def test_help_keeps_the_units_in_brackets(calibrate: Callable[..., Result], verb: str) -> None:
+    assert "[tokens]" in calibrate(verb, "--help").stdout
 
 
 def test_help_names_every_verb(calibrate: Callable[..., Result]) -> None:

@@ -249,7 +249,7 @@ def stop_at(process: Process, stage: str, number: signal.Signals, rng: Random) -
         f"stopped after {steps} of {total} steps of {stage}, but ended with {code}: {process.said}"
     )
     assert "Traceback" not in process.said
-    assert number == signal.SIGKILL or "interrupted: the same command goes on" in process.said
+    assert number == signal.SIGKILL or "interrupted: run the same command again" in process.said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)

@@ -515,13 +515,13 @@ def test_below_1_the_engines_rule_is_ours_and_above_it_skips_what_dominates(
 ) -> None:
     from calibrate.loss.measure import compare
     from calibrate.model.load import load
-    from calibrate.pipeline import Silent, Work
+    from calibrate.pipeline import Silent, _Work
     from calibrate.record.folder import open_run
     from calibrate.schema import ModelConfig
 
     loaded = load(ModelConfig(path=str(smoke_model)))
     shutil.copytree(smoke_run, tmp_path / "run")
-    work = Work(open_run(tmp_path / "run")[1], tmp_path / "run", Silent())
+    work = _Work(open_run(tmp_path / "run")[1], tmp_path / "run", Silent())
     prompt = work.prompts["heldout"][0]
     dense = work._dense(prompt)
     for prefill, decode in ((150.0, 0.0), (0.0, 120.0), (199.0, 199.0)):

@@ -1,0 +1,142 @@
+"""The terminal: data on stdout, everything else on stderr, progress bars, tables and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+
+from calibrate.errors import UserError, WorkFailed
+from skip_softmax.thresholds.yaml_file import FileError
+
+_stderr = Console(stderr=True)
+_RUNS_MODELS = ("transformers", "gguf", "accelerate")
+
+
+class Bars:
+    """A run's `Progress`: bars on a terminal; plain lines, one per stage, elsewhere."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            TextColumn(
+                "{task.fields[note]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            console=_stderr,
+            disable=not _stderr.is_terminal,
+            expand=True,
+            speed_estimate_period=3600,  # a step can take minutes, and its time left is wanted too
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bars.stop()
+        if kind is KeyboardInterrupt:
+            say("interrupted: run the same command again to resume")
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        """Starts a bar."""
+        self._task = self._bars.add_task(name, total=total, completed=done, note="")
+        if not _stderr.is_terminal:
+            say(f"{name}: {done} of {total} done")
+
+    def step(self, note: str) -> None:
+        """Moves the bar."""
+        self._bars.update(self._task, advance=1, note=note)
+
+
+def show(*parts: Table | Text) -> None:
+    """Prints tables and lines on stdout."""
+    # A terminal or a file in Latin-1 has no ×: a question mark in its place is still a table.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    # A pipe or a file has no width: rich would cut tables at 80 columns there.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    with _writable():
+        for part in parts:
+            console.print(part)
+
+
+def write(text: str) -> None:
+    """Writes data to stdout as it is."""
+    with _writable():
+        sys.stdout.write(text)
+
+
+def write_json(data: Any) -> None:
+    """Writes one JSON document to stdout."""
+    write(json.dumps(data, indent=2) + "\n")
+
+
+def say(message: str) -> None:
+    """Writes a message to stderr."""
+    # A path in the message must not be taken for markup or wrapped.
+    _stderr.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turns a failure into one message and an exit code: 1 the work failed, 2 the input is wrong."""
+    try:
+        yield
+    except (UserError, FileError) as error:
+        _fail(str(error), 2)
+    except WorkFailed as error:
+        _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        if error.name not in _RUNS_MODELS:
+            raise
+        _fail(
+            f"`{error.name}` must be installed to run models; install it with the extra [hf]: "
+            "pip install 'skip-softmax-calibrate[hf]'",
+            2,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    # Plain text: a path in the message must not be taken for markup or wrapped.
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(code)
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    """Turns an stdout that accepts no more data into one message."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader has what it wanted; typer ends quietly
+    except OSError as error:
+        # What is still in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(
+            f"stdout cannot be written ({error}); free space, or redirect it elsewhere"
+        ) from None

@@ -155,7 +155,7 @@ def check_prefill(
     scale_factor: float | None = None,
     q_lens: list[int] | None = None,
     kv_lens: list[int] | None = None,
-) -> tuple[torch.Tensor, ss.Stats]:
+) -> tuple[torch.Tensor, ss.TileCounts]:
     """Output and exact tile counts of every request against the reference."""
     factor = p.scale_factor if scale_factor is None else scale_factor
     out, stats = ss.attention(

@@ -64,8 +64,8 @@ def compare(
     """
     with applied(loaded.model, thresholds, decode_from=len(prompt.ids)) as tiles:
         sparse = forward(loaded, prompt).float().cpu()
-    visited = {phase: tiles.visited[phase].sum(1).tolist() for phase in PHASES}
-    skipped = {phase: tiles.skipped[phase].sum(1).tolist() for phase in PHASES}
+    visited = {phase: tiles[phase].visited.sum(1).tolist() for phase in PHASES}
+    skipped = {phase: tiles[phase].skipped.sum(1).tolist() for phase in PHASES}
     return outcome(prompt, dense, sparse, visited, skipped)
 
 

@@ -5,7 +5,6 @@ An explicit backend never falls back: it runs what was asked or says why it cann
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, overload
 
@@ -37,16 +36,9 @@ from skip_softmax.meaning.call import (
     warn_if_known_meaningless,
     warn_if_meaningless,
 )
+from skip_softmax.meaning.counts import TileCounts
 from skip_softmax.meaning.histogram import BINS, TileHistogram
 from skip_softmax.meaning.reference import Request, RunningMax
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Tiles of one call, int64 [batch, heads]: query heads in prefill, KV heads in decode."""
-
-    visited: torch.Tensor
-    skipped: torch.Tensor
 
 
 class _ForwardOnly(torch.autograd.Function):
@@ -85,7 +77,7 @@ def attention(
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
     tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
     kv_start: int = ..., return_stats: Literal[True],
-) -> tuple[torch.Tensor, Stats]: ...  # fmt: skip
+) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
 def attention(
@@ -104,7 +96,7 @@ def attention(
     kv_lens: Lengths = None,
     kv_start: int = 0,
     return_stats: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Prefill attention that skips KV tiles whose softmax weight cannot matter (arXiv 2512.12087).
 
     Args:
@@ -147,10 +139,12 @@ def attention(
             None, None, q.shape[2], return_stats,
         )  # fmt: skip
         out = _forward_only(out, q, k, v)
-        return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
+        return (out, TileCounts(counts[..., 0], counts[..., 1])) if return_stats else out
     factors = scale_factors(scale_factor, q.shape[1], q.device, "query")
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    stats = Stats(*(torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) for _ in range(2)))
+    stats = TileCounts(
+        *(torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) for _ in range(2))
+    )
     lengths = lengths_of(q_lens, kv_lens, q, k, kv_start)
     warn_if_meaningless(factors.max().item(), [kv_len for _, kv_len in lengths])
     for b, (q_len, kv_len) in enumerate(lengths):
@@ -179,7 +173,7 @@ def attention_varlen(
     scale_factor: float | torch.Tensor = ..., causal: bool = ..., scale: float | None = ...,
     window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
     return_stats: Literal[True],
-) -> tuple[torch.Tensor, Stats]: ...  # fmt: skip
+) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
 def attention_varlen(
@@ -199,7 +193,7 @@ def attention_varlen(
     tile_kv: int = 128,
     backend: Backend = "auto",
     return_stats: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Prefill attention of packed requests, each as `attention` would run it alone.
 
     Args:
@@ -257,7 +251,7 @@ def attention_varlen(
             return_stats,
         )  # fmt: skip
         out = _forward_only(out[0].transpose(0, 1), q, k, v)
-        return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
+        return (out, TileCounts(counts[..., 0], counts[..., 1])) if return_stats else out
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
     stats = []
@@ -272,7 +266,7 @@ def attention_varlen(
     if not return_stats:
         return out
     empty = torch.zeros(0, q.shape[1], dtype=torch.int64, device=q.device)
-    return out, Stats(
+    return out, TileCounts(
         torch.cat([empty, *(counted.visited for counted in stats)]),
         torch.cat([empty, *(counted.skipped for counted in stats)]),
     )
@@ -295,7 +289,7 @@ def decode_attention(
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
     running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[True],
-) -> tuple[torch.Tensor, Stats]: ...  # fmt: skip
+) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
 def decode_attention(
@@ -313,7 +307,7 @@ def decode_attention(
     backend: Backend = "auto",
     kv_start: int = 0,
     return_stats: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Decode attention: one or a few new tokens per request against its cache, skipping KV tiles.
 
     The query heads of one KV head vote together, for each query token alone. Token t of T sees
@@ -366,7 +360,7 @@ def decode_attention(
             factor, factors, scale, window, tile_kv, running_max == "seeded", 0, return_stats,
         )  # fmt: skip
         out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
-        return (out, Stats(counts[..., 0], counts[..., 1])) if return_stats else out
+        return (out, TileCounts(counts[..., 0], counts[..., 1])) if return_stats else out
     keys, values = k_cache, v_cache
     if block_table is not None:
         keys, values = (gather_pages(cache, block_table) for cache in (k_cache, v_cache))
@@ -374,7 +368,7 @@ def decode_attention(
     factors = scale_factors(scale_factor, kv_heads, q.device, "KV")
     out = q.new_zeros(*run.shape[:3], values.shape[-1])
     shape = (q.shape[0], kv_heads)
-    stats = Stats(*(torch.zeros(shape, dtype=torch.int64, device=q.device) for _ in range(2)))
+    stats = TileCounts(*(torch.zeros(shape, dtype=torch.int64, device=q.device) for _ in range(2)))
     lengths = lengths_of(None, kv_lens, run, keys, kv_start)
     if block_table is not None:
         check_pages(block_table, lengths, window, k_cache)

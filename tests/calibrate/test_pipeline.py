@@ -161,8 +161,8 @@ def test_the_file_reproduces_the_validated_loss_and_sparsity(
                 logits.append(out.logits[0, -1])
         losses.append(kl_divergence(dense, torch.stack(logits)))
         for phase in visited:
-            visited[phase] += int(tiles.visited[phase].sum())
-            skipped[phase] += int(tiles.skipped[phase].sum())
+            visited[phase] += int(tiles[phase].visited.sum())
+            skipped[phase] += int(tiles[phase].skipped.sum())
     claimed = finished.validation["attempts"][-1]
     assert sum(losses) / len(losses) == pytest.approx(claimed["kl"]["mean"], rel=1e-3)
     for phase in visited:
@@ -251,7 +251,7 @@ def test_measuring_one_layer_by_replay_equals_running_everything(
             whole = capture.forward(loaded, prompt)
         expected = kl_divergence(capture.forward(loaded, prompt), whole)
         assert row.kl == pytest.approx(expected, rel=1e-2, abs=1e-7)
-        assert int(tiles.skipped[row.phase][row.layer].sum()) > 0
+        assert int(tiles[row.phase].skipped[row.layer].sum()) > 0
         assert row.sparsity > 0
     # An interrupted measurement goes on with what is missing.
     rest = sensitivity.measure_layers(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,23 +19,19 @@ from skip_softmax.api import attention, decode_attention
 from skip_softmax.choose import Backend
 from skip_softmax.huggingface.intercept import Call, intercepted
 from skip_softmax.huggingface.shape import shape_of_config
+from skip_softmax.meaning.counts import TileCounts
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, DecodeGeometry, Phase, PrefillGeometry
 
 _RUN = 16  # decode tokens per call; what the Triton kernel takes
 
 
-@dataclass
-class TileCounts:
-    """Tiles that `applied` saw, int64 [layers, heads]: query heads in prefill, KV heads in decode."""
-
-    visited: dict[Phase, torch.Tensor] = field(default_factory=dict)
-    skipped: dict[Phase, torch.Tensor] = field(default_factory=dict)
+class PhaseCounts(dict[Phase, TileCounts]):
+    """Tiles of each phase that `applied` saw, [layers, heads]."""
 
     def sparsity(self, phase: Phase) -> float:
         """Skipped / visited tiles over all layers, in [0, 1]; 0 when nothing was visited."""
-        visited = int(self.visited[phase].sum())
-        return int(self.skipped[phase].sum()) / visited if visited else 0.0
+        return self[phase].sparsity
 
 
 @contextmanager
@@ -47,7 +42,7 @@ def applied(
     decode_from: int | None = None,
     backend: Backend = "auto",
     count: bool = True,
-) -> Iterator[TileCounts]:
+) -> Iterator[PhaseCounts]:
     """Runs a model with the thresholds of a file; undone on exit, also after an exception.
 
     Args:
@@ -68,19 +63,20 @@ def applied(
             one that shares its config) already runs in such a block.
     """
     _check_same_shape(model, thresholds)
-    shape = thresholds.model
-    heads = {"prefill": shape.q_heads, "decode": shape.kv_heads}
-    # Counts stay on the model's device: reading them back in every call would make the GPU wait.
-    counts = TileCounts()
+    shape, device = thresholds.model, model.device
     # The block may be entered in inference mode, and the model run outside of it.
     with torch.inference_mode(False):
-        for phase in PHASES:
-            counts.visited[phase] = torch.zeros(
-                shape.layers, heads[phase], dtype=torch.int64, device=model.device
-            )
-            counts.skipped[phase] = torch.zeros_like(counts.visited[phase])
+        # Counts stay on the model's device: reading them back in every call would make the GPU wait.
+        counts = PhaseCounts(
+            {
+                phase: TileCounts(
+                    *torch.zeros(2, shape.layers, heads, dtype=torch.int64, device=device)
+                )
+                for phase, heads in (("prefill", shape.q_heads), ("decode", shape.kv_heads))
+            }
+        )
         factors = {
-            (layer, phase): _on_device(thresholds.per_head(layer, phase), model.device)
+            (layer, phase): _on_device(thresholds.per_head(layer, phase), device)
             for layer in range(shape.layers)
             for phase in PHASES
         }
@@ -93,9 +89,9 @@ def applied(
                 outputs.append(_attend(part, factor, thresholds, backend, count=False))
                 continue
             out, stats = _attend(part, factor, thresholds, backend, count=True)
-            device = counts.visited[call.phase].device
-            counts.visited[call.phase][call.layer] += stats.visited.sum(0).to(device)
-            counts.skipped[call.phase][call.layer] += stats.skipped.sum(0).to(device)
+            total = counts[call.phase]
+            total.visited[call.layer] += stats.visited.sum(0).to(device)
+            total.skipped[call.layer] += stats.skipped.sum(0).to(device)
             outputs.append(out)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

@@ -36,6 +36,10 @@ class TileHistogram:
     mass: torch.Tensor
     rows: int
 
+    def __repr__(self) -> str:
+        heads, tiles = self.counts.shape[0], int(self.counts.sum())
+        return f"TileHistogram(heads={heads}, tiles={tiles}, rows={self.rows})"
+
 
 def edges() -> torch.Tensor:
     """The scale factors at the bin edges [tokens], float64 [EDGES]; edge i is the lower end of bin i + 1."""

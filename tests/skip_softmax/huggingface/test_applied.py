@@ -96,9 +96,9 @@ def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
     with applied(one.model, thresholds(one.layers, 0.0), decode_from=150) as counts:
         capture.forward(one, prompt)
     for phase in ("prefill", "decode"):
-        assert torch.equal(statistics.visited(phase)[:, :, 0], counts.visited[phase])
-        assert int(counts.skipped[phase].sum()) == 0
-        assert int(counts.visited[phase].min()) > 0
+        assert torch.equal(statistics.visited(phase)[:, :, 0], counts[phase].visited)
+        assert int(counts[phase].skipped.sum()) == 0
+        assert int(counts[phase].visited.min()) > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,9 +119,9 @@ def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
             logits.append(out.logits[0, -1])
     torch.testing.assert_close(torch.stack(logits), whole, atol=2e-4, rtol=2e-4)
     for phase in ("prefill", "decode"):
-        assert torch.equal(together.visited[phase], stepwise.visited[phase])
-        assert torch.equal(together.skipped[phase], stepwise.skipped[phase])
-        assert int(together.skipped[phase].sum()) > 0, "nothing skipped: this test shows nothing"
+        assert torch.equal(together[phase].visited, stepwise[phase].visited)
+        assert torch.equal(together[phase].skipped, stepwise[phase].skipped)
+        assert int(together[phase].skipped.sum()) > 0, "nothing skipped: this test shows nothing"
 
 
 def test_batches_with_padding_equal_single_requests() -> None:
@@ -140,7 +140,7 @@ def test_batches_with_padding_equal_single_requests() -> None:
                 batch, attention_mask=mask, position_ids=positions, use_cache=False
             ).logits[:, -1]
     torch.testing.assert_close(logits, torch.stack(expected), atol=2e-4, rtol=2e-4)
-    assert torch.equal(alone.skipped["prefill"], padded.skipped["prefill"])
+    assert torch.equal(alone["prefill"].skipped, padded["prefill"].skipped)
     assert alone.sparsity("prefill") > 0.01
 
 
@@ -171,7 +171,7 @@ def test_chunked_prefill_is_prefill() -> None:
         chunked = one.model(prompt[:, 96:], past_key_values=first.past_key_values).logits[0, -1]
         whole = one.model(prompt, use_cache=False).logits[0, -1]
     torch.testing.assert_close(chunked, whole, atol=2e-4, rtol=2e-4)
-    assert int(counts.visited["decode"].sum()) == 0
+    assert int(counts["decode"].visited.sum()) == 0
 
 
 def test_calls_below_the_floor_run_dense() -> None:
@@ -181,16 +181,16 @@ def test_calls_below_the_floor_run_dense() -> None:
         applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=148) as counts,
     ):
         one.model(tokens(156), use_cache=False)
-    assert int(counts.skipped["prefill"].sum()) == 0
+    assert int(counts["prefill"].skipped.sum()) == 0
     with (
         torch.no_grad(),
         applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=150) as tail,
     ):
         one.model(tokens(156), use_cache=False)
     # Both runs decode positions 150 to 155 above the floor; the first also 148 and 149 below it.
-    assert torch.equal(counts.skipped["decode"], tail.skipped["decode"])
-    assert int(tail.skipped["decode"].sum()) > 0
-    assert int(counts.visited["decode"].sum()) > int(tail.visited["decode"].sum())
+    assert torch.equal(counts["decode"].skipped, tail["decode"].skipped)
+    assert int(tail["decode"].skipped.sum()) > 0
+    assert int(counts["decode"].visited.sum()) > int(tail["decode"].visited.sum())
 
 
 def test_overrides_reach_their_layer_and_head_only() -> None:
@@ -199,7 +199,7 @@ def test_overrides_reach_their_layer_and_head_only() -> None:
     settings = thresholds(one.layers, 0.0, layers=(override,))
     with torch.no_grad(), applied(one.model, settings) as counts:
         one.model(tokens(150), use_cache=False)
-    skipped = counts.skipped["prefill"]
+    skipped = counts["prefill"].skipped
     assert int(skipped[1, 1]) > 0
     assert int(skipped.sum()) == int(skipped[1, 1])
 
@@ -217,7 +217,7 @@ def test_soft_cap_layers_keep_their_own_attention_and_are_named(
     caplog.clear()
     with torch.no_grad(), applied(model, thresholds(layers, 55.0)) as counts:
         assert torch.equal(model(prompt, use_cache=False).logits, dense)
-    assert int(counts.visited["prefill"].sum()) == 0
+    assert int(counts["prefill"].visited.sum()) == 0
     assert "layer 0 keeps the model's own attention: attention soft-cap" in caplog.text
     caplog.clear()
     with torch.no_grad(), applied(model, thresholds(layers, 55.0, uncalibrated=left)):
@@ -236,7 +236,7 @@ def test_a_mask_of_the_users_own_is_left_alone() -> None:
             assert torch.equal(
                 one.model(prompt, attention_mask=mask, use_cache=False).logits, dense
             )
-    assert int(counts.visited["prefill"].sum()) == 0
+    assert int(counts["prefill"].visited.sum()) == 0
 
 
 def test_everything_is_undone_after_an_exception() -> None:
@@ -285,9 +285,9 @@ def test_two_models_can_run_at_once() -> None:
     ):
         first.model(tokens(150), use_cache=False)
         second.model(tokens(150), use_cache=False)
-    assert int(a.skipped["prefill"].sum()) > 0
-    assert int(b.skipped["prefill"].sum()) == 0
-    assert int(b.visited["prefill"].sum()) > 0
+    assert int(a["prefill"].skipped.sum()) > 0
+    assert int(b["prefill"].skipped.sum()) == 0
+    assert int(b["prefill"].visited.sum()) > 0
 
 
 def test_handlers_see_absolute_positions() -> None:
@@ -364,7 +364,7 @@ def test_layers_left_alone_see_no_later_token_of_a_static_cache() -> None:
     own = in_chunks()
     with applied(model, thresholds(found, 0.0, uncalibrated=left)) as counts:
         torch.testing.assert_close(in_chunks(), own, rtol=1e-4, atol=1e-5)
-    assert counts.visited["prefill"].sum(1).bool().tolist() == [False, True, False]
+    assert counts["prefill"].visited.sum(1).bool().tolist() == [False, True, False]
 
 
 def test_tokens_of_an_image_see_each_other() -> None:
@@ -401,9 +401,9 @@ def test_tokens_of_an_image_see_each_other() -> None:
         own = model(**image).logits
         with applied(model, file) as counts:
             torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
-            assert counts.visited["prefill"].sum() == 0, "no layer is plain causal beside an image"
+            assert counts["prefill"].visited.sum() == 0, "no layer is plain causal beside an image"
             model(input_ids=ids[:, 40:])
-            assert counts.visited["prefill"].sum(1).bool().all()
+            assert counts["prefill"].visited.sum(1).bool().all()
 
 
 def test_layers_of_the_images_are_none_of_the_files() -> None:
@@ -439,8 +439,8 @@ def test_layers_of_the_images_are_none_of_the_files() -> None:
         own = model(**image).logits
         with applied(model, file) as counts:
             torch.testing.assert_close(model(**image).logits, own, rtol=1e-4, atol=1e-5)
-    assert counts.visited["prefill"].sum(1).tolist() == [40, 40]  # 4 heads, 4 x 4 tiles, causal
-    assert counts.skipped["prefill"].sum() == 0
+    assert counts["prefill"].visited.sum(1).tolist() == [40, 40]  # 4 heads, 4 x 4 tiles, causal
+    assert counts["prefill"].skipped.sum() == 0
 
 
 def test_windows_are_known_without_asking_the_mask() -> None:
@@ -479,12 +479,12 @@ def test_one_odd_call_is_left_alone_and_the_next_is_not(caplog: pytest.LogCaptur
     hole[0, 40:45] = 0
     with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0)) as counts:
         one.model(prompt)
-        visited = int(counts.visited["prefill"].sum())
+        visited = int(counts["prefill"].visited.sum())
         for _ in range(2):
             one.model(prompt, attention_mask=hole)
-        assert int(counts.visited["prefill"].sum()) == visited > 0
+        assert int(counts["prefill"].visited.sum()) == visited > 0
         one.model(prompt)
-    assert int(counts.visited["prefill"].sum()) == 2 * visited
+    assert int(counts["prefill"].visited.sum()) == 2 * visited
     assert caplog.text.count("layer 0 keeps the model's own attention") == 1
 
 
@@ -543,7 +543,7 @@ def test_latent_attention_runs_the_file_that_was_made_for_it(tmp_path: Path) -> 
         own = model(prompt).logits
         with applied(model, thresholds(found, 0.0)) as counts:
             torch.testing.assert_close(model(prompt).logits, own, rtol=1e-4, atol=1e-5)
-    assert counts.visited["prefill"].sum() > 0
+    assert counts["prefill"].visited.sum() > 0
 
 
 def test_models_that_cannot_be_looked_into_are_refused_by_name() -> None:
@@ -566,7 +566,7 @@ def test_a_block_entered_in_inference_mode_counts_outside_of_it() -> None:
     with torch.no_grad():
         one.model(tokens(100))
     block.__exit__(None, None, None)
-    assert counts.visited["prefill"].sum() > 0
+    assert counts["prefill"].visited.sum() > 0
 
 
 def test_training_through_a_block_is_refused_by_name() -> None:

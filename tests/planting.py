@@ -1,7 +1,8 @@
 """Inputs whose skipped tiles are known, and the tolerance that every kernel test uses.
 
-Query rows come in kinds, one per vote. For each kind a KV tile is loud or quiet; the first tile is the sink.
-The scale factor cuts between loud and quiet, several nats from either, so that decisions are exact.
+The bench's inputs, with query rows in four kinds, one per vote. For each kind a KV tile is loud or quiet; the
+first tile is the sink. The scale factor cuts between loud and quiet, several nats from either, so that
+decisions are exact.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import inputs
 import torch
 
 import skip_softmax as ss
@@ -19,7 +21,6 @@ from skip_softmax.meaning.reference import Request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter has no bf16.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-SINK, LOUD, CUT, QUIET = 0.0, -2.0, -7.0, -12.0  # [nats]
 KINDS = 4
 
 
@@ -49,23 +50,12 @@ def plant(
     device: str = DEVICE, seed: int = 0,
 ) -> Planted:  # fmt: skip
     """Vote i of a request is of kind i % KINDS; `sparsity` is the share of quiet tiles."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    q, k = normal(batch, heads, q_len, head_dim), normal(batch, kv_heads, kv_len, head_dim)
-    v = torch.randn(batch, kv_heads, kv_len, head_dim, generator=generator)
-    quiet = (
-        torch.rand(batch, kv_heads, KINDS, -(-kv_len // tile_kv), generator=generator) < sparsity
-    )
-    level = torch.where(quiet, QUIET, LOUD)
-    level[..., 0] = SINK
-    kind = torch.arange(q_len) // tile_q % KINDS
-    q[..., :KINDS] = 4.0 * torch.nn.functional.one_hot(kind, KINDS)
-    per_key = level.repeat_interleave(tile_kv, -1)[..., :kv_len]
-    k[..., :KINDS] = per_key.transpose(2, 3) * math.sqrt(head_dim) / 4.0
-    return Planted(*(x.to(device, dtype) for x in (q, k, v)), kv_len * math.exp(CUT), quiet)
+    q, k, v, scale_factor = inputs.planted(
+        "blocks", batch, heads, kv_heads, q_len, kv_len, head_dim, tile_kv, sparsity, dtype, device, seed,
+        groups=KINDS, tile_q=tile_q,
+    )  # fmt: skip
+    level = k[:, :, ::tile_kv, :KINDS] * inputs.STRENGTH / math.sqrt(head_dim)
+    return Planted(q, k, v, scale_factor, (level < inputs.CUT).transpose(2, 3))
 
 
 def expected(
@@ -199,10 +189,7 @@ def check_decisions_near_the_threshold(
     assert true.skipped.sum() > 0 and differ <= near
 
 
-LENGTHS = [1, 63, 127, 129, 200, 1000]
-
-
-def planted(
+def graded(
     heads: int,
     kv_heads: int,
     q_len: int,
@@ -211,7 +198,13 @@ def planted(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs whose tiles differ: ever weaker keys that every query likes, among keys of different size."""
+    """Inputs with gaps of every size: each scale factor skips other tiles. `plant` has two levels only.
+
+    Ever weaker keys that every query likes stand among keys of different size.
+
+    Returns:
+        q [1, heads, q_len, dim], k and v [1, kv_heads, kv_len, dim].
+    """
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(1, heads, q_len, dim, generator=generator, dtype=torch.float64)
     k = torch.randn(1, kv_heads, kv_len, dim, generator=generator, dtype=torch.float64)

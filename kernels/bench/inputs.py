@@ -1,9 +1,11 @@
 """Inputs whose tiles skip as asked: random scores skip nothing, so structure is planted.
 
-Both kinds hold a sink in the first tile, as causal language models do. `blocks` gives every KV tile a level:
-loud tiles are kept and quiet ones skipped, whatever the rows. `sink` plants the sink alone: which tiles fall
-below the threshold is then noise, independent from vote to vote, the hardest case for a kernel whose block
-holds several votes.
+Both kinds have a sink in the first tile, as causal language models do. `blocks` gives every KV tile a level:
+loud tiles are kept and quiet ones skipped, for all rows alike or for several groups of rows, each with
+levels of its own. `sink` plants the sink alone: which tiles fall below the threshold is then noise,
+independent from vote to vote, the hardest case for a kernel whose block holds several votes.
+
+The bench times these inputs and the kernel tests compare decisions on them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 Kind = Literal["blocks", "sink"]
 
 QUIET, LOUD, CUT = -13.0, -2.5, -8.0  # level of quiet and loud tiles, and the threshold [nats]
+STRENGTH = 4.0  # of a planted channel in q; the key's part carries the level
 SINK = 6.0  # how far the sink stands above the mean score of `sink` inputs [nats]
 
 
@@ -32,6 +35,9 @@ def planted(
     dtype: torch.dtype,
     device: str,
     seed: int = 0,
+    *,
+    groups: int = 1,
+    tile_q: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Queries, keys, values, and (for `blocks`) the scale factor that skips the quiet tiles.
 
@@ -48,6 +54,8 @@ def planted(
         dtype: of all three.
         device: where.
         seed: of the random numbers.
+        groups: of rows, each with its own quiet tiles and planted channel (`blocks` only).
+        tile_q: rows of a group that stand together; row r is of group r // tile_q % groups.
 
     Returns:
         q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D], scale factor [tokens].
@@ -61,17 +69,18 @@ def planted(
     q = normal(batch, heads, q_len, head_dim).mul_(noise)
     k = normal(batch, kv_heads, kv_len, head_dim).mul_(noise)
     v = normal(batch, kv_heads, kv_len, head_dim)
-    strength = 4.0  # of the planted channel in q; the key's part carries the level
-    q[..., 0] = strength
     tiles = -(-kv_len // tile_kv)
     if kind == "blocks":
         # Tile 0 holds the sink, the last tiles the diagonal: quiet tiles are spread evenly between.
-        shuffled = torch.rand(batch, kv_heads, tiles, device=device, generator=generator)
+        shuffled = torch.rand(batch, kv_heads, groups, tiles, device=device, generator=generator)
         level = torch.where(shuffled < sparsity, QUIET, LOUD)
         level[..., 0] = 0.0
-        keys = level.repeat_interleave(tile_kv, -1)[..., :kv_len]
+        keys = level.repeat_interleave(tile_kv, -1)[..., :kv_len].transpose(2, 3)
+        group = torch.arange(q_len, device=device) // tile_q % groups
+        q[..., :groups] = STRENGTH * torch.nn.functional.one_hot(group, groups)
     else:
-        keys = torch.zeros(batch, kv_heads, kv_len, device=device)
-        keys[..., 0] = SINK
-    k[..., 0] = (keys * math.sqrt(head_dim) / strength).to(dtype)
+        keys = torch.zeros(batch, kv_heads, kv_len, 1, device=device)
+        keys[:, :, 0] = SINK
+        q[..., :1] = STRENGTH
+    k[..., : keys.shape[-1]] = (keys * math.sqrt(head_dim) / STRENGTH).to(dtype)
     return q, k, v, kv_len * math.exp(CUT)

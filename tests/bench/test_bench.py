@@ -18,12 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Result
 from fresh_process import HEAVY, command, loaded_by
 
 import skip_softmax as ss
 from calibrate import bench
-from calibrate.cli import main
 from calibrate.errors import UserError, WorkFailed
 from calibrate.schema import CostConfig
 from calibrate.search import cost
@@ -35,20 +34,9 @@ SMALL = ("--dtype", "float16", "--length", "256", "--head-dim", "64", "--decode"
 
 
 @pytest.fixture
-def verb(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """`calibrate bench` in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["calibrate", "bench", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return call
+def verb(call: Callable[..., Result]) -> Callable[..., Result]:
+    """`calibrate bench` in this process."""
+    return partial(call, "bench")
 
 
 @pytest.fixture
@@ -119,7 +107,7 @@ def test_a_graph_keeps_the_tensors_that_only_its_call_holds(
 
 
 def test_every_phase_is_measured_and_shown(
-    small: Any, verb: Callable[..., tuple[int, str, str]], tmp_path: Path
+    small: Any, verb: Callable[..., Result], tmp_path: Path
 ) -> None:
     output = tmp_path / "rows.jsonl"
     code, out, err = verb(*SMALL, "--commit", "abc", "--output", output, "--json")
@@ -153,7 +141,7 @@ def test_every_phase_is_measured_and_shown(
 
 
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(
-    small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "sdpa_ready", lambda *_, causal: {"cudnn": int, "flash": int})
     theirs = {"cudnn": 3.0, "flash": 2.5}
@@ -178,7 +166,7 @@ def test_the_table_goes_to_stdout_and_the_rest_to_stderr(
 
 
 def test_each_backend_has_rows_under_its_name_beside_the_same_rivals(
-    small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, asked = ss.attention, []
 
@@ -270,7 +258,7 @@ AT_128 = (
 
 
 def test_flashinfer_has_a_dense_row_and_its_hopper_kernel_one_per_input(
-    small: Any, flashinfer: ModuleType, verb: Callable[..., tuple[int, str, str]]
+    small: Any, flashinfer: ModuleType, verb: Callable[..., Result]
 ) -> None:
     code, out, err = verb(*AT_128)
     assert code == 0, err
@@ -294,7 +282,7 @@ def test_flashinfer_has_a_dense_row_and_its_hopper_kernel_one_per_input(
     ],
 )
 def test_a_rival_that_cannot_be_trusted_has_no_row_and_is_named(
-    small: Any, flashinfer: Any, verb: Callable[..., tuple[int, str, str]], change: str, said: str
+    small: Any, flashinfer: Any, verb: Callable[..., Result], change: str, said: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nmore lines")
@@ -341,7 +329,7 @@ def test_the_gate_is_green_for_the_kernels_and_red_for_others(
 
 
 def test_a_red_gate_exits_1_and_times_nothing(
-    small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "gate", lambda dtype, backend: [f"{backend} is wrong"])
     monkeypatch.setattr(small, "median_times", lambda *_: pytest.fail("it was timed"))
@@ -351,7 +339,7 @@ def test_a_red_gate_exits_1_and_times_nothing(
 
 
 def test_a_backend_that_cannot_run_here_is_refused(
-    small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gate(dtype: torch.dtype, backend: str) -> list[str]:
         raise NotImplementedError("this device is no sm_90")
@@ -366,7 +354,7 @@ def test_a_backend_that_cannot_run_here_is_refused(
 
 
 def test_full_memory_exits_1_with_the_rows_so_far(
-    small: Any, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
@@ -378,7 +366,7 @@ def test_full_memory_exits_1_with_the_rows_so_far(
 
 
 def test_without_a_gpu_it_says_so_and_exits_2(
-    verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = verb()
@@ -402,7 +390,7 @@ def test_without_a_gpu_it_says_so_and_exits_2(
     ],
 )
 def test_wrong_arguments_exit_2_before_torch_is_asked(
-    verb: Callable[..., tuple[int, str, str]],
+    verb: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     part: str,
@@ -418,7 +406,7 @@ def test_help_is_light() -> None:
 
 
 def test_help_names_the_verb_and_every_flag(
-    verb: Callable[..., tuple[int, str, str]], capsys: pytest.CaptureFixture[str]
+    verb: Callable[..., Result], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = verb("--help")
     assert (code, err) == (0, "") and out.startswith("usage: calibrate bench ")
@@ -430,7 +418,7 @@ def test_help_names_the_verb_and_every_flag(
 
 
 def test_a_wheel_holds_the_folder_under_the_name_that_is_looked_for(
-    verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     inside = bench._FOLDERS[0]
     assert inside.parent == ROOT / "calibrate" and not inside.exists()

@@ -9,52 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import PROGRAM, SMOKE, Finished, Result, environment, in_subprocess, smoke_config
 
-from calibrate.cli import main
 from skip_softmax.thresholds.file import Thresholds
-
-SMOKE = ROOT / "configs" / "smoke.yaml"
-PROGRAM = "from calibrate.cli import main; main()"
-# A stage's line on stderr when it is no terminal; everything else there is a message.
-STAGE = re.compile(r"^[a-z ]+: \d+ of \d+ done\n", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def message(self) -> str:
-        return STAGE.sub("", self.stderr)
-
-
-def subprocess_environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def in_subprocess(*arguments: object, cwd: Path | None = None) -> Result:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=subprocess_environment(),
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
 
 
 def refused(result: Result, *parts: str) -> None:
@@ -69,54 +33,20 @@ def refused(result: Result, *parts: str) -> None:
 
 
 @pytest.fixture
-def calibrate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Result]:
-    """The command, in this process: a subprocess would spend seconds on imports."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return Result(int(stop.value.code or 0), printed.out, printed.err)
-
+def calibrate(call: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
 @pytest.fixture
 def smoke(tmp_path: Path, smoke_model: Path) -> Callable[..., Path]:
     """Writes the smoke config with the tiny model, and with `old` replaced by `new` in its text."""
-
-    def write(old: str = "", new: str = "") -> Path:
-        text = SMOKE.read_text(encoding="utf-8").replace("../runs/smoke-model", str(smoke_model))
-        assert str(smoke_model) in text and old in text
-        path = tmp_path / "smoke.yaml"
-        path.write_text(text.replace(old, new, 1) if old else text, encoding="utf-8")
-        return path
-
-    return write
+    return partial(smoke_config, tmp_path, smoke_model)
 
 
-@dataclass(frozen=True)
-class Finished:
-    folder: Path
-    config: Path
-    result: Result
-    seconds: float
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, smoke_model: Path) -> Finished:
+@pytest.fixture
+def finished(smoke_command: Finished) -> Finished:
     """The smoke run, end to end in a process of its own. Tests that change the folder copy it."""
-    home = tmp_path_factory.mktemp("finished")
-    config = home / "smoke.yaml"
-    text = SMOKE.read_text(encoding="utf-8")
-    config.write_text(text.replace("../runs/smoke-model", str(smoke_model)), encoding="utf-8")
-    started = time.monotonic()
-    result = in_subprocess("run", config, "-o", home / "run", "--json")
-    return Finished(home / "run", config, result, time.monotonic() - started)
+    return smoke_command
 
 
 # A whole run.
@@ -126,12 +56,12 @@ def test_smoke_run_ends_well_within_a_minute(finished: Finished) -> None:
     assert finished.result.code == 0, finished.result.stderr
     assert finished.seconds < 60
     assert "Traceback" not in finished.result.stderr
-    assert finished.result.message == f"passed: {finished.folder / 'thresholds.yaml'}\n"
+    assert finished.result.message == "passed: run/thresholds.yaml\n"
 
 
 def test_json_of_a_run_is_exactly_one_document_on_stdout(finished: Finished) -> None:
     document = json.loads(finished.result.stdout)
-    assert Path(document["thresholds"]) == finished.folder / "thresholds.yaml"
+    assert document["thresholds"] == "run/thresholds.yaml"
     assert document["evidence"] == Thresholds.load(finished.folder / "thresholds.yaml").evidence
     assert document["evidence"]["verdict"] == "passed"
 
@@ -357,7 +287,7 @@ def test_show_prints_to_a_terminal_without_unicode(
         [sys.executable, "-c", PROGRAM, "show", tmp_path / "t.yaml"],
         capture_output=True,
         check=False,
-        env={**subprocess_environment(), "PYTHONIOENCODING": encoding},
+        env=environment(PYTHONIOENCODING=encoding),
     )
     assert (done.returncode, done.stderr) == (0, b"")
     printed = done.stdout.decode(encoding)
@@ -385,7 +315,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, arguments: tuple[str, ...]) 
             text=True,
             check=False,
             # Buffered, as by default: what is left in the buffer is written once more at exit.
-            env={**subprocess_environment(), "PYTHONUNBUFFERED": ""},
+            env=environment(PYTHONUNBUFFERED=""),
         )
     refused(Result(done.returncode, "", done.stderr), "stdout cannot be written", "No space left")
 
@@ -790,14 +720,8 @@ def test_without_the_extra_that_runs_models_the_message_names_it(
     smoke: Callable[..., Path], tmp_path: Path
 ) -> None:
     program = "import sys; sys.modules['transformers'] = None; " + PROGRAM
-    done = subprocess.run(
-        [sys.executable, "-c", program, "run", str(smoke()), "-o", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=subprocess_environment(),
-    )
-    refused(Result(done.returncode, done.stdout, done.stderr), "`transformers`", "[hf]")
+    result = in_subprocess("run", smoke(), "-o", tmp_path / "run", program=program)
+    refused(result, "`transformers`", "[hf]")
 
 
 # Prompts.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from conftest import ROOT
 
 import calibrate
 from calibrate import pipeline
@@ -30,9 +28,8 @@ from skip_softmax.huggingface.layers import inspect_layers
 
 
 @pytest.fixture(scope="module")
-def finished(smoke_model: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    config = load_config(ROOT / "configs" / "smoke.yaml", (f"model.path={smoke_model}",))
-    return calibrate.run(config, tmp_path_factory.mktemp("run") / "smoke")
+def finished(smoke_run: Path) -> pipeline.Run:
+    return calibrate.open_run(smoke_run)
 
 
 def test_a_run_leaves_its_whole_folder(finished: pipeline.Run) -> None:
@@ -53,13 +50,6 @@ def test_a_run_leaves_its_whole_folder(finished: pipeline.Run) -> None:
     )
     assert finished.thresholds.evidence["verdict"] == "passed"
     assert len(finished.study.trials) == finished.config.search.trials
-
-
-@pytest.fixture
-def copied(finished: pipeline.Run, tmp_path: Path) -> Path:
-    """The finished run, to damage."""
-    shutil.copytree(finished.folder, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.mark.parametrize(

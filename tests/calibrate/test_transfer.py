@@ -34,12 +34,6 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], servers=(server,)))
 
 
-@pytest.fixture
-def copied(smoke_run: Path, tmp_path: Path) -> Path:
-    shutil.copytree(smoke_run, tmp_path / "run")
-    return tmp_path / "run"
-
-
 def per_layer(folder: Path) -> Thresholds:
     """Makes the run's result differ by layer; layer 0 is dense in both phases."""
     file = Thresholds.load(folder / "thresholds.yaml")

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from planting import planted
+from planting import graded
 
 import skip_softmax as ss
 
@@ -100,7 +100,7 @@ def loop(
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1)], ids=["mha", "gqa3", "gqa8"])
 @pytest.mark.parametrize("length", [1, 63, 129, 200])
 def test_prefill_equals_the_loop(length: int, heads: tuple[int, int], window: int | None) -> None:
-    q, k, v = planted(*heads, length, length)
+    q, k, v = graded(*heads, length, length)
     factor = min(20.0, 0.9 * length)
     expected, visited, skipped, _ = loop(
         q[0], k[0], v[0], factor, causal=True, window=window, tile_q=16, tile_kv=32
@@ -117,7 +117,7 @@ def test_prefill_equals_the_loop(length: int, heads: tuple[int, int], window: in
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("shape", [(1, 200), (65, 129), (63, 64), (130, 130)])
 def test_prefill_with_queries_shorter_than_keys(shape: tuple[int, int], causal: bool) -> None:
-    q, k, v = planted(4, 2, *shape)
+    q, k, v = graded(4, 2, *shape)
     expected, visited, skipped, _ = loop(
         q[0], k[0], v[0], 15.0, causal=causal, window=None, tile_q=32, tile_kv=16
     )
@@ -135,7 +135,7 @@ def test_prefill_with_queries_shorter_than_keys(shape: tuple[int, int], causal: 
 def test_decode_equals_the_loop(
     tokens: int, length: int, heads: tuple[int, int], window: int | None, running_max: str
 ) -> None:
-    q, k, v = planted(*heads, tokens, length)
+    q, k, v = graded(*heads, tokens, length)
     factor = min(20.0, 0.9 * (length - tokens + 1))
     expected, visited, skipped, _ = loop(
         q[0],
@@ -164,7 +164,7 @@ def test_decode_equals_the_loop(
 
 
 def test_a_run_of_tokens_equals_one_token_at_a_time() -> None:
-    q, k, v = planted(6, 2, 5, 150)
+    q, k, v = graded(6, 2, 5, 150)
     together, stats = ss.decode_attention(q, k, v, scale_factor=30.0, tile_kv=16, return_stats=True)
     skipped = torch.zeros_like(stats.skipped)
     for t in range(5):
@@ -184,7 +184,7 @@ def test_a_run_of_tokens_equals_one_token_at_a_time() -> None:
 
 
 def test_paged_cache_equals_contiguous() -> None:
-    q, k, v = planted(4, 2, 1, 160)
+    q, k, v = graded(4, 2, 1, 160)
     pages = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     paged = [torch.zeros(10, 2, 16, 16, dtype=torch.float64) for _ in range(2)]
     for cache, whole in zip(paged, (k, v), strict=True):
@@ -198,7 +198,7 @@ def test_paged_cache_equals_contiguous() -> None:
 
 
 def test_ragged_batch_equals_one_request_at_a_time() -> None:
-    q, k, v = (torch.cat([t, t.flip(2)]) for t in planted(4, 2, 100, 120))
+    q, k, v = (torch.cat([t, t.flip(2)]) for t in graded(4, 2, 100, 120))
     q_lens, kv_lens = [100, 37], [120, 90]
     out, stats = ss.attention(
         q,
@@ -228,7 +228,7 @@ def test_ragged_batch_equals_one_request_at_a_time() -> None:
 
 def test_a_cache_without_its_first_keys_keeps_absolute_tiles() -> None:
     """A sliding cache holds the last keys only; tiles still begin at multiples of tile_kv."""
-    q, k, v = planted(2, 1, 1, 200)
+    q, k, v = graded(2, 1, 1, 200)
     whole, stats = ss.decode_attention(
         q, k, v, scale_factor=30.0, window=70, tile_kv=16, return_stats=True
     )
@@ -249,7 +249,7 @@ def test_a_cache_without_its_first_keys_keeps_absolute_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_error_is_at_most_twice_that_of_low_precision_pytorch(dtype: torch.dtype) -> None:
-    q, k, v = planted(4, 2, 129, 129, dtype=dtype)
+    q, k, v = graded(4, 2, 129, 129, dtype=dtype)
     exact, *_ = loop(q[0], k[0], v[0], 0.0, causal=True, window=None, tile_q=16, tile_kv=16)
     plain = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True
@@ -264,7 +264,7 @@ def test_error_is_at_most_twice_that_of_low_precision_pytorch(dtype: torch.dtype
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
 def test_zero_is_bit_identical_to_dense(dtype: torch.dtype) -> None:
-    q, k, v = planted(4, 2, 200, 200, dtype=dtype)
+    q, k, v = graded(4, 2, 200, 200, dtype=dtype)
     dense = ss.attention(q, k, v, tile_q=16, tile_kv=16)
     factors = torch.tensor([0.0, 60.0, 0.0, 60.0])
     some_heads = ss.attention(q, k, v, tile_q=16, tile_kv=16, scale_factor=factors)
@@ -275,7 +275,7 @@ def test_zero_is_bit_identical_to_dense(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_request_without_keys_is_empty_and_no_reason_to_warn(phase: str) -> None:
-    q, k, v = planted(2, 1, 1 if phase == "decode" else 100, 100)
+    q, k, v = graded(2, 1, 1 if phase == "decode" else 100, 100)
     q, k, v = (torch.cat([x, x]) for x in (q, k, v))
     run = ss.decode_attention if phase == "decode" else ss.attention
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def test_a_request_without_keys_is_empty_and_no_reason_to_warn(phase: str) -> No
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_threshold_of_one_or_more_runs_dense_with_one_warning(phase: str) -> None:
-    q, k, v = planted(2, 1, 1 if phase == "decode" else 100, 100)
+    q, k, v = graded(2, 1, 1 if phase == "decode" else 100, 100)
     run = ss.decode_attention if phase == "decode" else ss.attention
     dense = run(q, k, v)
     for factor in (100.0, 1e6):
@@ -301,7 +301,7 @@ def test_a_threshold_of_one_or_more_runs_dense_with_one_warning(phase: str) -> N
 
 def test_padding_rows_never_vote() -> None:
     """Rows beyond q_len hold huge queries that would veto every skip if they voted."""
-    q, k, v = planted(2, 1, 40, 140)
+    q, k, v = graded(2, 1, 40, 140)
     padded = torch.cat([q, torch.full_like(q[:, :, :24], 1e3)], dim=2)
     _, alone = ss.attention(q, k, v, scale_factor=40.0, tile_q=64, tile_kv=16, return_stats=True)
     _, stats = ss.attention(
@@ -313,7 +313,7 @@ def test_padding_rows_never_vote() -> None:
 
 @pytest.mark.parametrize("factor", [0.0, 5.0, 150.0, 500.0])
 def test_no_probability_reaches_a_future_token(factor: float) -> None:
-    q, k, v = planted(2, 1, 200, 200)
+    q, k, v = graded(2, 1, 200, 200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ss.DenseCallWarning)
         before = ss.attention(q, k, v, scale_factor=factor, tile_q=16, tile_kv=16)
@@ -324,7 +324,7 @@ def test_no_probability_reaches_a_future_token(factor: float) -> None:
 
 
 def test_skipped_tiles_grow_with_the_scale_factor() -> None:
-    q, k, v = planted(4, 2, 300, 300)
+    q, k, v = graded(4, 2, 300, 300)
     counts = [
         int(
             ss.attention(q, k, v, scale_factor=f, tile_q=16, tile_kv=16, return_stats=True)[
@@ -338,14 +338,14 @@ def test_skipped_tiles_grow_with_the_scale_factor() -> None:
 
 
 def test_decode_is_the_last_row_of_prefill_for_one_head() -> None:
-    q, k, v = planted(1, 1, 64, 200)
+    q, k, v = graded(1, 1, 64, 200)
     decode = ss.decode_attention(q[:, :, -1], k, v, scale_factor=20.0, tile_kv=16)
     prefill = ss.attention(q[:, :, -1:], k, v, scale_factor=20.0, tile_q=16, tile_kv=16)
     torch.testing.assert_close(decode, prefill[:, :, 0], atol=1e-12, rtol=0)
 
 
 def test_tile_gaps_are_the_loops() -> None:
-    q, k, _ = planted(3, 1, 100, 130)
+    q, k, _ = graded(3, 1, 100, 130)
     gaps = ss.tile_gaps(q, k, tile_q=32, tile_kv=16)
     *_, critical = loop(q[0], k[0], k[0], 0.0, causal=True, window=None, tile_q=32, tile_kv=16)
     visited = gaps[0] > -torch.inf
@@ -369,13 +369,13 @@ def test_tile_gaps_are_the_loops() -> None:
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
-    q, k, v = planted(4, 2, 200, 200)
+    q, k, v = graded(4, 2, 200, 200)
     with pytest.raises(ValueError, match=message):
         ss.attention(q, k, v, **changes)  # type: ignore[call-overload]
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    q, k, v = planted(4, 2, 20, 20)
+    q, k, v = graded(4, 2, 20, 20)
     with pytest.raises(
         ValueError, match="query heads must be a multiple of KV heads, but got 3 and 2"
     ):
@@ -391,7 +391,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(length: int) -> No
     """Scores held at once stay within a fixed number, or one row of tiles where even that is more."""
     from skip_softmax.meaning import reference
 
-    q, k, _ = planted(2, 1, length, length, dim=4, dtype=torch.float32)
+    q, k, _ = graded(2, 1, length, length, dim=4, dtype=torch.float32)
     request = reference.Request(length, length, 0, True, None, 64, 128)
     held = [block.scores.numel() for block in reference.blocks(q[0], k[0], request, 0.5)]
     assert max(held) <= max(reference._BLOCK_ELEMENTS, 2 * 64 * (length + 128)) * 1.1
@@ -399,7 +399,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(length: int) -> No
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
-    q, k, v = planted(4, 2, 200, 200, dtype=torch.float32)
+    q, k, v = graded(4, 2, 200, 200, dtype=torch.float32)
     keywords = {"tile_q": 16, "tile_kv": 16, "backend": "reference"}
     out, stats = ss.attention(q, k, v, scale_factor=60.0, return_stats=True, **keywords)
     gaps = ss.tile_gaps(q, k, **keywords)

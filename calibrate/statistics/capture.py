@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
-from calibrate.prompts.build import Prompt
+from calibrate.prompts.build import Prompt, nearest_bin
 from calibrate.schema import GeometryConfig
-from calibrate.statistics.counts import PARTS, Statistics
+from calibrate.statistics.counts import Statistics
 from skip_softmax.api import tile_statistics
 from skip_softmax.huggingface.intercept import Call, intercepted
-
-if TYPE_CHECKING:
-    from skip_softmax.meaning.histogram import TileHistogram
-    from skip_softmax.thresholds.types import Phase
-
-from calibrate.model.forward import forward
+from skip_softmax.meaning.histogram import TileHistogram
+from skip_softmax.thresholds.types import Phase
 
 
 def empty_statistics(
@@ -40,39 +35,36 @@ def empty_statistics(
 
 def capture(
     loaded: LoadedModel, prompts: Sequence[Prompt], statistics: Statistics, geometry: GeometryConfig
-) -> Iterator[Prompt]:
-    """Counts the tiles of prompts that the statistics do not hold yet.
+) -> Iterator[tuple[Prompt, Statistics]]:
+    """Counts the tiles of the prompts that are not in the statistics yet.
 
     The prompt's rows are prefill tiles. The continuation is teacher-forced in the same pass, and
-    each of its tokens is one decode step. A prompt is added whole or, after an interruption, not at
-    all.
+    each of its tokens is one decode step. An interruption leaves a prompt out as a whole.
 
     Args:
         loaded: the model.
         prompts: prompts to count.
-        statistics: grows in place.
+        statistics: what was counted before; left as it is.
         geometry: tiles of both phases.
 
     Yields:
-        Each prompt once it is counted.
+        Each prompt once it is counted, with the statistics up to it.
     """
     counted = set(statistics.prompts)
     for prompt in prompts:
         if prompt.key in counted:
             continue
-        one = Statistics.empty({}, *_shape(statistics), statistics.lengths)
+        one = statistics.like()
         observe(loaded, prompt, one, geometry)
-        for name in PARTS:
-            for phase, value in getattr(one, name).items():
-                getattr(statistics, name)[phase] += value
-        statistics.prompts.append(prompt.key)
-        yield prompt
+        statistics = statistics.merge(one)
+        yield prompt, statistics
 
 
 def without_unseen(loaded: LoadedModel, statistics: Statistics) -> LoadedModel:
-    """The model, with a reason for layers that looked plain when probed but counted no tile.
+    """The model, in which layers that counted no tile are marked as not calibratable, with the reason.
 
-    A layer may turn out to attend in chunks only on prompts longer than a chunk.
+    When probed they looked calibratable: a layer that attends in chunks shows it only on prompts
+    longer than a chunk.
     """
     if not statistics.prompts:
         return loaded
@@ -88,7 +80,7 @@ def without_unseen(loaded: LoadedModel, statistics: Statistics) -> LoadedModel:
 def observe(
     loaded: LoadedModel, prompt: Prompt, statistics: Statistics, geometry: GeometryConfig
 ) -> torch.Tensor:
-    """Runs one prompt densely and adds its tiles.
+    """Runs one prompt densely and adds its tiles, and its key, to the statistics.
 
     Returns:
         The logits [continuation + 1, vocabulary], which are the dense model's.
@@ -133,14 +125,5 @@ def observe(
     for phase, (tokens, calls) in lengths.items():
         statistics.kv_tokens[phase][length_bin] += tokens
         statistics.calls[phase][length_bin] += calls
+    statistics.prompts.append(prompt.key)
     return logits
-
-
-def nearest_bin(length: int, lengths: Sequence[int]) -> int:
-    """Index of the length bin that is nearest in log2."""
-    return min(range(len(lengths)), key=lambda i: abs(math.log2(length / lengths[i])))
-
-
-def _shape(statistics: Statistics) -> tuple[int, int, int]:
-    layers, q_heads = statistics.counts["prefill"].shape[:2]
-    return layers, q_heads, statistics.counts["decode"].shape[1]

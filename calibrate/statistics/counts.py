@@ -17,13 +17,37 @@ from safetensors import SafetensorError, safe_open
 
 from calibrate.errors import UserError
 from calibrate.record.files import save_atomically
-from skip_softmax.meaning.histogram import BINS, EDGES, LOW, NEVER, PER_OCTAVE, TileHistogram
+from skip_softmax.meaning.histogram import (
+    BINS,
+    EDGES,
+    LOW,
+    NEVER,
+    PER_OCTAVE,
+    TileHistogram,
+    edges,
+)
 from skip_softmax.thresholds.types import PHASES, Phase
 
 ScaleFactors = float | Sequence[float] | torch.Tensor
 
 PARTS = ("counts", "mass", "rows", "kv_tokens", "calls")
-"""What adds: the fields of `Statistics` that hold one tensor per phase."""
+"""The fields of `Statistics` that hold one tensor per phase; statistics merge by adding them."""
+
+
+@dataclass(frozen=True)
+class AtEdges:
+    """What the scale factors at the bin edges skip; there the histograms are exact.
+
+    Attributes:
+        scale_factor: rising, float64 [EDGES] [tokens].
+        skipped: tiles, int64 [layers, heads, lengths, EDGES]; the last column is all that any
+            threshold below 1 can skip.
+        dropped_mass: mean over rows and heads, float64 [layers, EDGES].
+    """
+
+    scale_factor: torch.Tensor
+    skipped: torch.Tensor
+    dropped_mass: torch.Tensor
 
 
 @dataclass
@@ -31,8 +55,7 @@ class Statistics:
     """Histograms of log2(critical scale factor) for a model.
 
     Attributes:
-        identity: what two sets of statistics must share to be added: model hash, geometry, lengths,
-            shape.
+        identity: what statistics must share to be merged: model hash, geometry, lengths, shape.
         counts: per phase int64 [layers, heads, lengths, BINS]; KV heads in decode.
         mass: per phase float64, like `counts`: softmax probability summed over rows.
         rows: per phase int64 [layers, lengths]: softmax rows per head.
@@ -80,6 +103,12 @@ class Statistics:
         """Prompt lengths that name the length bins [tokens]."""
         return list(self.identity["lengths"])
 
+    def like(self) -> Statistics:
+        """Statistics of nothing, of the same model, geometry and lengths."""
+        layers, q_heads = self.counts["prefill"].shape[:2]
+        kv_heads = self.counts["decode"].shape[1]
+        return Statistics.empty(self.identity, layers, q_heads, kv_heads, self.lengths)
+
     def add(self, layer: int, phase: Phase, length_bin: int, histogram: TileHistogram) -> None:
         """Adds one call's tiles."""
         self.counts[phase][layer, :, length_bin] += histogram.counts.cpu()
@@ -95,13 +124,13 @@ class Statistics:
         if self.identity != other.identity:
             differing = [k for k in self.identity if self.identity[k] != other.identity.get(k)]
             raise UserError(
-                f"statistics can be added only if they share model, geometry and lengths, "
+                "statistics can be merged only if they share model, geometry and lengths, "
                 f"but {differing} differ"
             )
         common = set(self.prompts) & set(other.prompts)
         if common:
             raise UserError(
-                f"both statistics count the same {len(common)} prompts; count each prompt once"
+                f"statistics can be merged only if no prompt is in both, but {len(common)} are"
             )
         both = {
             name: {p: getattr(self, name)[p] + getattr(other, name)[p] for p in PHASES}
@@ -112,6 +141,13 @@ class Statistics:
     def visited(self, phase: Phase) -> torch.Tensor:
         """Visited tiles, int64 [layers, heads, lengths]."""
         return self.counts[phase].sum(-1)
+
+    def at_edges(self, phase: Phase) -> AtEdges:
+        """What each bin edge, taken as one scale factor for all layers, skips."""
+        mass = _at_edges(self.mass[phase].sum((1, 2)))
+        return AtEdges(
+            edges(), _at_edges(self.counts[phase]), mass / self._mass_rows(phase)[:, None]
+        )
 
     def skipped(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
         """Skipped tiles, float64 [layers, heads, lengths]; exact at bin edges, linear between them.
@@ -139,11 +175,15 @@ class Statistics:
     def dropped_mass(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
         """Softmax probability that skipping removes, mean over rows and heads, float64 [layers]."""
         dropped = _below(self.mass[phase], self._factors(phase, scale_factor)).sum((1, 2))
-        return dropped / (self.rows[phase].sum(1) * self.mass[phase].shape[1]).clamp_min(1)
+        return dropped / self._mass_rows(phase)
 
     def mean_kv_len(self, phase: Phase) -> torch.Tensor:
         """Mean KV length of each length bin [tokens], float64 [lengths]."""
         return self.kv_tokens[phase].double() / self.calls[phase].clamp_min(1)
+
+    def _mass_rows(self, phase: Phase) -> torch.Tensor:
+        """Softmax rows of all heads, int64 [layers]; at least 1, to divide by."""
+        return (self.rows[phase].sum(1) * self.mass[phase].shape[1]).clamp_min(1)
 
     def _factors(self, phase: Phase, scale_factor: ScaleFactors) -> torch.Tensor:
         layers, heads = self.counts[phase].shape[:2]
@@ -183,11 +223,11 @@ class Statistics:
             identity, prompts = json.loads(metadata["identity"]), json.loads(metadata["prompts"])
         except (OSError, KeyError, SafetensorError, ValueError) as error:
             raise UserError(
-                f"{path}: no readable statistics file ({error}); delete it and run again"
+                f"{path}: cannot be read as tile statistics ({error}); delete it and run again"
             ) from None
         if parts["counts"]["prefill"].shape[-1] != BINS:
             raise UserError(
-                f"{path}: the file has another bin layout than this version; capture again"
+                f"{path}: counted with other bins than this version uses; delete it and run again"
             )
         return cls(identity, **parts, prompts=prompts)
 
@@ -210,7 +250,7 @@ def scale_factor_at(
     counts = statistics.counts[phase].double()
     counts = counts.sum((0, 1, 2)) if layer is None else counts[layer].sum((0, 1))
     wanted = sparsity * float(counts.sum())
-    cumulative = counts[:NEVER].cumsum(0)  # at edges
+    cumulative = _at_edges(counts)
     index = int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64)))
     index = min(max(index, 0), EDGES - 1)
     below = float(cumulative[index - 1]) if index else 0.0
@@ -219,13 +259,17 @@ def scale_factor_at(
     return float(2.0 ** (LOW + (index - 1 + fraction) / PER_OCTAVE))
 
 
+def _at_edges(histogram: torch.Tensor) -> torch.Tensor:
+    """Sum of the bins below each edge: [..., BINS] -> [..., EDGES]."""
+    return histogram[..., :NEVER].cumsum(-1)
+
+
 def _below(histogram: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Sum of the bins below a scale factor, [layers, heads, lengths]."""
-    cumulative = histogram[..., :NEVER].cumsum(-1)  # [..., EDGES], at the edges
+    cumulative = _at_edges(histogram)
     position = (torch.log2(factors.clamp_min(2.0**LOW)) - LOW) * PER_OCTAVE
     position = position.clamp(0, EDGES - 1)
-    # Scale factors at an edge must hit it exactly: log2 of a power of two's eighth is off by an
-    # ulp.
+    # Scale factors at an edge must hit it exactly, but log2 of 2^(n/8) is off by an ulp.
     nearest = position.round()
     position = torch.where((position - nearest).abs() < 1e-9, nearest, position)
     low = position.floor().long()

@@ -18,7 +18,6 @@ from scipy import stats as scipy_stats
 
 from calibrate.schema import FitConfig
 from calibrate.statistics.counts import Statistics
-from skip_softmax.meaning.histogram import EDGES, NEVER, edges
 from skip_softmax.thresholds.types import Phase
 
 
@@ -47,16 +46,6 @@ class Curve:
     length_exponent: float | None
     refused: str | None
 
-    def scale_factor(self, sparsity: float) -> float:
-        """The curve's value [tokens].
-
-        Raises:
-            ValueError: the curve was refused.
-        """
-        if self.a is None or self.b is None or self.refused is not None:
-            raise ValueError(f"this curve must not be used: {self.refused}")
-        return self.a * math.exp(self.b * sparsity)
-
 
 def fit_phase(statistics: Statistics, phase: Phase, config: FitConfig) -> dict[str, Any]:
     """Fits the model-wide curve and one curve per layer.
@@ -69,11 +58,17 @@ def fit_phase(statistics: Statistics, phase: Phase, config: FitConfig) -> dict[s
     Returns:
         `{"model": curve, "layers": [curve, ...]}`, curves as plain dictionaries.
     """
-    counts = statistics.counts[phase].sum(1)  # [layers, lengths, BINS]
-    kv_len = statistics.mean_kv_len(phase)
+    edges = statistics.at_edges(phase)
+    skipped = edges.skipped.sum(1)  # [layers, lengths, edges]
+    visited = statistics.visited(phase).sum(1)  # [layers, lengths]
+    kv_len = statistics.mean_kv_len(phase).tolist()
+
+    def curve(skipped: torch.Tensor, visited: torch.Tensor) -> dict[str, Any]:
+        return asdict(_fit(edges.scale_factor.tolist(), skipped, visited, kv_len, config))
+
     return {
-        "model": asdict(_fit(counts.sum(0), kv_len, config)),
-        "layers": [asdict(_fit(layer, kv_len, config)) for layer in counts],
+        "model": curve(skipped.sum(0), visited.sum(0)),
+        "layers": [curve(*layer) for layer in zip(skipped, visited, strict=True)],
     }
 
 
@@ -118,31 +113,31 @@ def fit_points(
     )
 
 
-def _fit(counts: torch.Tensor, kv_len: torch.Tensor, config: FitConfig) -> Curve:
-    """Curve through the bin edges of a [lengths, BINS] histogram."""
+def _fit(
+    grid: Sequence[float],
+    skipped: torch.Tensor,
+    visited: torch.Tensor,
+    kv_len: Sequence[float],
+    config: FitConfig,
+) -> Curve:
+    """Curve through tiles skipped [lengths, scale factors of the grid] of those visited [lengths]."""
     low, high = config.sparsity_range
     points: list[tuple[float, float, float]] = []
-    grid = edges().tolist()
-    for length, histogram in zip(kv_len.tolist(), counts.double(), strict=True):
-        visited = float(histogram.sum())
-        reachable = 1.0 - float(histogram[NEVER]) / visited if visited else 0.0
-        cumulative = histogram[:NEVER].cumsum(0).tolist()
-        for i in range(EDGES):
-            share = cumulative[i] / visited if visited else 0.0
-            # Near its ceiling sparsity stops answering to the scale factor; such points only bend
-            # the line.
-            if reachable and low <= share / reachable <= high and grid[i] < length:
-                points.append((share, grid[i], length))
-    shares = [point[0] for point in points]
-    factors = [point[1] for point in points]
-    lengths = [point[2] for point in points]
+    for length, at_edges, tiles in zip(kv_len, skipped.tolist(), visited.tolist(), strict=True):
+        reachable = 1.0 - (tiles - at_edges[-1]) / tiles if tiles else 0.0
+        for factor, count in zip(grid, at_edges, strict=True):
+            share = count / tiles if tiles else 0.0
+            # Near its ceiling, sparsity stops responding to the scale factor; such points only
+            # bend the line.
+            if reachable and low <= share / reachable <= high and factor < length:
+                points.append((share, factor, length))
+    shares, factors, lengths = ([point[i] for point in points] for i in range(3))
     return fit_points(shares, factors, lengths, config.min_r2)
 
 
 def _length_exponent(s: np.ndarray, x: np.ndarray, length: np.ndarray) -> float | None:
-    if (
-        np.ptp(np.log(length)) < 0.3
-    ):  # lengths within a third of each other say nothing about growth
+    # Lengths within a third of each other say nothing about growth.
+    if np.ptp(np.log(length)) < 0.3:
         return None
     design = np.stack([np.ones_like(s), s, np.log(length)], axis=1)
     coefficients = np.linalg.lstsq(design, np.log(x), rcond=None)[0]

@@ -849,7 +849,7 @@ def test_damaged_statistics_are_named(
     shutil.copytree(finished.folder, folder)
     (folder / "stats.safetensors").write_bytes(b"x" * 100)
     result = calibrate("run", finished.config, "-o", folder)
-    refused(result, str(folder / "stats.safetensors"), "no readable statistics file")
+    refused(result, str(folder / "stats.safetensors"), "cannot be read as tile statistics")
 
 
 def unwritable_folders(tmp_path: Path) -> Iterator[Path]:

@@ -181,8 +181,10 @@ def test_one_capture_over_all_prompts_equals_two_that_are_merged(
     geometry, lengths = finished.config.geometry, finished.config.prompts.lengths
     halves = []
     for part in (prompts[:1], prompts[1:]):
-        halves.append(capture.empty_statistics(loaded, geometry, lengths))
-        assert list(capture.capture(loaded, part, halves[-1], geometry)) == part
+        empty = capture.empty_statistics(loaded, geometry, lengths)
+        counted, parts = zip(*capture.capture(loaded, part, empty, geometry), strict=True)
+        assert list(counted) == part
+        halves.append(parts[-1])
     merged = halves[0].merge(halves[1])
     for phase in ("prefill", "decode"):
         assert torch.equal(merged.counts[phase], finished.stats.counts[phase])
@@ -226,7 +228,7 @@ def test_measuring_one_layer_by_replay_equals_running_everything(
         }
     )
     statistics = capture.empty_statistics(loaded, config.geometry, [150])
-    list(capture.capture(loaded, [prompt], statistics, config.geometry))
+    [(_, statistics)] = capture.capture(loaded, [prompt], statistics, config.geometry)
     rows = list(
         sensitivity.measure_layers(
             loaded, config, statistics, [prompt], lambda p: dense_logits(loaded, p, tmp_path)

@@ -477,7 +477,7 @@ def test_mistakes_have_a_name(copy: Path, tmp_path: Path, change: str) -> None:
             pipeline.write_report(tmp_path / "nowhere")
     elif change == "no statistics":
         (copy / "stats.safetensors").unlink()
-        with pytest.raises(UserError, match="no readable statistics file"):
+        with pytest.raises(UserError, match="cannot be read as tile statistics"):
             pipeline.write_report(copy)
     else:
         with pytest.raises(UserError, match="cannot be written"):

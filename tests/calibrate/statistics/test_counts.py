@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from planting import graded
@@ -116,11 +118,30 @@ def test_statistics_that_do_not_belong_together_are_refused(tmp_path) -> None:
     ):
         ours.merge(theirs)
     ours.prompts.append("same")
-    with pytest.raises(UserError, match="count the same 1 prompts"):
+    with pytest.raises(UserError, match="no prompt is in both, but 1 are"):
         ours.merge(ours)
     (tmp_path / "broken.safetensors").write_bytes(b"no statistics")
-    with pytest.raises(UserError, match="no readable statistics file"):
+    with pytest.raises(UserError, match="cannot be read as tile statistics"):
         Statistics.load(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_at_the_edges_is_what_each_edge_skips_by_itself(phase: str) -> None:
+    statistics = Statistics.empty({}, 2, 4, 2, [60, 90])
+    for layer, (index, length) in itertools.product(range(2), enumerate(statistics.lengths)):
+        tokens = length if phase == "prefill" else 3
+        q, k, v = planted(4, 2, tokens, length, seed=layer)
+        tiles = {"tile_kv": 16} if phase == "decode" else {"tile_q": 16, "tile_kv": 16}
+        _, histogram = ss.tile_statistics(q, k, v, decode=phase == "decode", **tiles)
+        statistics.add(layer, phase, index, histogram)
+    found = statistics.at_edges(phase)
+    assert int(found.skipped[..., -1].sum()) > 0
+    for index, factor in enumerate(found.scale_factor.tolist()):
+        assert torch.equal(found.skipped[..., index].double(), statistics.skipped(phase, factor))
+        # Sums in another order.
+        torch.testing.assert_close(
+            found.dropped_mass[:, index], statistics.dropped_mass(phase, factor), rtol=1e-12, atol=0
+        )
 
 
 def test_the_scale_factor_for_a_sparsity_reaches_it() -> None:

@@ -341,7 +341,7 @@ def test_layers_that_attend_in_chunks_are_found_out_by_their_first_long_prompt()
     prompt = Prompt("text", "calibration", 150, ids, steps, False)
     geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
     statistics = capture.empty_statistics(one, geometry, [150])
-    list(capture.capture(one, [prompt], statistics, geometry))
+    [(_, statistics)] = capture.capture(one, [prompt], statistics, geometry)
     named = capture.without_unseen(one, statistics)
     assert [layer.reason is None for layer in named.layers] == [False, False, False, True]
     file = section.thresholds_for(named, RunConfig.model_validate({"model": {"path": "x"}}), {})

@@ -14,7 +14,7 @@ from calibrate import terminal
 from calibrate.errors import UserError, WorkFailed
 from calibrate.record.files import write_output
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import PHASES, Phase
+from skip_softmax.thresholds.types import PHASES
 
 app = typer.Typer(
     name="calibrate",
@@ -169,20 +169,20 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write what an engine reads, with a sidecar of evidence; refused where the numbers do not hold."""
-    from calibrate.engines.export import Served
     from calibrate.engines.export import export as make
 
-    served = Served(
-        phases=_phases(phase),
+    made = make(
+        file,
+        engine,
+        phases=phase,
         gpu=gpu,
-        min_len=served_min_len,
+        served_min_len=served_min_len,
         chunk_size=chunk_size,
         at_length=at_length,
         model=model,
         pin=pin,
-        trust_unpublished=trust_geometry,
+        trust_geometry=trust_geometry,
     )
-    made = make(Thresholds.load(file), engine, served)
     patch = made.require_patch() if apply else made.patch
     lost = [] if made.sidecar is None else made.sidecar["lost"]
     for text in (*made.warnings, *(f"not in the artefact: {loss}" for loss in lost)):
@@ -191,14 +191,14 @@ def export(
         made.write(output)
     if apply and patch is not None:
         old = made.apply()
-        there = f"{old} says all this already: nothing was merged"
+        there = f"{old} is already up to date: nothing was merged"
         terminal.say(there if old == patch.path else f"merged into {model}; the old file is {old}")
     diff = None if patch is None else patch.diff()
     if as_json:
         terminal.write_json(
             {"engine": engine, "artefact": made.text, "diff": diff, "sidecar": made.sidecar}
         )
-    elif engine == "modelopt" and diff is not None:
+    elif made.is_patch and diff is not None:
         terminal.write(diff)
     else:
         if diff:
@@ -216,11 +216,14 @@ def project(
     as_json: AsJson = False,
 ) -> None:
     """Find and measure the best setting near a run's result that an engine can express."""
+    from calibrate.engines.catalogue import find_phases
     from calibrate.engines.export import needed_options
     from calibrate.transfer import project_run
 
     with terminal.Bars() as watch:
-        path, report = project_run(folder, engine, gpu=gpu, phases=_phases(phase), progress=watch)
+        path, report = project_run(
+            folder, engine, gpu=gpu, phases=find_phases(phase), progress=watch
+        )
     direct = report["direct"]
     if not direct["holds"]:
         terminal.say(
@@ -263,44 +266,24 @@ def import_numbers(
     phase: PhaseChoice = None,
 ) -> None:
     """Read somebody's numbers into a thresholds file marked as not validated."""
-    from calibrate.engines import read as importing
-    from calibrate.engines.catalogue import find_engine
+    from calibrate.engines import read
 
-    phases = _phases(phase) or PHASES
-    factors: dict[Phase, float | None] = {"prefill": prefill, "decode": decode}
-    _one_origin(source, threshold, factors)
-    file_of = None if source is None else engine
-    absolute = find_engine(engine).absolute
-    for option, value, applies, where in (
-        ("--target", target, file_of == "modelopt", "a SOURCE of --engine modelopt"),
-        ("--coefficients", coefficients, file_of == "trtllm", "a SOURCE of --engine trtllm"),
-        (
-            "--at-length",
-            at_length,
-            threshold is not None or (file_of is not None and absolute),
-            "--threshold, or a SOURCE of an engine that takes the threshold itself",
-        ),
-    ):
-        if value is not None and not applies:
-            raise UserError(f"{option} is for {where}, but got {value} without; leave it out")
-    if source is not None:
-        found = importing.read_artefact(
-            engine,
-            source,
-            target=target,
-            coefficients=coefficients,
-            at_length=at_length,
-            phases=phases,
-        )
-    elif threshold is not None:
-        found = importing.from_threshold(threshold, at_length, phases)
-    else:
-        found = importing.plain({name: factors[name] for name in phases})
-    section, geometry = importing.model_of(model, config)
-    origin = "the command line" if source is None else source.name
-    thresholds = importing.to_thresholds(found, section, engine, geometry, gpu, origin)
+    thresholds = read.import_numbers(
+        source,
+        engine=engine,
+        prefill=prefill,
+        decode=decode,
+        threshold=threshold,
+        at_length=at_length,
+        target=target,
+        coefficients=coefficients,
+        model=model,
+        config=config,
+        gpu=gpu,
+        phases=phase,
+    )
     write_output(output, thresholds.to_yaml())
-    for note in found.notes:
+    for note in thresholds.evidence["imported"]["notes"]:
         terminal.say(f"note: {note}")
     terminal.say(
         f"not validated: {output}; what it does to your model: "
@@ -377,27 +360,6 @@ def _assess(
     )
 
 
-def _one_origin(
-    source: Path | None, threshold: float | None, factors: dict[Phase, float | None]
-) -> None:
-    """Numbers of two places would be merged by chance, so only one may be given."""
-    plain = [f"--{phase}" for phase, factor in factors.items() if factor is not None]
-    origins = [
-        *([f"SOURCE ({source})"] if source is not None else []),
-        *(["--threshold"] if threshold is not None else []),
-        *([" and ".join(plain)] if plain else []),
-    ]
-    if len(origins) > 1:
-        raise UserError(
-            f"numbers must come from one place, but got {' and '.join(origins)}; leave out all but one"
-        )
-
-
-def _phases(names: list[str] | None) -> tuple[Phase, ...] | None:
-    wrong = [name for name in names or [] if name not in PHASES]
-    if wrong:
-        raise UserError(f"--phase must be prefill or decode, but got `{wrong[0]}`")
-    return tuple(phase for phase in PHASES if phase in names) if names else None
 
 
 def _tradeoff_table(validation: dict[str, Any]) -> Table:

@@ -14,11 +14,12 @@ from calibrate.schema import ModelConfig
 from skip_softmax.huggingface.shape import shape_of_config
 
 KEY = "sparse_attention_config"
+"""The one key that an export may write; it does not belong to the model's identity."""
 
 
 @dataclass(frozen=True)
 class ModelConfigFile:
-    """A `config.json` as read."""
+    """A `config.json` as it was read."""
 
     path: Path
     text: str
@@ -26,9 +27,8 @@ class ModelConfigFile:
 
     @property
     def sha256(self) -> str:
-        """Hash of the config without our key, so that an export does not change the model's identity."""
-        kept = {key: value for key, value in self.data.items() if key != KEY}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        """Hash of the config without our key."""
+        return _without_our_key(self.data).hexdigest()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -55,13 +55,17 @@ class ModelConfigFile:
 
     @property
     def attention_class(self) -> str | None:
-        """Name of the attention class by transformers' custom: `Qwen3ForCausalLM` has `Qwen3Attention`."""
+        """The attention class, as transformers names it: `Qwen3ForCausalLM` has `Qwen3Attention`."""
         names = self.data.get("architectures")
         family = str(names[0]).split("For")[0] if isinstance(names, list) and names else ""
         return f"{family}Attention" if family else None
 
     def skip_groups(self) -> dict[str, Any]:
-        """The `skip_softmax` groups that are there already, by name."""
+        """The `skip_softmax` groups of the config, by name.
+
+        Raises:
+            UserError: `config_groups` is not a mapping.
+        """
         section = self.data.get(KEY, {})
         groups = section.get("config_groups", {}) if isinstance(section, dict) else {}
         if not isinstance(groups, dict):
@@ -83,7 +87,7 @@ def read_model_config(path: Path, option: str = "--model") -> ModelConfigFile:
         option: where the user gave it, for messages.
 
     Raises:
-        UserError: it is missing, not JSON, not a mapping, or names a key twice.
+        UserError: it is missing, not JSON, not a mapping, or has a key twice.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -104,16 +108,14 @@ def json_mapping(text: str, where: str) -> dict[str, Any]:
     """Parses a JSON mapping.
 
     Raises:
-        UserError: it is no JSON, no mapping, or names a key twice.
+        UserError: it is not JSON, not a mapping, or has a key twice.
     """
     try:
         data = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} must be JSON, but it is not ({error}); correct it") from None
     if not isinstance(data, dict):
-        raise UserError(
-            f"{where} must hold a mapping, but it holds a {type(data).__name__}; correct it"
-        )
+        raise UserError(f"{where} must be a mapping, but it is a {type(data).__name__}; correct it")
     return data
 
 
@@ -128,24 +130,6 @@ def identity_of(model: ModelConfig) -> dict[str, str]:
         found = try_to_load_from_cache(location, "config.json", revision=model.revision)
         file = Path(found) if isinstance(found, str) else Path("")
     return {"model_config_sha256": read_model_config(file).sha256} if file.is_file() else {}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
-        raise ValueError(f"key {twice!r} is given twice")
-    return data
-
-
-def _config_without_export(file: Path) -> bytes:
-    """Hash of a `config.json` without `sparse_attention_config`."""
-    try:
-        data = json.loads(file.read_bytes())
-    except ValueError:
-        return hashlib.sha256(file.read_bytes()).digest()
-    kept = {key: value for key, value in data.items() if key != "sparse_attention_config"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).digest()
 
 
 def model_hash(location: str | Path, model: Any) -> str:
@@ -164,8 +148,7 @@ def model_hash(location: str | Path, model: Any) -> str:
         )
         for file in files:
             if file.name == "config.json":
-                # Without the key that an export writes: the model stays the same.
-                digest.update(_config_without_export(file))
+                digest.update(_without_our_key(json.loads(file.read_bytes())).digest())
                 continue
             with file.open("rb") as stream:
                 digest.update(
@@ -178,3 +161,16 @@ def model_hash(location: str | Path, model: Any) -> str:
     commit = getattr(model.config, "_commit_hash", None) or ""
     digest.update(f"{location}@{commit}".encode())
     return digest.hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return data
+
+
+def _without_our_key(data: dict[str, Any]) -> hashlib._Hash:
+    kept = {key: value for key, value in data.items() if key != KEY}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode())

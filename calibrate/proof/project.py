@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibrate.engines.catalogue import Engine, find_gpu, geometry_of, objections, servers_for
+from calibrate.engines.catalogue import find_gpu, geometry_of, objections, servers_for
+from calibrate.engines.types import Engine
 from calibrate.errors import UserError
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.loss.sensitivity import largest_scale_factor
@@ -77,8 +78,8 @@ def tiles_for(
             return tiles
         refused += reasons
     cure = "cure: project one phase with `--phase prefill`, or choose another --gpu or engine"
-    lasting = [r for r in dict.fromkeys(refused) if "geometry." not in r] or refused
-    raise UserError("\n  ".join([*lasting, cure]))
+    lasting = [reason for reason in refused if reason.cure != "measure"] or refused
+    raise UserError("\n  ".join([*dict.fromkeys(reason.text for reason in lasting), cure]))
 
 
 def project(

@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 
 import calibrate
-from calibrate.engines.catalogue import ENGINES, Server, Votes
-from calibrate.engines.export import Served, export
+from calibrate.engines.catalogue import ENGINES
+from calibrate.engines.export import export
+from calibrate.engines.types import Server, Votes
 from calibrate.proof import project
 from calibrate.proof.project import describe
 from calibrate.record.folder import open_run
@@ -125,7 +126,7 @@ def test_a_projection_is_measured_and_can_be_exported(
     model = copied.parent / "served"
     model.mkdir()
     shutil.copy(Path(open_run(copied)[1].model.path) / "config.json", model)
-    made = export(file, engine, Served(model=model, pin=True))
+    made = export(file, engine, model=model, pin=True)
     assert made.sidecar is not None
     assert made.sidecar["evidence"]["loss"] == file.evidence["loss"]
     assert made.sidecar["dense_layers"] == report["used"]["dense_layers"]
@@ -148,11 +149,11 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
         largest = max(thresholds.per_head(1, "prefill"))
         return replace(outcome, kl=10.0 if largest > 60 else outcome.kl)
 
-    from calibrate import serving
+    from calibrate import transfer
 
-    original = serving.compare
-    monkeypatch.setattr(serving, "compare", compare)
-    monkeypatch.setattr(serving, "points", lambda _study: [])
+    original = transfer.compare
+    monkeypatch.setattr(transfer, "compare", compare)
+    monkeypatch.setattr(transfer, "points", lambda _study: [])
     monkeypatch.setattr(project, "_nearest", lambda *_: 120.0)
     code, out, err = call("project", copied, "--engine", "sglang", "--json")
     assert code == 0, err
@@ -164,7 +165,7 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
     assert report["direct"]["scale_factor"]["prefill"] == 120.0
     assert 40 < report["used"]["scale_factor"]["prefill"] <= 60
     # Nothing holds: exit 1 and no file.
-    monkeypatch.setattr(serving, "compare", lambda *a: replace(original(*a), kl=10.0))
+    monkeypatch.setattr(transfer, "compare", lambda *a: replace(original(*a), kl=10.0))
     (copied / "served.json").unlink()
     (copied / "projected-sglang.yaml").unlink()
     code, out, err = call("project", copied, "--engine", "sglang")

@@ -22,9 +22,10 @@ from engine_files import BLACKWELL, CONFIG, LAYERS, MODELOPT, per_layer, thresho
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from calibrate import cli
-from calibrate.engines.catalogue import ENGINES, Ignored
-from calibrate.engines.export import Served, export
+from calibrate.engines.catalogue import ENGINES
+from calibrate.engines.export import export
 from calibrate.engines.read import read_artefact
+from calibrate.engines.types import Ignored
 from calibrate.errors import UserError
 from calibrate.model.config_json import read_model_config
 from calibrate.schema import TargetConfig
@@ -138,7 +139,7 @@ def read_flashinfer(text: str) -> dict[str, float]:
 
 
 def test_golden_trtllm() -> None:
-    made = export(thresholds(), "trtllm", Served(gpu="sm90", min_len=8192))
+    made = export(thresholds(), "trtllm", gpu="sm90", served_min_len=8192)
     assert read_trtllm(made.text) == {"prefill": 587.18, "decode": 16.52}
     body = "".join(line for line in made.text.splitlines(True) if not line.startswith("#"))
     assert body == (
@@ -153,31 +154,32 @@ def test_golden_trtllm() -> None:
 
 
 def test_golden_sglang(tmp_path: Path) -> None:
-    made = export(thresholds(), "sglang", Served(gpu="sm90", phases=("prefill",), min_len=8192))
+    made = export(thresholds(), "sglang", gpu="sm90", phases=("prefill",), served_min_len=8192)
     made.write(tmp_path / "sglang.env")
     assert read_sglang(tmp_path / "sglang.env") == {"prefill": 587.18}
     assert "--attention-backend trtllm_mha" in made.text
 
 
 def test_golden_vllm() -> None:
-    made = export(thresholds(geometry=BLACKWELL), "vllm", Served(gpu="sm100", min_len=8192))
+    made = export(thresholds(geometry=BLACKWELL), "vllm", gpu="sm100", served_min_len=8192)
     assert read_vllm(made.text) == {"prefill": 587.18, "decode": 16.52}
     assert "EXPERIMENTAL" in made.text and "42989" in made.text and "--engine modelopt" in made.text
 
 
 def test_golden_flashinfer() -> None:
-    made = export(thresholds(geometry=BLACKWELL), "flashinfer", Served(gpu="sm103", min_len=8192))
+    made = export(thresholds(geometry=BLACKWELL), "flashinfer", gpu="sm103", served_min_len=8192)
     assert read_flashinfer(made.text) == {"prefill": 587.18, "decode": 16.52}
 
 
 def test_golden_vllm_omni() -> None:
-    served = Served(gpu="sm100", phases=("prefill",), at_length=75_000)
     made = export(
         thresholds(
             prefill=5000.0, geometry=BLACKWELL, min_kv_len={"prefill": 6000, "decode": 4096}
         ),
         "vllm-omni",
-        served,
+        gpu="sm100",
+        phases=("prefill",),
+        at_length=75_000,
     )
     words = shlex.split(made.text.splitlines()[-1])
     config = json.loads(words[words.index("--diffusion-attention-config") + 1])["default"]
@@ -188,7 +190,7 @@ def test_golden_vllm_omni() -> None:
 
 
 def test_golden_tokenspeed() -> None:
-    made = export(thresholds(), "tokenspeed", Served(at_length=32_768, trust_unpublished=True))
+    made = export(thresholds(), "tokenspeed", at_length=32_768, trust_geometry=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--skip-softmax-threshold", type=float)
     line = made.text.splitlines()[-1]
@@ -202,7 +204,7 @@ def test_golden_modelopt_merges_without_touching_anything_else(tmp_path: Path) -
     file = thresholds(geometry=MODELOPT, kv_heads=8)
     write_model(model, num_key_value_heads=8)
     before = (model / "config.json").read_text(encoding="utf-8")
-    made = export(file, "modelopt", Served(model=model, min_len=8192))
+    made = export(file, "modelopt", model=model, served_min_len=8192)
     diff = made.patch.diff()
     # A diff of pure additions but for the comma after the last key.
     assert [
@@ -223,10 +225,10 @@ def test_golden_modelopt_merges_without_touching_anything_else(tmp_path: Path) -
     assert after == json.loads(before)
     assert json.loads((model / "config.json.evidence.json").read_text())["engine"] == "modelopt"
     # Again: nothing to do, no second backup; other numbers: another backup.
-    assert export(file, "modelopt", Served(model=model)).apply() == model / "config.json"
+    assert export(file, "modelopt", model=model).apply() == model / "config.json"
     assert not (model / "config.json.bak1").exists()
     changed = thresholds(prefill=100.0, geometry=MODELOPT, kv_heads=8)
-    assert export(changed, "modelopt", Served(model=model)).apply().name == "config.json.bak1"
+    assert export(changed, "modelopt", model=model).apply().name == "config.json.bak1"
     assert read_modelopt(json.loads((model / "config.json").read_text()))[
         "prefill"
     ] == pytest.approx(100)
@@ -289,7 +291,7 @@ def test_modelopt_keeps_other_groups_and_producer(tmp_path: Path) -> None:
         "producer": {"name": "modelopt", "version": "0.47.0"},
     }
     model = write_model(tmp_path / "model", sparse_attention_config=section)
-    export(thresholds(), "modelopt", Served(model=model)).apply()
+    export(thresholds(), "modelopt", model=model).apply()
     after = json.loads((model / "config.json").read_text())["sparse_attention_config"]
     assert after["config_groups"]["group_0"] == other and after["producer"] == section["producer"]
     assert after["config_groups"]["group_1"]["algorithm"] == "skip_softmax"
@@ -309,7 +311,7 @@ def group(formula: Any) -> dict[str, Any]:
         ({"config_groups": {"g": group(None)}}, "formula must be"),
         (
             {"config_groups": {"g": group(FORMULA), "h": group(FORMULA)}},
-            "one skip_softmax group, but it holds 2",
+            "one skip_softmax group, but it has 2",
         ),
         ({"sparse_algo": "softmax_skip"}, "older or foreign schema"),
     ],
@@ -319,12 +321,12 @@ def test_a_config_that_is_not_ours_to_replace_is_refused(
 ) -> None:
     model = write_model(tmp_path / "model", sparse_attention_config=section)
     with pytest.raises(UserError, match=message):
-        export(thresholds(), "modelopt", Served(model=model))
+        export(thresholds(), "modelopt", model=model)
 
 
 def test_ignored_layers_match_exactly_themselves_in_every_reader(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    made = export(thresholds(dense=(1, 2)), "trtllm", Served(model=model, gpu="sm90"))
+    made = export(thresholds(dense=(1, 2)), "trtllm", model=model, gpu="sm90")
     config = json.loads(made.patch.after)["sparse_attention_config"]["config_groups"]["group_0"]
     names = [f"model.layers.{i}.self_attn" for i in range(LAYERS * 10)]
     for pattern_of in (
@@ -350,7 +352,7 @@ def test_pinned_numbers_say_that_the_target_has_no_effect(tmp_path: Path) -> Non
         UserError, match=r"needs a curve .* for prefill, but it has no fitted curve .*--pin"
     ):
         export(file, "modelopt")
-    made = export(file, "modelopt", Served(pin=True))
+    made = export(file, "modelopt", pin=True)
     assert read_modelopt(json.loads(made.text)) == {"prefill": 587.18, "decode": 16.52}
     assert sum("target_sparsity has no effect" in loss for loss in made.sidecar["lost"]) == 2
 
@@ -381,14 +383,15 @@ def test_numbers_come_back_or_their_loss_is_listed(engine: str, tmp_path: Path) 
         file = thresholds(
             **numbers, geometry=BLACKWELL if blackwell else thresholds().geometry, dense=dense
         )
-        served = Served(
+        made = export(
+            file,
+            engine,
             phases=phases,
             pin=True,
             model=model,
-            trust_unpublished=True,
+            trust_geometry=True,
             at_length=50_000 if engine in ABSOLUTE else None,
         )
-        made = export(file, engine, served)
         lost = " ".join(made.sidecar["lost"])
         path = tmp_path / "artefact"
         made.write(path)
@@ -421,10 +424,10 @@ def test_native_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_the_sidecar_holds_the_evidence_of_exactly_these_numbers() -> None:
-    own = export(thresholds(), "trtllm", Served(gpu="sm90", min_len=8192)).sidecar
+    own = export(thresholds(), "trtllm", gpu="sm90", served_min_len=8192).sidecar
     assert own["evidence"]["loss"]["kl"]["mean"] == 0.003
     assert own["holds_for"] == [{"server": "TensorRT-LLM", "gpu": "sm90"}]
-    best = export(per_layer(), "trtllm", Served(min_len=8192)).sidecar
+    best = export(per_layer(), "trtllm", served_min_len=8192).sidecar
     assert best["evidence"]["loss"]["kl"]["mean"] == 0.004
     assert any("numbers per layer" in loss for loss in best["lost"])
     assert best["scale_factor"] == {"prefill": 587.18, "decode": 16.52}
@@ -488,22 +491,22 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     "sglang-hopper-decode": (
         thresholds(),
         ("--engine", "sglang", "--gpu", "sm90"),
-        r"SGLang on sm90 ignores the decode number without a word: .*XQA.*--phase prefill",
+        r"SGLang on sm90 silently ignores the decode number: .*XQA.*--phase prefill",
     ),
     "flashinfer-hopper-decode": (
         thresholds(),
         ("--engine", "flashinfer", "--gpu", "sm90"),
-        "FlashInfer on sm90 ignores the decode",
+        "FlashInfer on sm90 silently ignores the decode",
     ),
     "trtllm-sm120-decode": (
         thresholds(),
         ("--engine", "trtllm", "--gpu", "sm121", "--phase", "decode"),
-        "TensorRT-LLM on sm120 ignores the decode number",
+        "TensorRT-LLM on sm120 silently ignores the decode number",
     ),
     "vllm-hopper": (
         thresholds(),
         ("--engine", "vllm", "--gpu", "sm90"),
-        "vLLM on sm90 ignores the prefill number",
+        "vLLM on sm90 silently ignores the prefill number",
     ),
     "gpu-unknown": (
         thresholds(),
@@ -519,7 +522,7 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     "phase-dense": (
         thresholds(decode=0.0),
         ("--engine", "trtllm", "--phase", "decode"),
-        "above 0 in decode, but the file says dense",
+        "above 0 in decode, but the file leaves it dense",
     ),
     "per-layer": (
         per_layer().model_copy(update={"scale_factor": thresholds(0.0, 0.0).scale_factor}),
@@ -529,7 +532,7 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     "dense-layers": (
         thresholds(dense=(1,)),
         ("--engine", "sglang"),
-        "nothing was measured for what it can express",
+        "differ by layer, and nothing that it can express was measured",
     ),
     "ignore-needs-config": (
         thresholds(dense=(1,)),
@@ -640,15 +643,15 @@ def test_guards_say_law_value_and_cure_and_exit_2(name: str, run: Callable[..., 
 
 def test_a_projection_is_no_cure_for_tiles_that_are_not_published() -> None:
     with pytest.raises(UserError, match="cure: `--trust-geometry`") as refused:
-        export(thresholds(), "tokenspeed", Served(at_length=9000))
+        export(thresholds(), "tokenspeed", at_length=9000)
     assert "calibrate project" not in str(refused.value)
 
 
 def test_any_engine_takes_a_gpu_that_exists() -> None:
     for gpu in ("sm80", "sm90a", "SM103", "gfx942"):
-        assert export(thresholds(), "native", Served(gpu=gpu)).text == thresholds().to_yaml()
+        assert export(thresholds(), "native", gpu=gpu).text == thresholds().to_yaml()
     file = thresholds(geometry=MODELOPT, kv_heads=8)
-    assert export(file, "modelopt", Served(gpu="sm80")).sidecar["holds_for"][0]["gpu"] == "any"
+    assert export(file, "modelopt", gpu="sm80").sidecar["holds_for"][0]["gpu"] == "any"
 
 
 @pytest.mark.parametrize("number", ["-1.0", ".nan", ".inf"])
@@ -667,29 +670,29 @@ def test_model_mismatch_is_refused_by_shape_and_by_config_hash(tmp_path: Path) -
     model = write_model(tmp_path / "model")
     digest = read_model_config(model).sha256
     known = thresholds(provenance={"model_config_sha256": digest})
-    export(known, "modelopt", Served(model=model)).apply()
-    export(known, "modelopt", Served(model=model))  # our own key does not change the hash
+    export(known, "modelopt", model=model).apply()
+    export(known, "modelopt", model=model)  # our own key does not change the hash
     other = write_model(tmp_path / "other", rope_theta=5e5)
     with pytest.raises(UserError, match="config hash of file and --model must agree"):
-        export(known, "modelopt", Served(model=other))
+        export(known, "modelopt", model=other)
     deeper = write_model(tmp_path / "deeper", num_hidden_layers=5)
     with pytest.raises(
         UserError, match=r"must agree, but the file is for tiny with \(4, 8, 2, 128\)"
     ):
-        export(thresholds(), "modelopt", Served(model=deeper))
-    unknown = export(thresholds(), "modelopt", Served(model=other))
+        export(thresholds(), "modelopt", model=deeper)
+    unknown = export(thresholds(), "modelopt", model=other)
     assert any("does not record its model's config hash" in text for text in unknown.warnings)
 
 
 def test_dense_at_one_is_a_warning_where_the_engine_runs_dense() -> None:
     file = thresholds(geometry=MODELOPT, kv_heads=8)
-    made = export(file, "modelopt", Served(min_len=512))
+    made = export(file, "modelopt", served_min_len=512)
     assert any("run dense" in text for text in made.warnings)
     assert made.sidecar["warnings"] == list(made.warnings)
 
 
 def test_a_zero_phase_is_left_unset_not_zero(tmp_path: Path) -> None:
-    made = export(thresholds(decode=0.0), "sglang", Served(gpu="sm90"))
+    made = export(thresholds(decode=0.0), "sglang", gpu="sm90")
     assert "unset SGLANG_SKIP_SOFTMAX_DECODE" in made.text and "=0" not in made.text
     assert (
         "decode"
@@ -700,7 +703,7 @@ def test_a_zero_phase_is_left_unset_not_zero(tmp_path: Path) -> None:
 def test_models_with_sparse_attention_of_their_own_are_refused_for_sglang(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", index_topk=2048)
     with pytest.raises(UserError, match="NSA, DSA"):
-        export(thresholds(), "sglang", Served(gpu="sm90", phases=("prefill",), model=model))
+        export(thresholds(), "sglang", gpu="sm90", phases=("prefill",), model=model)
 
 
 def test_little_sparsity_is_said() -> None:

@@ -16,6 +16,7 @@ from engine_files import thresholds, write_model
 from calibrate import cli
 from calibrate.engines import read as importing
 from calibrate.engines.catalogue import ENGINES
+from calibrate.engines.config_json import read_curve
 from calibrate.errors import UserError
 from calibrate.loss.above_one import compare_unguarded
 from calibrate.proof.assess import as_served
@@ -32,7 +33,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("target", "prefill", "decode"), TABLE)
 def test_the_published_table_is_its_curve(target: float, prefill: float, decode: float) -> None:
-    found = importing.read_config_json(PUBLISHED, target).scale_factor
+    found = read_curve(PUBLISHED, target).scale_factor
     assert found["prefill"] == pytest.approx(prefill, rel=0.003)
     assert found["decode"] == pytest.approx(decode, rel=0.01)
 
@@ -100,14 +101,14 @@ def test_a_target_is_read_with_the_curve_of_the_config(tmp_path: Path) -> None:
         ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: -1}\n", "number of 0 or more, but got -1"),
         ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: .nan}\n", "but got nan"),
         ("trtllm", TRTLLM + "  threshold_scale_factor: {prefil: 1}\n", r"but got \['prefil'\]"),
-        ("trtllm", TRTLLM + "  ignore: [x]\n", "may hold"),
+        ("trtllm", TRTLLM + "  ignore: [x]\n", "may contain"),
         ("trtllm", "sparse_attention_config: {algorithm: rocket}\n", "but it is `rocket`"),
         ("sglang", "SGLANG_SKIP_SOFTMAX_PREFILL_THRESHOLD_SCALE_FACTOR=abc", "must be a number"),
         ("vllm", "vllm serve --attention-config '{'", "--attention-config must be JSON"),
         ("vllm", "vllm serve --attention-config", "followed by JSON"),
         ("vllm", '{"trtllm_skip_softmax_prefill_threshold_scale_factor": "many"}', "but got 'many'"),
         ("tokenspeed", "--skip-softmax-threshold 0.018", "--at-length"),
-        ("modelopt", "{}", "one skip_softmax group, but it holds 0"),
+        ("modelopt", "{}", "one skip_softmax group, but it has 0"),
         ("modelopt", '{"a": 1, "a": 2}', "given twice"),
         ("flashinfer", '{"prefill": {}}', "'run_kwargs' is missing"),
         ("native", "", "--engine must be one of: trtllm"),
@@ -136,7 +137,7 @@ EMPTY: list[tuple[str, str, str]] = [
      r"but got \['prefil'\]"),
     ("trtllm", TRTLLM, "--coefficients"),
     ("trtllm", TRTLLM + "  threshold_scale_factor: {}\n", "scale_factor.prefill or .*target_sparsity"),
-    ("trtllm", TRTLLM + "  target_sparsity: {prefil: 0.1}\n", r"target_sparsity may hold .* \['prefil'\]"),
+    ("trtllm", TRTLLM + "  target_sparsity: {prefil: 0.1}\n", r"target_sparsity may contain .* \['prefil'\]"),
     ("trtllm", TRTLLM + "  target_sparsity: {prefill: null}\n", "none was .*target_sparsity.prefill"),
 ]  # fmt: skip
 
@@ -169,7 +170,7 @@ def test_a_target_without_its_curve_is_refused(tmp_path: Path) -> None:
     factors = {"formula": "a * exp(b * target_sparsity)", "prefill": {"a": 2.0, "b": 1.0}}
     (tmp_path / "config.json").write_text(config_json(threshold_scale_factor=factors))
     (tmp_path / "skip.yaml").write_text(TRTLLM + "  target_sparsity: {prefill: 0.1, decode: 0.1}\n")
-    with pytest.raises(UserError, match=r"a curve for decode, .* names a target"):
+    with pytest.raises(UserError, match=r"gives a target for decode, so .* must give a curve"):
         importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=tmp_path)
     with pytest.raises(UserError, match=r"^--coefficients: `.*none` is missing"):
         importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=tmp_path / "none")
@@ -250,7 +251,7 @@ def test_only_the_phase_that_was_asked_for_is_imported(
         (("--prefill", 5, "--target", 0.5), "--target is for a SOURCE of --engine modelopt, but got 0.5"),
         (("F", "--target", 0.5), "--target is for a SOURCE of --engine modelopt"),
         (("--prefill", 5, "--coefficients", "c"), "--coefficients is for a SOURCE of --engine trtllm"),
-        (("F", "--coefficients", "c"), "--coefficients is for a target_sparsity, but F holds"),
+        (("F", "--coefficients", "c"), "--coefficients is for a target_sparsity, but F gives"),
         (("--prefill", 5, "--at-length", 9), "--at-length is for --threshold, or a SOURCE"),
         (("F", "--at-length", 9), "--at-length is for --threshold, or a SOURCE"),
         (("G", "--at-length", 9, "--engine", "tokenspeed"), "that G states, 1000 tokens, but got 9"),
@@ -302,9 +303,9 @@ CURVE = {"formula": "a * exp(b * target_sparsity)", "prefill": {"a": 1.0, "b": 1
         ("modelopt", {"target_sparsity": "many"}, "of prefill must lie in .* got 'many'"),
         ("trtllm", "  threshold_scale_factor: {prefill: 1" + "0" * 400 + "}\n", "finite number"),
         ("trtllm", "  threshold_scale_factor: {prefill: 1, 2: 3, x: 4}\n", r"but got \['2', 'x'\]"),
-        ("trtllm", "  1: 2\n  x: 3\n", r"may hold .* but got \['1', 'x'\]"),
+        ("trtllm", "  1: 2\n  x: 3\n", r"may contain .* but got \['1', 'x'\]"),
         ("flashinfer", "[" * 100_000, "must be JSON"),
-        ("flashinfer", "[]", "must hold a mapping, but it holds a list"),
+        ("flashinfer", "[]", "must be a mapping, but it is a list"),
         ("vllm-omni", '{"default": {"skip_softmax": {"threshold": "x"}}}', "got threshold='x'"),
         ("tokenspeed", "--skip-softmax-threshold x", "must be a number, but got `x`"),
     ],
@@ -324,7 +325,7 @@ def test_malformed_files_are_refused_without_a_traceback(
 
 def test_a_null_ignore_list_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(config_json(threshold_scale_factor=CURVE, ignore=None))
-    assert importing.read_config_json(tmp_path / "x.json").ignore == ()
+    assert read_curve(tmp_path / "x.json").ignore == ()
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_coefficients_that_engines_misread_are_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(config_json(**group))
     with pytest.raises(UserError, match=message):
-        importing.read_config_json(tmp_path)
+        read_curve(tmp_path)
 
 
 def test_shared_coefficients_and_ignore_are_read(tmp_path: Path) -> None:
@@ -405,7 +406,7 @@ def test_shared_coefficients_and_ignore_are_read(tmp_path: Path) -> None:
         threshold_scale_factor=factors, ignore=["model.layers.1.self_attn", "*layers.3.*"]
     )
     (tmp_path / "x.json").write_text(text)
-    found = importing.read_config_json(tmp_path / "x.json")
+    found = read_curve(tmp_path / "x.json")
     assert found.scale_factor == {"prefill": 2.0, "decode": 2.0}
     file = importing.to_thresholds(found, thresholds().model, "trtllm", None, "sm90", "x.json")
     assert [max(file.per_head(layer, "prefill")) for layer in range(4)] == [2.0, 0.0, 2.0, 0.0]

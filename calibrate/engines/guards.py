@@ -1,0 +1,366 @@
+"""The laws of an export: which numbers an engine may get, and how it may then be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from calibrate.engines.catalogue import objections, servers_for
+from calibrate.engines.types import Engine, Server
+from calibrate.errors import UserError
+from calibrate.model.config_json import ModelConfigFile
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PHASES, Phase
+
+_WORTH_IT = 0.15  # below this sparsity engines' skipping kernels are slower than their dense ones
+_AND_IGNORE = {"scalar": "", "scalar+ignore": " and layers left dense", "native": ""}
+
+
+@dataclass(frozen=True)
+class Served:
+    """Lengths that the engine will see [tokens]; None: unknown.
+
+    Attributes:
+        min_len: shortest request.
+        chunk_size: prefill chunk; None: prompts are not chunked.
+        at_length: KV length at which an absolute threshold is to be right.
+    """
+
+    min_len: int | None = None
+    chunk_size: int | None = None
+    at_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What an engine can express, with the measurement that covers exactly this.
+
+    Attributes:
+        scale_factor: per phase, above 0 [tokens]; a phase that is missing is dense.
+        dense_layers: layers without any skipping.
+        loss: measured loss.
+        sparsity: measured sparsity per phase.
+        lost: what the thresholds file says and these numbers do not.
+    """
+
+    scale_factor: dict[Phase, float]
+    dense_layers: tuple[int, ...]
+    loss: dict[str, Any]
+    sparsity: dict[str, Any]
+    lost: list[str] = field(default_factory=list)
+
+
+def check_options(engine: Engine, phases: Sequence[Phase] | None, served: Served) -> None:
+    """Refuses options that are wrong whatever the file says.
+
+    Raises:
+        UserError: a length below 1, or an option that this engine has no use for.
+    """
+    for option, tokens in (
+        ("--served-min-len", served.min_len),
+        ("--chunk-size", served.chunk_size),
+        ("--at-length", served.at_length),
+    ):
+        if tokens is not None and tokens < 1:
+            raise UserError(f"{option} must be at least 1 token, but got {tokens}; correct it")
+    if served.at_length is not None and not engine.absolute:
+        raise UserError(
+            f"--at-length is for engines that take the threshold itself; leave it out for {engine.name}"
+        )
+    if phases is not None and engine.form == "native":
+        raise UserError(
+            f"--phase must be left out for {engine.name}, which takes the whole file, but got "
+            f"{' and '.join(phases)}; leave it out"
+        )
+
+
+def require_verdict(thresholds: Thresholds) -> None:
+    """Refuses numbers that were not proven.
+
+    Raises:
+        UserError: the file's validation is missing or did not pass.
+    """
+    verdict = thresholds.evidence.get("verdict", "not validated")
+    if verdict != "passed":
+        cure = (
+            "`calibrate validate RUN_DIR --thresholds FILE -o NEW_FILE` measures it on your model"
+            if verdict == "not validated"
+            else "raise the budget or give the search more trials"
+        )
+        raise UserError(
+            f"evidence.verdict must be `passed` for an export, but it is `{verdict}`; {cure}"
+        )
+
+
+def expressible(thresholds: Thresholds, engine: Engine, phases: Sequence[Phase] | None) -> Numbers:
+    """The numbers of a file that an engine can express and that were measured as such.
+
+    Args:
+        thresholds: a file whose validation passed.
+        engine: whose form counts.
+        phases: phases to export; None: all that have a number.
+
+    Returns:
+        The file's own numbers when the engine can express them, else its best single numbers.
+
+    Raises:
+        UserError: neither was measured, or nothing is left to export.
+    """
+    evidence = thresholds.evidence
+    chosen = tuple(phases or PHASES)
+    uncalibrated = tuple(sorted(entry.layer for entry in thresholds.uncalibrated))
+    if uncalibrated and engine.form == "scalar":
+        raise UserError(
+            f"layers {list(uncalibrated)} cannot be calibrated and must stay dense, but {engine.title} skips "
+            "in every layer; use an engine with an ignore list (trtllm, modelopt) or native"
+        )
+    own = _as_one_number(thresholds, chosen, uncalibrated)
+    lost: list[str] = []
+    if own is not None and (engine.form == "scalar+ignore" or not own[1]):
+        factors, dense = own
+        loss, sparsity = evidence.get("loss", {}), evidence.get("sparsity", {})
+    else:
+        best = evidence.get("uniform_baseline", {})
+        file_numbers = {phase: getattr(thresholds.scale_factor, phase) for phase in PHASES}
+        measured = {phase: best.get("scale_factor", {}).get(phase, 0.0) for phase in PHASES}
+        if not any(file_numbers.values()) or file_numbers != measured:
+            raise UserError(
+                f"{engine.title} takes one number per phase{_AND_IGNORE[engine.form]}, but the file's "
+                "numbers differ by layer, and nothing that it can express was measured. Run "
+                f"`calibrate project RUN_DIR --engine {engine.name}`, then export the file that it writes"
+            )
+        factors, dense = (
+            {p: f for p, f in file_numbers.items() if f > 0 and p in chosen},
+            uncalibrated,
+        )
+        loss, sparsity = best["loss"], best["sparsity"]
+        lost.append(
+            "numbers per layer: the artefact has the best single number per phase, measured on the same "
+            f"held-out prompts; `calibrate project` looks for more that {engine.title} can express"
+        )
+    if not factors:
+        raise UserError(
+            f"an export needs a scale factor above 0 in {' or '.join(chosen)}, but the file leaves "
+            f"{'it' if len(chosen) == 1 else 'both'} dense, so there is nothing to export; leave the "
+            "engine's setting unset"
+        )
+    if set(factors) != {p for p in PHASES if _any_number(thresholds, p)}:
+        lost.append(
+            "the loss was measured with both phases skipping; this artefact skips in one only"
+        )
+    return Numbers(factors, dense, loss, {p: sparsity.get(p, {}) for p in factors}, lost)
+
+
+def valid_servers(
+    thresholds: Thresholds,
+    engine: Engine,
+    numbers: Numbers,
+    gpu: str | None,
+    *,
+    trust_geometry: bool = False,
+) -> list[Server]:
+    """The engine's servers on which the numbers are valid.
+
+    Raises:
+        UserError: there is none; with every reason and its cures.
+    """
+    model = thresholds.model
+    phases = tuple(numbers.scale_factor)
+    valid, refused = [], []
+    for server in servers_for(engine, gpu):
+        reasons = objections(
+            server,
+            thresholds.geometry,
+            phases,
+            model.head_dim,
+            model.q_heads // model.kv_heads,
+            trust_unpublished=trust_geometry,
+        )
+        refused += reasons
+        if not reasons:
+            valid.append(server)
+    if valid:
+        return valid
+    wanted = {reason.cure for reason in refused}
+    cures = []
+    if "phase" in wanted and len(phases) > 1:
+        cures.append("`--phase prefill` exports the prefill number only")
+    if "measure" in wanted:
+        cures.append(
+            f"`calibrate project RUN_DIR --engine {engine.name} --gpu {gpu or 'GPU'}` measures at the "
+            "engine's own tiles"
+        )
+    if "compare" in wanted:
+        cures.append("`--trust-geometry` once you have compared the tiles yourself")
+    if not cures:
+        cures.append("choose another --gpu or engine")
+    reasons_once = dict.fromkeys(reason.text for reason in refused)
+    raise UserError("\n  ".join([*reasons_once, "cure: " + "; or ".join(cures)]))
+
+
+def check_lengths(
+    thresholds: Thresholds, numbers: Numbers, servers: Sequence[Server], served: Served
+) -> list[str]:
+    """Engines do not run short requests densely, so the user must not send any.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: requests or chunks are shorter than the numbers allow, and the engine would skip there.
+    """
+    warnings = []
+    harmless = all(server.above_one == "dense" for server in servers)
+    for phase, factor in numbers.scale_factor.items():
+        floor = getattr(thresholds.min_kv_len, phase)
+        given = {"--served-min-len": served.min_len}
+        if phase == "prefill":
+            given["--chunk-size"] = served.chunk_size
+        for option, tokens in given.items():
+            if tokens is None or tokens >= floor:
+                continue
+            law = f"`{option} > scale_factor`" if tokens <= factor else f"`{option} >= min_kv_len`"
+            effect = (
+                f"a threshold of {factor / tokens:.3g} is 1 or more: "
+                + ("these requests run dense" if harmless else "the engine skips almost every tile")
+                if tokens <= factor
+                else f"nothing was measured below {floor} tokens, and the engine skips there too"
+            )
+            message = (
+                f"{law} must hold in {phase}, but got {tokens} and "
+                f"{f'scale_factor={factor:g}' if tokens <= factor else f'min_kv_len={floor}'}: {effect}"
+            )
+            if not harmless:
+                raise UserError(
+                    f"{message}; keep shorter requests away from this server, calibrate with "
+                    f"`target.min_kv_len.{phase}` of {tokens} or less, or use a larger chunk"
+                )
+            warnings.append(message)
+        if served.min_len is None:
+            warnings.append(
+                f"no {phase} request may be shorter than {floor} tokens: the engine does not read min_kv_len "
+                f"(--served-min-len checks yours)"
+            )
+    return warnings
+
+
+def reference_length(engine: Engine, numbers: Numbers, served: Served) -> int | None:
+    """KV length of an absolute threshold [tokens]; None for engines that divide by the length themselves.
+
+    Raises:
+        UserError: it is missing, or the threshold would be 1 or more.
+    """
+    if not engine.absolute:
+        return None
+    if served.at_length is None:
+        raise UserError(
+            f"{engine.title} takes the threshold itself, which is right at one KV length; give the longest "
+            "served one with --at-length"
+        )
+    largest = max(numbers.scale_factor.values())
+    if served.at_length <= largest:
+        raise UserError(
+            f"`--at-length > scale_factor` must hold, but got {served.at_length} and {largest:g}: the "
+            "threshold would be 1 or more; give the longest served length"
+        )
+    return served.at_length
+
+
+def check_phases(engine: Engine, numbers: Numbers) -> None:
+    """Refuses one phase where one number serves both.
+
+    Raises:
+        UserError: only one phase has a number.
+    """
+    if engine.joint and len(numbers.scale_factor) < len(PHASES):
+        raise UserError(
+            f"{engine.title} applies one threshold to both phases, but only "
+            f"{next(iter(numbers.scale_factor))} has a number; calibrate both phases, or use another engine"
+        )
+
+
+def check_model(thresholds: Thresholds, config: ModelConfigFile) -> list[str]:
+    """Compares the served model's `config.json` with the model that was calibrated.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: they differ.
+    """
+    made_for = thresholds.model
+    shape = (made_for.layers, made_for.q_heads, made_for.kv_heads, made_for.head_dim)
+    if config.shape != shape:
+        raise UserError(
+            "(layers, q_heads, kv_heads, head_dim) of file and --model must agree, but the file is for "
+            f"{made_for.name} with {shape} and `{config.path}` says {config.shape}; calibrate this model"
+        )
+    recorded = thresholds.provenance.get("model_config_sha256")
+    if recorded is None:
+        return [
+            "the file does not record its model's config hash; only layers and heads were compared"
+        ]
+    if recorded != config.sha256:
+        raise UserError(
+            f"the config hash of file and --model must agree, but the file is for {made_for.name} with "
+            f"{recorded[:12]} and `{config.path}` has {config.sha256[:12]}; calibrate this model"
+        )
+    return []
+
+
+def check_config(engine: Engine, numbers: Numbers, config: ModelConfigFile | None) -> None:
+    """Refuses a `config.json` that the engine needs and that is not given, or whose model it cannot serve.
+
+    Raises:
+        UserError: so.
+    """
+    if config is None:
+        if engine.config_json == "layers" and numbers.dense_layers:
+            raise UserError(
+                f"{engine.title} reads the layers left dense ({len(numbers.dense_layers)} here) from the "
+                "model's config.json only; give --model DIR, and --apply to write it"
+            )
+        return
+    for key, why in engine.unfit.items():
+        if key in config.data:
+            raise UserError(f"{why}; serve this model dense or with another engine")
+
+
+def low_sparsity(numbers: Numbers) -> list[str]:
+    """Warnings where skipping so little costs more than it saves."""
+    return [
+        f"{phase} skips {100 * found['achieved']:.1f} % of the tiles: below about {100 * _WORTH_IT:.0f} % "
+        f"the engines' skipping kernels are slower than their dense ones; consider leaving {phase} out"
+        for phase, found in numbers.sparsity.items()
+        if "achieved" in found and found["achieved"] < _WORTH_IT
+    ]
+
+
+def _as_one_number(
+    thresholds: Thresholds, phases: Sequence[Phase], uncalibrated: tuple[int, ...]
+) -> tuple[dict[Phase, float], tuple[int, ...]] | None:
+    """One number per phase and the layers that are dense in all of them, if that is all the file says."""
+    factors: dict[Phase, float] = {}
+    dense: set[int] | None = None
+    for phase in phases:
+        values = {
+            layer: set(thresholds.per_head(layer, phase))
+            for layer in range(thresholds.model.layers)
+        }
+        above = {value for found in values.values() for value in found if value > 0}
+        if not above:
+            continue
+        zero = {layer for layer, found in values.items() if found == {0.0}}
+        if len(above) > 1 or any(len(found) > 1 for found in values.values()):
+            return None
+        if dense is not None and dense != zero:
+            return None  # an ignored layer is dense in both phases
+        factors[phase], dense = above.pop(), zero
+    return factors, tuple(sorted(dense or set(uncalibrated)))
+
+
+def _any_number(thresholds: Thresholds, phase: Phase) -> bool:
+    return any(
+        max(thresholds.per_head(layer, phase)) > 0 for layer in range(thresholds.model.layers)
+    )

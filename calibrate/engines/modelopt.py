@@ -1,0 +1,53 @@
+"""Model-Optimizer: a curve and a target per phase in the model's `config.json`, read by TensorRT-LLM too."""
+
+from __future__ import annotations
+
+from calibrate.engines.config_json import config_group, read_curve, section_with
+from calibrate.engines.tiles import ANY_SIZE, TRTLLM_SERVERS
+from calibrate.engines.types import (
+    Engine,
+    Foreign,
+    Request,
+    Server,
+    Source,
+    Votes,
+    Written,
+    to_json,
+)
+from calibrate.model.config_json import KEY
+from skip_softmax.thresholds.types import PHASES
+
+
+def write(request: Request) -> Written:
+    """The section that a `config.json` without one would get."""
+    group, lost = config_group(request)
+    return Written(to_json({KEY: section_with(group)}), tuple(lost))
+
+
+def read(source: Source) -> Foreign:
+    """The curve at a target."""
+    return read_curve(source.path, source.target, source.phases)
+
+
+_OWN_SERVER = Server(
+    "Model-Optimizer's vLLM server",
+    "any",
+    Votes(((ANY_SIZE, (128,)),), tile_q=128),
+    Votes(((ANY_SIZE, (128,)),), voters="head"),
+    above_one="dense",
+)
+ENGINE = Engine(
+    "modelopt",
+    "Model-Optimizer's config.json",
+    "scalar+ignore",
+    (_OWN_SERVER, *TRTLLM_SERVERS),
+    write,
+    read,
+    numbers={phase: f"threshold_scale_factor.{phase}" for phase in PHASES},
+    options=("target",),
+    config_json="all",
+    notes=(
+        "Model-Optimizer's vLLM server divides by the longest KV length of the batch: shorter "
+        "requests skip less",
+    ),
+)

@@ -1,0 +1,77 @@
+"""SGLang: two environment variables, one per phase; unset is dense."""
+
+from __future__ import annotations
+
+import re
+
+from calibrate.engines.tiles import (
+    BLACKWELL_DECODE,
+    BLACKWELL_PREFILL,
+    BLACKWELL_TWO,
+    HOPPER_PREFILL,
+    NO_XQA,
+    SPLITS,
+)
+from calibrate.engines.types import (
+    Engine,
+    Foreign,
+    Request,
+    Server,
+    Source,
+    Votes,
+    Written,
+    known_only,
+    number,
+)
+from skip_softmax.thresholds.types import PHASES, Phase
+
+_PREFIX = "SGLANG_SKIP_SOFTMAX_"
+_VARIABLES: dict[Phase, str] = {
+    phase: f"{_PREFIX}{phase.upper()}_THRESHOLD_SCALE_FACTOR" for phase in PHASES
+}
+
+
+def write(request: Request) -> Written:
+    """A file to source in a shell."""
+    lines = ["# Read by SGLang; unset is dense."]
+    for phase, name in _VARIABLES.items():
+        factor = request.scale_factor.get(phase)
+        lines.append(f"unset {name}" if factor is None else f"export {name}={factor!r}")
+    lines.append(
+        "# python -m sglang.launch_server --model-path MODEL --attention-backend trtllm_mha"
+    )
+    return Written("\n".join(lines) + "\n")
+
+
+def read(source: Source) -> Foreign:
+    """Assignments anywhere in a shell script, comments left out."""
+    code = "\n".join(line.partition("#")[0] for line in source.text.splitlines())
+    given = dict(re.findall(rf"\b({_PREFIX}\w+)=([^\s;]+)", code))
+    known_only(str(source.path), given, _VARIABLES.values())
+    return Foreign(
+        {
+            phase: number(f"{source.path}: {name}", given[name].strip("\"'"))
+            for phase, name in _VARIABLES.items()
+            if name in given
+        }
+    )
+
+
+ENGINE = Engine(
+    "sglang",
+    "SGLang",
+    "scalar",
+    (
+        Server("SGLang", "sm90", HOPPER_PREFILL, NO_XQA),
+        Server("SGLang", "sm100", BLACKWELL_PREFILL, BLACKWELL_DECODE),
+        Server("SGLang", "sm120", Votes(), NO_XQA),
+    ),
+    write,
+    read,
+    numbers=_VARIABLES,
+    unfit={
+        "index_topk": "SGLang's sparse-attention models (NSA, DSA) use the decode number in prefill too, or "
+        "refuse it"
+    },
+    notes=(SPLITS, BLACKWELL_TWO),
+)

@@ -1,0 +1,94 @@
+"""TensorRT-LLM: a YAML file with one scale factor per phase; layers left dense stand in `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from calibrate.engines.config_json import read_curve, target_of
+from calibrate.engines.tiles import BLACKWELL_TWO, SPLITS, TRTLLM_SERVERS
+from calibrate.engines.types import Engine, Foreign, Request, Source, Written, entry, known_only
+from calibrate.errors import UserError
+from calibrate.model.config_json import KEY
+from skip_softmax.thresholds.types import PHASES
+from skip_softmax.thresholds.yaml_file import read_mapping
+
+
+def write(request: Request) -> Written:
+    """The YAML of `--config`."""
+    factors = dict(request.scale_factor)
+    arguments = ", ".join(f'"{phase}": {factor!r}' for phase, factor in factors.items())
+    section = {"algorithm": "skip_softmax", "threshold_scale_factor": factors}
+    header = (
+        "# TensorRT-LLM, PyTorch backend with the TRTLLM attention backend; a missing phase is dense.\n"
+        "#   trtllm-serve MODEL --config THIS_FILE    (also trtllm-eval, trtllm-bench)\n"
+        "# In Python:\n"
+        f"#   config = SkipSoftmaxAttentionConfig(threshold_scale_factor={{{arguments}}})\n"
+        f"#   LLM(MODEL, {KEY}=config)\n"
+    )
+    lost = ("layers left dense: TensorRT-LLM reads them from the model's config.json",)
+    return Written(
+        header + yaml.safe_dump({KEY: section}, sort_keys=False),
+        lost if request.dense_layers else (),
+    )
+
+
+def read(source: Source) -> Foreign:
+    """Scale factors, or a target with the curve of another file."""
+    path, phases = source.path, source.phases
+    data, _ = read_mapping(path)
+    section = data.get(KEY, data)
+    if not isinstance(section, dict) or section.get("algorithm") != "skip_softmax":
+        raise UserError(
+            f"{path}: {KEY}.algorithm must be `skip_softmax`, but it is `{entry(section, 'algorithm')}`"
+        )
+    known = ("algorithm", "threshold_scale_factor", "target_sparsity")
+    known_only(f"{path}: {KEY}", section, known)
+    for key in known[1:]:
+        if isinstance(section.get(key), dict):
+            known_only(f"{path}: {key}", section[key], PHASES)
+    factors = section.get("threshold_scale_factor")
+    if factors is None:
+        if source.coefficients is None:
+            raise UserError(
+                f"{path}: target_sparsity needs the curve in the model's config.json; give it with "
+                "--coefficients"
+            )
+        targets = section.get("target_sparsity")
+        wanted = tuple(phase for phase in phases if target_of(targets, phase) is not None)
+        if not wanted:
+            return Foreign({})
+        curve = read_curve(source.coefficients, targets, wanted, option="--coefficients")
+        missing = [phase for phase in wanted if phase not in curve.scale_factor]
+        if missing and isinstance(targets, dict):
+            raise UserError(
+                f"{path} gives a target for {missing[0]}, so {source.coefficients} must give a curve for "
+                f"{missing[0]}, but it does not; leave the target out"
+            )
+        return curve
+    if source.coefficients is not None:
+        raise UserError(
+            f"--coefficients is for a target_sparsity, but {path} gives threshold_scale_factor; leave it out"
+        )
+    if isinstance(factors, dict):
+        return Foreign({phase: factors[phase] for phase in PHASES if phase in factors})
+    value: Any = factors  # checked by the caller
+    return Foreign(dict.fromkeys(PHASES, value), notes=("one number for both phases",))
+
+
+ENGINE = Engine(
+    "trtllm",
+    "TensorRT-LLM",
+    "scalar+ignore",
+    TRTLLM_SERVERS,
+    write,
+    read,
+    numbers={
+        phase: f"{KEY}.threshold_scale_factor.{phase} or {KEY}.target_sparsity.{phase}"
+        for phase in PHASES
+    },
+    options=("coefficients",),
+    config_json="layers",
+    notes=(SPLITS, BLACKWELL_TWO),
+)

@@ -1,0 +1,318 @@
+"""What an engine's room is made of: facts, what it is asked to write, what it has read; readers of text."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+import shlex
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from calibrate.errors import UserError
+from calibrate.model.config_json import json_mapping
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PHASES, Phase
+
+Form = Literal["native", "scalar+ignore", "scalar"]
+"""What an engine can express: every layer; one number per phase and dense layers; one number per phase."""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Tiles of one kernel: which rows and keys decide together. A number is valid for one such geometry only.
+
+    Attributes:
+        tile_kv: (largest head_dim, keys per tile that occur [tokens]); empty: not published.
+        tile_q: query rows that vote together [tokens]; None in decode.
+        voters: in decode, `group`: the query heads of a KV head vote together; `head`: each alone.
+        head_dims: the only head sizes of this kernel; empty: any.
+    """
+
+    tile_kv: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    tile_q: int | None = None
+    voters: Literal["group", "head"] = "group"
+    head_dims: tuple[int, ...] = ()
+
+    def keys(self, head_dim: int) -> tuple[int, ...]:
+        """Keys per tile at this head size [tokens]; empty: not published."""
+        return next((sizes for limit, sizes in self.tile_kv if head_dim <= limit), ())
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """This phase silently ignores the number."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """One engine on one family of GPUs."""
+
+    title: str
+    gpu: str
+    prefill: Votes | Ignored
+    decode: Votes | Ignored
+    above_one: Literal["skips", "dense"] = "skips"
+    """What it does at a threshold of 1 or more: skip almost everything, or run dense."""
+
+    def phase(self, phase: Phase) -> Votes | Ignored:
+        """The kernel of a phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.title} on {self.gpu}" if self.gpu != "any" else self.title
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an artefact has to say.
+
+    Attributes:
+        thresholds: the file that the numbers come from.
+        scale_factor: per phase, above 0 [tokens].
+        dense_layers: layers without skipping.
+        at_length: KV length of an absolute threshold [tokens].
+        pin: whether a phase without a curve may be written as `a = scale_factor, b = 0`.
+        attention_class: name of the model's attention class, if known.
+    """
+
+    thresholds: Thresholds
+    scale_factor: dict[Phase, float] = field(default_factory=dict)
+    dense_layers: tuple[int, ...] = ()
+    at_length: int | None = None
+    pin: bool = False
+    attention_class: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """An artefact's text, and what it could not say."""
+
+    text: str
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """An engine's own file, and what the user adds to it.
+
+    Attributes:
+        path: the file.
+        phases: phases to read.
+        target: sparsity at which a curve is read; None: the file's own, else 0.5.
+        coefficients: `config.json` (or its folder) with the curve of a file that names a target only.
+        at_length: KV length of a threshold [tokens], where the file does not state it.
+    """
+
+    path: Path
+    phases: tuple[Phase, ...] = PHASES
+    target: float | None = None
+    coefficients: Path | None = None
+    at_length: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The file's text.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"`{self.path}` cannot be read ({error}); give the engine's file"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Numbers as an engine's artefact states them.
+
+    Attributes:
+        scale_factor: per phase [tokens]; a phase that is missing or 0 is dense.
+        ignore: name patterns of layers that stay dense.
+        notes: how the numbers were read.
+    """
+
+    scale_factor: dict[Phase, float]
+    ignore: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine as an export target.
+
+    Attributes:
+        name: as in `--engine`.
+        title: its name as people write it.
+        form: what it can express.
+        servers: kernels that read the artefact.
+        write: makes the artefact.
+        read: reads the artefact back; None: there is nothing foreign to read.
+        numbers: per phase, the name under which the artefact gives its number.
+        options: what the artefact may leave open, so that `calibrate import` takes it as an option.
+        absolute: it takes the threshold itself, which is right at one KV length only.
+        joint: one number serves both phases, so both must have one.
+        config_json: what it reads from the model's `config.json`: nothing; `layers`: the dense layers,
+            which its own file cannot name; `all`: everything, so the artefact is a change of that file.
+        unfit: keys of a `config.json` whose models it must not serve with our numbers, and why.
+        notes: what this engine cannot express; repeated in every sidecar.
+    """
+
+    name: str
+    title: str
+    form: Form
+    servers: tuple[Server, ...]
+    write: Callable[[Request], Written]
+    read: Callable[[Source], Foreign] | None = None
+    numbers: Mapping[Phase, str] = field(default_factory=dict)
+    options: tuple[Literal["target", "coefficients", "at_length"], ...] = ()
+    absolute: bool = False
+    joint: bool = False
+    config_json: Literal["nothing", "layers", "all"] = "nothing"
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+# What artefacts have in common.
+
+
+def to_json(data: Any) -> str:
+    """JSON as the artefacts are written: two spaces, a newline at the end, no NaN."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+def absolute_header(tokens: int) -> str:
+    """Comment above a threshold that is right at one KV length; `stated_length` reads it back."""
+    return (
+        f"# reference KV length: {tokens} tokens. The threshold is right at this length: longer requests\n"
+        "# skip more than was measured, shorter ones less.\n"
+    )
+
+
+def one_length(tokens: int) -> str:
+    """What such a threshold cannot say."""
+    return f"the 1/length law: the threshold is right at {tokens} tokens and too high for longer requests"
+
+
+# Readers.
+
+
+def stated_length(source: Source) -> int | None:
+    """KV length of the file's threshold [tokens]: the file's own, else the user's.
+
+    Raises:
+        UserError: the two differ.
+    """
+    match = re.search(r"reference KV length: (\d{1,18}) tokens", source.text)
+    if match is None:
+        return source.at_length
+    if source.at_length is not None and source.at_length != int(match[1]):
+        raise UserError(
+            f"--at-length must be the KV length that {source.path} states, {match[1]} tokens, but got "
+            f"{source.at_length}; leave it out"
+        )
+    return int(match[1])
+
+
+def from_threshold(threshold: float, at_length: int | None, phases: tuple[Phase, ...]) -> Foreign:
+    """A plain threshold that was meant for one KV length.
+
+    Raises:
+        UserError: there is no length, or the threshold is not in [0, 1).
+    """
+    if at_length is None:
+        raise UserError("a threshold means nothing without its KV length; give --at-length TOKENS")
+    if not 1 <= at_length <= sys.float_info.max:
+        raise UserError(
+            f"--at-length must be a KV length of 1 or more tokens, but got {reprlib.repr(at_length)}; "
+            "give the length that the threshold was meant for"
+        )
+    if (
+        isinstance(threshold, bool)
+        or not isinstance(threshold, (int, float))
+        or not 0 <= threshold < 1
+    ):
+        raise UserError(
+            f"`0 <= threshold < 1` must hold, but got threshold={reprlib.repr(threshold)}; "
+            "1 or more has no meaning"
+        )
+    found = dict.fromkeys(phases, threshold * at_length)
+    return Foreign(found, notes=(f"threshold {threshold:g} at {at_length} tokens",))
+
+
+def check_number(where: str, value: Any) -> None:
+    """Refuses what engines accept silently.
+
+    Raises:
+        UserError: not a finite number of 0 or more.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= sys.float_info.max  # an integer can be finite and above every float
+    ):
+        raise UserError(
+            f"{where}: a scale factor must be a finite number of 0 or more, but got "
+            f"{reprlib.repr(value)}; engines accept this without an error and then skip nothing or "
+            "everything: correct it, or leave it unset"
+        )
+
+
+def known_only(where: str, names: Collection[Any], known: Collection[str]) -> None:
+    """Refuses a misspelt name of a number: its phase would silently stay dense.
+
+    Raises:
+        UserError: a name is not known.
+    """
+    unknown = sorted(map(str, set(names) - set(known)))
+    if unknown:
+        raise UserError(
+            f"{where} may contain {', '.join(sorted(known))}, but got {unknown}; correct the name"
+        )
+
+
+def option_json(source: Source, option: str) -> dict[str, Any]:
+    """The JSON behind a command-line option, in a shell line or alone in the file.
+
+    Raises:
+        UserError: there is none.
+    """
+    text = source.text
+    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    try:
+        words = shlex.split(code) if option in text else [option, code]
+        value = (
+            words[words.index(option) + 1]
+            if option in words
+            else next(word.partition("=")[2] for word in words if word.startswith(option + "="))
+        )
+    except (ValueError, IndexError, StopIteration) as error:
+        raise UserError(f"{source.path}: {option} must be followed by JSON ({error})") from None
+    return json_mapping(value, f"{source.path}: what follows {option}")
+
+
+def number(where: str, text: str) -> float:
+    """A number written as text.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{where} must be a number, but got `{text}`") from None
+
+
+def entry(data: Any, key: str) -> Any:
+    """The value of a key; None where there is no mapping or no such key."""
+    return data.get(key) if isinstance(data, dict) else None

@@ -1,0 +1,61 @@
+"""vLLM: a command-line option of an open pull request (42989), not in any release."""
+
+from __future__ import annotations
+
+import json
+
+from calibrate.engines.tiles import (
+    BLACKWELL_DECODE,
+    BLACKWELL_PREFILL,
+    BLACKWELL_TWO,
+    NO_KERNEL,
+    SPLITS,
+)
+from calibrate.engines.types import (
+    Engine,
+    Foreign,
+    Request,
+    Server,
+    Source,
+    Written,
+    known_only,
+    option_json,
+)
+from skip_softmax.thresholds.types import PHASES, Phase
+
+_PREFIX = "trtllm_skip_softmax_"
+_KEYS: dict[Phase, str] = {phase: f"{_PREFIX}{phase}_threshold_scale_factor" for phase in PHASES}
+
+
+def write(request: Request) -> Written:
+    """A line to serve with."""
+    config = {_KEYS[phase]: factor for phase, factor in request.scale_factor.items()}
+    header = (
+        "# EXPERIMENTAL: names from an open pull request of vLLM (42989), in no release; they may change.\n"
+        "# What works today: Model-Optimizer's vLLM server reads what --engine modelopt writes.\n"
+    )
+    return Written(f"{header}vllm serve MODEL --attention-config '{json.dumps(config)}'\n")
+
+
+def read(source: Source) -> Foreign:
+    """The JSON of the option, in a line or alone."""
+    config = option_json(source, "--attention-config")
+    ours = [key for key in config if key.startswith(_PREFIX)]
+    known_only(f"{source.path}: --attention-config", ours, _KEYS.values())
+    return Foreign({phase: config[key] for phase, key in _KEYS.items() if key in config})
+
+
+ENGINE = Engine(
+    "vllm",
+    "vLLM (open pull request 42989, in no release)",
+    "scalar",
+    (
+        Server("vLLM", "sm90", NO_KERNEL, NO_KERNEL),
+        Server("vLLM", "sm100", BLACKWELL_PREFILL, BLACKWELL_DECODE),
+        Server("vLLM", "sm120", NO_KERNEL, NO_KERNEL),
+    ),
+    write,
+    read,
+    numbers=_KEYS,
+    notes=(SPLITS, BLACKWELL_TWO),
+)

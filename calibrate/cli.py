@@ -360,8 +360,6 @@ def _assess(
     )
 
 
-
-
 def _tradeoff_table(validation: dict[str, Any]) -> Table:
     table = Table(title="Held-out prompts: loss against sparsity", title_justify="left")
     for column in (

@@ -130,7 +130,7 @@ def test_at_the_edges_is_what_each_edge_skips_by_itself(phase: str) -> None:
     statistics = Statistics.empty({}, 2, 4, 2, [60, 90])
     for layer, (index, length) in itertools.product(range(2), enumerate(statistics.lengths)):
         tokens = length if phase == "prefill" else 3
-        q, k, v = planted(4, 2, tokens, length, seed=layer)
+        q, k, v = graded(4, 2, tokens, length, seed=layer)
         tiles = {"tile_kv": 16} if phase == "decode" else {"tile_q": 16, "tile_kv": 16}
         _, histogram = ss.tile_statistics(q, k, v, decode=phase == "decode", **tiles)
         statistics.add(layer, phase, index, histogram)

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from calibrate import terminal
 from calibrate.errors import UserError, WorkFailed
 from calibrate.record.files import write_output
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import PHASES
 
 app = typer.Typer(
     name="calibrate",
@@ -123,7 +120,8 @@ def show(
     if as_json:
         terminal.write_json(thresholds.model_dump(mode="json", exclude_none=True))
         return
-    from calibrate.report.lengths import expectation_table, expectations
+    from calibrate.report import tables
+    from calibrate.report.lengths import expectations
 
     statistics = None
     if run is not None:
@@ -131,9 +129,9 @@ def show(
 
         statistics = statistics_for(thresholds, run)
     rows = expectations(thresholds, statistics)
-    tables = [_phase_table(thresholds), *([expectation_table(rows)] if rows else [])]
     dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
-    terminal.show(*tables, _layer_table(thresholds), *map(Text, dense))
+    shown = [tables.phases(thresholds), *([tables.expected(rows)] if rows else [])]
+    terminal.show(*shown, tables.layers(thresholds), *dense)
 
 
 @app.command()
@@ -234,7 +232,9 @@ def project(
     if as_json:
         terminal.write_json({"thresholds": str(path), "projection": report})
     else:
-        terminal.show(_phase_table(thresholds))
+        from calibrate.report.tables import phases
+
+        terminal.show(phases(thresholds))
     options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu)])
     terminal.say(f"passed: {path}; now: calibrate export {path} {options}")
 
@@ -319,7 +319,9 @@ def _finish(finished: Any, as_json: bool) -> None:
             {"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence}
         )
     else:
-        terminal.show(_tradeoff_table(finished.validation))
+        from calibrate.report.tables import heldout
+
+        terminal.show(heldout(finished.findings))
     if evidence["verdict"] != "passed":
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "
@@ -333,7 +335,7 @@ def _assess(
 ) -> None:
     from dataclasses import asdict
 
-    from calibrate.report.lengths import assessment_table
+    from calibrate.report.tables import assessed
     from calibrate.schema import load_config
     from calibrate.transfer import assess_file
 
@@ -350,7 +352,7 @@ def _assess(
     if as_json:
         terminal.write_json(asdict(result))
     else:
-        terminal.show(assessment_table(result.rows))
+        terminal.show(assessed(result.rows))
     if output is not None:
         write_output(output, thresholds.to_yaml())
     if result.evidence["verdict"] != "passed":
@@ -358,90 +360,6 @@ def _assess(
     terminal.say(
         f"passed: `{file}` holds on this model" + (f"; written: {output}" if output else "")
     )
-
-
-def _tradeoff_table(validation: dict[str, Any]) -> Table:
-    table = Table(title="Held-out prompts: loss against sparsity", title_justify="left")
-    for column in (
-        "setting",
-        "KL [nats/token]",
-        "upper bound",
-        "score drop [points]",
-        "upper bound",
-        *(f"{phase} skipped" for phase in PHASES),
-        "predicted speed-up",
-    ):
-        table.add_column(column, justify="left" if column == "setting" else "right")
-    rows = [("searched", attempt) for attempt in validation["attempts"]]
-    if validation["baseline"] is not None:
-        rows.append(("best single number", validation["baseline"]))
-    for name, row in rows:
-        shares = [row["sparsity"].get(phase) for phase in PHASES]
-        table.add_row(
-            f"{name}{'' if row['passed'] else ' (failed)'}",
-            f"{row['kl']['mean']:.2e}",
-            f"{row['kl']['upper']:.2e}",
-            f"{row['score_drop']['mean']:.2f}",
-            f"{row['score_drop']['upper']:.2f}",
-            *("–" if share is None else f"{100 * share:.1f} %" for share in shares),
-            f"{1 / row['relative_time']:.2f}×",
-        )
-    return table
-
-
-def _phase_table(thresholds: Thresholds) -> Table:
-    evidence = thresholds.evidence
-    # As text, not as markup: a name may hold [brackets] or :colons:.
-    title = f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}"
-    table = Table(title=Text(title, "table.title"), title_justify="left")
-    for column in (
-        "phase",
-        "tiles",
-        "min KV length",
-        "one number",
-        "layers skipping",
-        "sparsity",
-        "speed-up",
-    ):
-        table.add_column(column)
-    for phase in PHASES:
-        tiles = getattr(thresholds.geometry, phase)
-        skipping = sum(
-            max(thresholds.per_head(layer, phase)) > 0 for layer in range(thresholds.model.layers)
-        )
-        share = evidence.get("sparsity", {}).get(phase, {}).get("achieved")
-        speed = evidence.get("predicted_speedup", {}).get(phase)
-        table.add_row(
-            phase,
-            "–" if tiles is None else "×".join(str(v) for k, v in tiles if k.startswith("tile")),
-            str(getattr(thresholds.min_kv_len, phase) or "–"),
-            f"{getattr(thresholds.scale_factor, phase):g}",
-            f"{skipping} of {thresholds.model.layers}",
-            "–" if share is None else f"{100 * share:.1f} %",
-            "–" if speed is None else f"{speed:.2f}× (predicted)",
-        )
-    loss = evidence.get("loss")
-    if loss is not None:
-        kl, drop = loss["kl"], loss["score_drop"]
-        table.caption = (
-            f"KL {kl['mean']:.2e} (upper {kl['upper']:.2e}) nats/token, score drop {drop['mean']:.2f} "
-            f"(upper {drop['upper']:.2f}) points on {loss['heldout_prompts']} held-out prompts"
-        )
-    return table
-
-
-def _layer_table(thresholds: Thresholds) -> Table:
-    table = Table(title="Scale factor per layer in tokens; 0 is dense", title_justify="left")
-    for column in ("layer", *PHASES):
-        table.add_column(column, justify="right")
-    for layer in range(thresholds.model.layers):
-        cells = []
-        for phase in PHASES:
-            values = thresholds.per_head(layer, phase)
-            same = len(set(values)) == 1
-            cells.append(f"{values[0]:g}" if same else f"{min(values):g} to {max(values):g}")
-        table.add_row(str(layer), *cells)
-    return table
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ from skip_softmax.thresholds.yaml_file import write_text_atomically
 if TYPE_CHECKING:
     import optuna
 
+    from calibrate.report.figures import Figures
+    from calibrate.report.findings import Findings
+
 from calibrate.record.folder import _write_config, claimed, locked, open_run
 
 
@@ -83,6 +86,20 @@ class Run:
     stats: Statistics
     study: optuna.Study
     validation: dict[str, Any]
+
+    @cached_property
+    def findings(self) -> Findings:
+        """Every number of the report, as plain data."""
+        from calibrate.report.findings import findings
+
+        return findings(self.folder, self.config)
+
+    @cached_property
+    def figures(self) -> Figures:
+        """The figures of the report, one method each."""
+        from calibrate.report.figures import Figures
+
+        return Figures(self.findings, self.study)
 
 
 def run(config: RunConfig, folder: str | os.PathLike[str], progress: Progress | None = None) -> Run:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any
 
@@ -19,7 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column, Table
+from rich.table import Column
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from calibrate.errors import UserError, WorkFailed
@@ -72,7 +74,26 @@ class Bars:
         self._bars.update(self._task, advance=1, note=note)
 
 
-def show(*parts: Table | Text) -> None:
+@dataclass(frozen=True)
+class Table:
+    """A table as text, for the terminal and for the report.
+
+    Attributes:
+        title: what it shows.
+        columns: headings.
+        rows: one cell per column.
+        notes: sentences below it.
+        words: columns of words, left-aligned like the first; all others are numbers, right-aligned.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    notes: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+def show(*parts: Table | str) -> None:
     """Prints tables and lines on stdout."""
     # A terminal or a file in Latin-1 has no ×: a question mark in its place is still a table.
     if isinstance(sys.stdout, TextIOWrapper):
@@ -81,7 +102,20 @@ def show(*parts: Table | Text) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=160)
     with _writable():
         for part in parts:
-            console.print(part)
+            console.print(Text(part) if isinstance(part, str) else _drawn(part))
+
+
+def _drawn(table: Table) -> RichTable:
+    # As text, not as markup: a name may contain [brackets] or :colons:.
+    drawn = RichTable(title=Text(table.title, "table.title"), title_justify="left")
+    for column in table.columns:
+        left = column in (table.columns[0], *table.words)
+        drawn.add_column(Text(column), justify="left" if left else "right")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    if table.notes:
+        drawn.caption = Text("\n".join(table.notes), "table.caption")
+    return drawn
 
 
 def write(text: str) -> None:

@@ -1,19 +1,15 @@
-"""What scale factors mean at a KV length: thresholds, sparsity and loss, as rows and as tables."""
+"""What scale factors mean at a KV length: thresholds and expected sparsity."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
 
 if TYPE_CHECKING:
-    from calibrate.proof.assess import Row
     from calibrate.statistics.counts import Statistics
-
 
 _TYPICAL = (1024, 4096, 16384, 65536, 131072)
 
@@ -67,54 +63,6 @@ def expectations(
     return rows
 
 
-def expectation_table(rows: list[dict[str, Any]]) -> Table:
-    """Threshold = scale factor / KV length, with the sparsity that it is expected to give."""
-    table = Table(title="Threshold and expected sparsity by KV length", title_justify="left")
-    for column in (
-        "phase",
-        "KV length",
-        "scale factor",
-        "threshold",
-        "expected sparsity",
-        "source",
-    ):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(
-            row["phase"],
-            str(row["kv_len"]),
-            _range(row["scale_factor"]),
-            "–" if row["dense"] else _range(row["threshold"]),
-            "–" if row["sparsity"] is None else f"{100 * row['sparsity']:.1f} %",
-            row["source"],
-        )
-    return table
-
-
-def assessment_table(rows: tuple[Row, ...]) -> Table:
-    """Dense, given and calibrated numbers per prompt length."""
-    table = Table(title="Held-out prompts: loss and sparsity by length", title_justify="left")
-    for column in ("tokens", "setting", *(f"{phase} threshold" for phase in PHASES)):
-        table.add_column(column)
-    for column in ("KL [nats/token]", "score [points]", *(f"{phase} skipped" for phase in PHASES)):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            str(row.length),
-            row.setting + (" (1 or more)" if row.above_one else ""),
-            *(f"{row.threshold[p]:.3g}" if row.threshold.get(p) else "–" for p in PHASES),
-            f"{row.kl:.2e}",
-            f"{row.score:.1f}",
-            *(f"{100 * row.sparsity[p]:.1f} %" if p in row.sparsity else "–" for p in PHASES),
-        )
-    if any(row.above_one for row in rows):
-        table.caption = (
-            "(1 or more): as engines run it, which go on skipping; "
-            "the kernel of this package would run dense there"
-        )
-    return table
-
-
 def _measured(thresholds: Thresholds, phase: Phase) -> dict[int, float]:
     found = thresholds.evidence.get("sparsity", {}).get(phase, {}).get("by_length", {})
     return {int(length): row["achieved"] for length, row in found.items()}
@@ -128,8 +76,3 @@ def _from_curve(thresholds: Thresholds, phase: Phase, above: list[float]) -> flo
     low, high = fit["sparsity_range"]
     sparsity = (math.log(above[0]) - math.log(fit["a"])) / fit["b"]
     return sparsity if low <= sparsity <= high else None
-
-
-def _range(pair: list[float]) -> str:
-    low, high = pair
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

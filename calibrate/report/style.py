@@ -1,15 +1,19 @@
-"""How all figures look: colours, dashes, shapes and axes.
+"""What all figures look like: colours, dashes, symbols and axes.
 
-Colours are CSS variables, so that a figure follows the reader's light or dark theme; `painted` puts real ones
-in their place. Nothing is told by colour alone: lines differ in dash, points in shape.
+Colours are CSS variables, so that a figure follows the reader's light or dark theme; `painted` replaces them
+with real ones. Nothing is told by colour alone: lines differ in dash, points in symbol.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
+
+from calibrate.report.findings import six
 
 ACCENT, INK, MUTED, LINE, PAPER, LOW = (
     f"var(--{name})" for name in ("accent", "ink", "muted", "line", "paper", "low")
@@ -36,11 +40,11 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
 
-def painted(figure: go.Figure, palette: dict[str, str] = LIGHT) -> go.Figure:
-    """The figure with a palette's colours, to show outside of the report.
+def painted(figure: go.Figure, palette: dict[str, str]) -> go.Figure:
+    """The figure in a palette's colours, to show outside of the report.
 
     Args:
-        figure: from a function of this module.
+        figure: a figure whose colours are CSS variables.
         palette: `LIGHT` or `DARK`.
     """
     text = re.sub(r"var\(--(\w+)\)", lambda match: palette[match[1]], figure.to_json())
@@ -48,26 +52,41 @@ def painted(figure: go.Figure, palette: dict[str, str] = LIGHT) -> go.Figure:
 
 
 def finish(
-    figure: go.Figure, x: str, y: str, height: int, *, legend: bool = True, top: int = 16
+    figure: go.Figure,
+    title: str,
+    x: str,
+    y: str,
+    height: int,
+    *,
+    log_y: bool = False,
+    legend: bool = True,
+    top: int = 16,
 ) -> go.Figure:
-    """The look that all figures share."""
+    """Gives a figure the look that all share.
+
+    Args:
+        figure: what was drawn.
+        title: what it shows.
+        x: title of the x axis, with its unit.
+        y: title of the y axis, with its unit.
+        height: of the whole figure [pixels].
+        log_y: whether the y axis is logarithmic.
+        legend: whether a legend names the traces.
+        top: free space above [pixels].
+    """
+    label = {"bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK, "size": 12}}
     figure.update_layout(
         template="none",
-        title=None,
+        title={"text": title, "font": {"size": 14}, "x": 0, "xanchor": "left", "automargin": True},
         height=height,
         dragmode=False,
         showlegend=legend,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
-        margin={"l": 8, "r": 12, "t": top, "b": 8},
+        margin={"l": 8, "r": 12, "t": top, "b": 44 if x else 8},
         legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
-        hoverlabel={
-            "bgcolor": PAPER,
-            "bordercolor": MUTED,
-            "font": {"color": INK, "size": 12},
-            "align": "left",
-        },
+        hoverlabel={**label, "align": "left"},
     )
     axis = {
         "automargin": True,
@@ -80,14 +99,19 @@ def finish(
     }
     figure.update_xaxes(**axis, title={"text": x, "font": {"size": 12}, "standoff": 8})
     figure.update_yaxes(**axis, title={"text": y, "font": {"size": 12}, "standoff": 8})
+    if log_y:
+        figure.update_yaxes(type="log", tickformat=".0e", dtick=1)
     return figure
 
 
-def percent(share: float) -> float:
-    """Percent of a share, to six significant digits."""
-    return six(100 * share)
-
-
-def six(value: float) -> float:
-    """Six significant digits, as in the findings."""
-    return float(f"{value:.6g}")
+def upper_bars(bounds: Sequence[dict[str, Any]], colour: str) -> dict[str, Any]:
+    """Error bars from each mean up to its upper confidence bound; none where the bound is not known."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [0.0 if b["upper"] is None else six(b["upper"] - b["mean"]) for b in bounds],
+        "arrayminus": [0.0] * len(bounds),
+        "color": colour,
+        "thickness": 2,
+        "width": 6,
+    }

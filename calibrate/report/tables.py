@@ -1,28 +1,25 @@
-"""The report's tables, as text: from `findings` to rows."""
+"""The only tables: from findings, thresholds files and assessments to text, for a page and for a terminal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from calibrate.report.findings import Findings
+from calibrate.report.findings import LOSSES, SEARCHED, Findings
+from calibrate.terminal import Table
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PHASES
 
-_DENSE = "0 (dense)"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text; all columns but the first are numbers and right-aligned."""
-
-    columns: tuple[str, ...]
-    rows: list[list[str]]
+if TYPE_CHECKING:
+    from calibrate.proof.assess import Row
 
 
 def tables_of(found: Findings) -> dict[str, Table]:
-    """All tables that this run has the numbers for."""
-    tables = {"provenance": provenance_table(found), "trials": _trials(found)}
+    """All tables of the report that this run has the numbers for."""
+    tables = {"provenance": provenance(found), "trials": _trials(found)}
     if found["heldout"]["searched"] is not None:
         tables |= {
-            "heldout": _heldout(found),
+            "heldout": heldout(found),
             "lengths": _lengths(found),
             "thresholds": _thresholds(found),
             "speed": _speed(found),
@@ -32,59 +29,228 @@ def tables_of(found: Findings) -> dict[str, Table]:
     return tables
 
 
-def _heldout(found: Findings) -> Table:
-    """The chosen setting and the uniform baseline on the held-out prompts."""
-    phases = list(found["phases"])
-    rows = []
-    for name, key in (("chosen", "searched"), ("one number per phase", "uniform")):
-        row = found["heldout"][key]
-        if row is not None:
-            rows.append(
-                [
-                    name,
-                    loss_text(row["kl"]["mean"]),
-                    loss_text(row["kl"]["upper"]),
-                    f"{row['score_drop']['mean']:.2f}",
-                    f"{row['score_drop']['upper']:.2f}",
-                    *(percent_text(row["sparsity"][phase]) for phase in phases),
-                    f"{row['speedup']:.2f}×",
-                    "yes" if row["passed"] else "no",
-                ]
-            )
+def heldout(found: Findings) -> Table:
+    """All candidates, the last of which is the result, and one number per phase, on the held-out prompts."""
+    rows = found["heldout"]
+    last, uniform = rows["searched"], rows["uniform"]
+    named = [(f"candidate {index}", row) for index, row in enumerate(rows["earlier"], start=1)]
+    if last is not None:
+        named.append(("chosen" if last["passed"] else "last candidate", last))
+    if uniform is not None:
+        named.append(("best single number", uniform))
     return Table(
+        "Held-out prompts: loss against sparsity",
         (
-            "on held-out prompts",
-            "KL [nats/token]",
-            "upper bound",
-            "score drop [points]",
-            "upper bound",
-            *(f"{phase} skipped" for phase in phases),
+            "setting",
+            *_bound_columns(),
+            *_phase_columns(found),
             "predicted speed-up",
             "within budget",
         ),
+        [
+            [
+                name,
+                *_bound_cells(row["losses"]),
+                *(percent_text(row["sparsity"][phase]) for phase in found["phases"]),
+                speedup_text(row["speedup"]),
+                "yes" if row["passed"] else "no",
+            ]
+            for name, row in named
+        ],
+    )
+
+
+def provenance(found: Findings) -> Table:
+    """What the result was made with, and how long it took."""
+    notes = found["provenance"]
+    rows = {
+        "model": f"{found['name']}, SHA-256 {notes.get('model', {}).get('sha256', 'unknown')}",
+        "device": str(notes.get("device", "unknown")),
+        "commit": str(notes.get("commit") or "installed package"),
+        "seed": str(notes["config"]["seed"]),
+        "versions": _listed(notes.get("versions", {})),
+        "config": f"SHA-256 {notes.get('config_sha256', 'unknown')}",
+        "seconds": ", ".join(
+            f"{stage} {seconds:g}" for stage, seconds in notes.get("seconds", {}).items()
+        ),
+        "tiles": "; ".join(
+            f"{phase} {_listed(found['geometry'][phase])}" for phase in found["phases"]
+        ),
+        "min KV length": ", ".join(
+            f"{phase} {tokens} tokens" for phase, tokens in found["min_kv_len"].items()
+        ),
+        "trials": f"{len(found['trials'])} complete, {found['pruned']} pruned",
+    }
+    short = found["short_prompt"]
+    if short is not None:
+        rows["short prompt"] = (
+            f"{short['tokens']} tokens, below the minimum: {short['skipped_tiles']} tiles skipped, "
+            f"{'dense' if short['dense'] else 'not dense'}"
+        )
+    return Table("Provenance", ("", "value"), [*map(list, rows.items())], words=("value",))
+
+
+def compared(runs: Sequence[Findings]) -> Table:
+    """Results of two runs side by side."""
+    verdicts = {True: "passed", False: "failed", None: "not proven"}
+    limits = [run["budget"]["losses"] for run in runs]
+    lines = [["verdict", *(verdicts[run["verdict"]["passed"]] for run in runs)]]
+    for name, loss in LOSSES.items():
+        if any(name in each for each in limits):
+            cells = (f"{each[name]:g}" if name in each else "–" for each in limits)
+            lines.append([f"budget, {loss.title} [{loss.unit}]", *cells])
+    rows = [run["heldout"]["searched"] for run in runs]
+    if all(row is not None for row in rows):
+        for name, loss in LOSSES.items():
+            bounds = [row["losses"][name] for row in rows]
+            lines.append([f"{loss.title} [{loss.unit}]", *(loss.text(b["mean"]) for b in bounds)])
+            lines.append([f"{loss.title}, upper bound", *(loss.text(b["upper"]) for b in bounds)])
+        for phase in runs[0]["phases"]:
+            shares = (percent_text(row["sparsity"].get(phase)) for row in rows)
+            lines.append([f"{phase} skipped", *shares])
+        lines.append(["predicted speed-up", *(speedup_text(row["speedup"]) for row in rows)])
+        lines.append(["held-out prompts", *(str(row["prompts"]) for row in rows)])
+    return Table("Both runs on held-out prompts", ("", "A", "B"), lines)
+
+
+def config_differences(configs: Sequence[dict[str, Any]]) -> Table:
+    """The keys in which two run configs differ."""
+    flat = [_flat(config) for config in configs]
+    keys = [
+        key for key in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(key) != flat[1].get(key)
+    ]
+    rows = [[key, *(str(config.get(key, "–")) for config in flat)] for key in keys]
+    return Table("What differs in the configs", ("key", "A", "B"), rows, words=("A", "B"))
+
+
+def phases(thresholds: Thresholds) -> Table:
+    """A thresholds file in one line per phase, with its evidence."""
+    evidence = thresholds.evidence
+    rows = []
+    for phase in PHASES:
+        tiles = getattr(thresholds.geometry, phase)
+        skipping = sum(
+            max(thresholds.per_head(layer, phase)) > 0 for layer in range(thresholds.model.layers)
+        )
+        speedup = evidence.get("predicted_speedup", {}).get(phase)
+        rows.append(
+            [
+                phase,
+                "–"
+                if tiles is None
+                else "×".join(str(v) for k, v in tiles if k.startswith("tile")),
+                str(getattr(thresholds.min_kv_len, phase) or "–"),
+                f"{getattr(thresholds.scale_factor, phase):g}",
+                f"{skipping} of {thresholds.model.layers}",
+                percent_text(evidence.get("sparsity", {}).get(phase, {}).get("achieved")),
+                "–" if speedup is None else f"{speedup_text(speedup)} (predicted)",
+            ]
+        )
+    notes = []
+    measured = evidence.get("loss")
+    if measured is not None:
+        losses = (
+            f"{loss.title} {loss.text(measured[name]['mean'])} "
+            f"(upper bound {loss.text(measured[name]['upper'])}) {loss.unit}"
+            for name, loss in LOSSES.items()
+            if name in measured
+        )
+        notes.append(f"{', '.join(losses)} on {measured['heldout_prompts']} held-out prompts")
+    return Table(
+        f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}",
+        (
+            "phase",
+            "tiles",
+            "min KV length",
+            "one number",
+            "layers skipping",
+            "sparsity",
+            "speed-up",
+        ),
         rows,
+        tuple(notes),
+    )
+
+
+def layers(thresholds: Thresholds) -> Table:
+    """Scale factors of a thresholds file per layer."""
+    rows = [
+        [str(layer), *(_span(thresholds.per_head(layer, phase)) for phase in PHASES)]
+        for layer in range(thresholds.model.layers)
+    ]
+    return Table("Scale factor per layer [tokens]; 0 is dense", ("layer", *PHASES), rows)
+
+
+def expected(rows: Sequence[dict[str, Any]]) -> Table:
+    """Threshold = scale factor / KV length, with the sparsity that it is expected to give.
+
+    Args:
+        rows: from `lengths.expectations`.
+    """
+    return Table(
+        "Threshold and expected sparsity by KV length",
+        ("phase", "KV length", "scale factor", "threshold", "expected sparsity", "source"),
+        [
+            [
+                row["phase"],
+                str(row["kv_len"]),
+                _span(row["scale_factor"], 4),
+                "–" if row["dense"] else _span(row["threshold"], 4),
+                percent_text(row["sparsity"]),
+                row["source"],
+            ]
+            for row in rows
+        ],
+        words=("source",),
+    )
+
+
+def assessed(rows: Sequence[Row]) -> Table:
+    """Dense, given and calibrated numbers per prompt length."""
+    loss = LOSSES[SEARCHED]
+    note = (
+        "(1 or more): measured as engines run it, which keep skipping; the kernels of this package would "
+        "run dense there"
+    )
+    return Table(
+        "Held-out prompts: loss and sparsity by length",
+        (
+            "setting",
+            "tokens",
+            *(f"{phase} threshold" for phase in PHASES),
+            f"{loss.title} [{loss.unit}]",
+            "score [points]",
+            *(f"{phase} skipped" for phase in PHASES),
+        ),
+        [
+            [
+                row.setting + (" (1 or more)" if row.above_one else ""),
+                str(row.length),
+                *(f"{row.threshold[p]:.3g}" if row.threshold.get(p) else "–" for p in PHASES),
+                loss.text(row.kl),
+                f"{row.score:.1f}",
+                *(percent_text(row.sparsity.get(phase)) for phase in PHASES),
+            ]
+            for row in rows
+        ],
+        (note,) if any(row.above_one for row in rows) else (),
     )
 
 
 def _trials(found: Findings) -> Table:
-    phases = list(found["phases"])
-    rows = [
-        [
-            f"{trial['number']} {trial['name']}{' (chosen)' if trial['chosen'] else ''}",
-            loss_text(trial["kl"]),
-            f"{trial['speedup']:.2f}×",
-            *(percent_text(trial["sparsity"][phase]) for phase in phases),
-        ]
-        for trial in found["trials"]
-    ]
+    loss = LOSSES[SEARCHED]
     return Table(
-        (
-            "trial",
-            "KL [nats/token]",
-            "predicted speed-up",
-            *(f"{phase} skipped" for phase in phases),
-        ),
-        rows,
+        "All trials",
+        ("trial", f"{loss.title} [{loss.unit}]", "predicted speed-up", *_phase_columns(found)),
+        [
+            [
+                f"{trial['number']} {trial['name']}{' (chosen)' if trial['chosen'] else ''}",
+                loss.text(trial["loss"]),
+                speedup_text(trial["speedup"]),
+                *(percent_text(trial["sparsity"][phase]) for phase in found["phases"]),
+            ]
+            for trial in found["trials"]
+        ],
     )
 
 
@@ -95,39 +261,25 @@ def _lengths(found: Findings) -> Table:
             numbers["by_length"]["searched"].items(), key=lambda item: int(item[0])
         ):
             off = 100 * (row["achieved"] - row["target"])
-            rows.append(
-                [
-                    f"{phase}, {length} tokens",
-                    percent_text(row["target"]),
-                    percent_text(row["achieved"]),
-                    f"{off:+.1f} points",
-                ]
-            )
-    return Table(("phase and length", "target", "achieved", "difference"), rows)
+            shares = [percent_text(row["target"]), percent_text(row["achieved"])]
+            rows.append([f"{phase}, {length} tokens", *shares, f"{off:+.1f} points"])
+    columns = ("phase and length", "target", "achieved", "difference")
+    return Table("Target and achieved sparsity by length", columns, rows)
 
 
 def _tasks(found: Findings) -> Table:
-    rows = [
-        [
-            name,
-            str(task["prompts"]),
-            loss_text(task["kl"]["mean"]),
-            loss_text(task["kl"]["upper"]),
-            f"{task['score_drop']['mean']:.2f}",
-            f"{task['dense_score']:.1f}",
-        ]
-        for name, task in found["tasks"].items()
-    ]
     return Table(
-        (
-            "task",
-            "prompts",
-            "KL [nats/token]",
-            "upper bound",
-            "score drop [points]",
-            "dense score [points]",
-        ),
-        rows,
+        "Losses of each task",
+        ("task", "prompts", *_bound_columns(), "dense score [points]"),
+        [
+            [
+                name,
+                str(task["prompts"]),
+                *_bound_cells(task["losses"]),
+                f"{task['dense_score']:.1f}",
+            ]
+            for name, task in found["tasks"].items()
+        ],
     )
 
 
@@ -137,89 +289,39 @@ def _speed(found: Findings) -> Table:
         speed = numbers["speed"]
         if speed is None:  # nothing was emitted
             continue
-        points = zip(speed["measured"]["sparsity"], speed["measured"]["speedup"], strict=True)
-        rows += [
-            [f"{phase}, measured", percent_text(s), f"{x:.2f}×", f"{2 / (2 - s):.2f}×"]
-            for s, x in points
+        measured = speed["measured"]
+        points = [
+            (f"{phase}, measured", *point)
+            for point in zip(measured["sparsity"], measured["speedup"], strict=True)
         ]
         if speed["predicted"] is not None:
-            s, x = speed["predicted"]["sparsity"], speed["predicted"]["speedup"]
-            rows.append(
-                [
-                    f"{phase}, chosen (predicted)",
-                    percent_text(s),
-                    f"{x:.2f}×",
-                    f"{2 / (2 - s):.2f}×",
-                ]
-            )
-    return Table(("kernel", "tiles skipped", "speed-up", "bound 2/(2−s)"), rows)
+            points.append((f"{phase}, chosen (predicted)", *speed["predicted"].values()))
+        rows += [
+            [name, percent_text(share), speedup_text(times), speedup_text(2 / (2 - share))]
+            for name, share, times in points
+        ]
+    columns = ("kernel", "tiles skipped", "speed-up", "bound 2/(2−s)")
+    return Table("Measured and predicted speed-ups", columns, rows)
 
 
 def _thresholds(found: Findings) -> Table:
     """Scale factor, skipped tiles and dropped mass of every layer."""
-    phases = list(found["phases"])
+    numbers = [found["phases"][phase] for phase in found["phases"]]
     columns = ["layer"]
-    for phase in phases:
+    for phase in found["phases"]:
         columns += [f"{phase} scale factor [tokens]", "skipped", "held-out", "mass dropped"]
-    rows = []
-    for layer in range(len(found["phases"][phases[0]]["scale_factor"])):
-        row = [str(layer)]
-        for phase in phases:
-            numbers = found["phases"][phase]
-            factors, heldout = numbers["scale_factor"][layer], numbers["layer_heldout"]
-            low, high = min(factors), max(factors)
+    rows = [[str(layer)] for layer in range(len(numbers[0]["scale_factor"]))]
+    for layer, row in enumerate(rows):
+        for phase in numbers:
+            factors, shares = phase["scale_factor"][layer], phase["layer_heldout"]
             row += [
-                _DENSE if high == 0 else f"{low:g}" if low == high else f"{low:g} to {high:g}",
-                percent_text(numbers["layer_sparsity"][layer]),
-                "–" if heldout is None else percent_text(heldout[layer]),
-                _share(numbers["layer_dropped_mass"][layer]),
+                _span(factors) if max(factors) > 0 else "0 (dense)",
+                percent_text(phase["layer_sparsity"][layer]),
+                percent_text(None if shares is None else shares[layer]),
+                # Three significant digits: dropped mass spans many orders of magnitude.
+                f"{100 * phase['layer_dropped_mass'][layer]:.3g} %",
             ]
-        rows.append(row)
-    return Table(tuple(columns), rows)
-
-
-def provenance_table(found: Findings) -> Table:
-    """What the result was made with, and how long it took."""
-    notes = found["provenance"]
-    rows = [
-        ["model", f"{found['name']}, SHA-256 {notes.get('model', {}).get('sha256', 'unknown')}"],
-        ["device", str(notes.get("device", "unknown"))],
-        ["commit", str(notes.get("commit") or "installed package")],
-        ["seed", str(notes["config"]["seed"])],
-        [
-            "versions",
-            ", ".join(f"{name} {version}" for name, version in notes.get("versions", {}).items()),
-        ],
-        ["config", f"SHA-256 {notes.get('config_sha256', 'unknown')}"],
-        [
-            "seconds",
-            ", ".join(
-                f"{stage} {seconds:g}" for stage, seconds in notes.get("seconds", {}).items()
-            ),
-        ],
-        [
-            "tiles",
-            "; ".join(
-                f"{phase} {', '.join(f'{key} {value}' for key, value in found['geometry'][phase].items())}"
-                for phase in found["phases"]
-            ),
-        ],
-        [
-            "min KV length",
-            ", ".join(f"{phase} {tokens} tokens" for phase, tokens in found["min_kv_len"].items()),
-        ],
-        ["trials", f"{len(found['trials'])} complete, {found['pruned']} pruned"],
-    ]
-    if found["short_prompt"] is not None:
-        short = found["short_prompt"]
-        rows.append(
-            [
-                "short prompt",
-                f"{short['tokens']} tokens, below the minimum: {short['skipped_tiles']} tiles skipped, "
-                f"{'dense' if short['dense'] else 'not dense'}",
-            ]
-        )
-    return Table(("", "value"), rows)
+    return Table("Scale factor per layer", tuple(columns), rows)
 
 
 def percent_text(share: float | None) -> str:
@@ -227,11 +329,45 @@ def percent_text(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def _share(share: float) -> str:
-    """Three significant digits: dropped mass spans many orders of magnitude."""
-    return f"{100 * share:.3g} %"
+def speedup_text(times: float) -> str:
+    """A speed-up, two decimals."""
+    return f"{times:.2f}×"
 
 
-def loss_text(value: float | None) -> str:
-    """A loss to three significant digits; a dash for none."""
-    return "–" if value is None else f"{value:#.3g}"
+def _phase_columns(found: Findings) -> list[str]:
+    return [f"{phase} skipped" for phase in found["phases"]]
+
+
+def _bound_columns() -> list[str]:
+    return [
+        column
+        for loss in LOSSES.values()
+        for column in (f"{loss.title} [{loss.unit}]", "upper bound")
+    ]
+
+
+def _bound_cells(losses: dict[str, Any]) -> list[str]:
+    return [
+        loss.text(losses[name][part]) for name, loss in LOSSES.items() for part in ("mean", "upper")
+    ]
+
+
+def _listed(pairs: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in pairs.items())
+
+
+def _span(values: Sequence[float], digits: int = 6) -> str:
+    """The smallest and the largest of some numbers, or the one that all are."""
+    low, high = (f"{value:.{digits}g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    if not isinstance(section, dict):
+        return {prefix: section}
+    return {
+        key: value
+        for name, inner in section.items()
+        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -97,7 +97,7 @@ def test_run_prints_the_table_on_stdout_uncut(
     assert "best single number" in result.stdout
     assert "…" not in result.stdout
     kl = json.loads((finished.folder / "validation.json").read_text())["attempts"][-1]["kl"]["mean"]
-    assert f"{kl:.2e}" in result.stdout
+    assert f"{kl:#.3g}" in result.stdout
 
 
 def test_messages_do_not_take_paths_for_markup_or_wrap_them(

@@ -12,7 +12,7 @@ from calibrate.loss.measure import Outcome, outcome
 from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
-from skip_softmax.huggingface.intercept import Call, intercepted
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
 
@@ -37,7 +37,7 @@ def compare_unguarded(
     visited: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
     skipped: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
 
-    def handler(call: Call) -> torch.Tensor:
+    def handler(call: LayerCall) -> torch.Tensor:
         outputs = []
         for start in range(0, call.q.shape[2], _ROWS):
             out, seen, left_out = _attend(call, slice(start, start + _ROWS), thresholds)
@@ -52,7 +52,7 @@ def compare_unguarded(
     return outcome(prompt, dense, sparse, visited, skipped)
 
 
-def _attend(call: Call, rows: slice, thresholds: Thresholds) -> tuple[torch.Tensor, int, int]:
+def _attend(call: LayerCall, rows: slice, thresholds: Thresholds) -> tuple[torch.Tensor, int, int]:
     """Output of some query rows, visited tiles, skipped tiles."""
     q = call.q[:, :, rows].float()
     group = q.shape[1] // call.k.shape[1]

@@ -13,7 +13,7 @@ from calibrate.prompts.build import Prompt, nearest_bin
 from calibrate.schema import GeometryConfig
 from calibrate.statistics.counts import Statistics
 from skip_softmax.api import tile_statistics
-from skip_softmax.huggingface.intercept import Call, intercepted
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
 from skip_softmax.meaning.histogram import TileHistogram
 from skip_softmax.thresholds.types import Phase
 
@@ -90,25 +90,10 @@ def observe(
     # Read back after the pass: in every call it would make the GPU wait.
     seen: list[tuple[int, Phase, TileHistogram]] = []
 
-    def handler(call: Call) -> torch.Tensor:
-        tiles = (
-            {
-                "decode": True,
-                "tile_kv": geometry.decode.tile_kv,
-                "running_max": geometry.decode.running_max,
-            }
-            if call.phase == "decode"
-            else {"tile_q": geometry.prefill.tile_q, "tile_kv": geometry.prefill.tile_kv}
-        )
+    def handler(call: LayerCall) -> torch.Tensor:
+        tiles = getattr(geometry, call.phase).model_dump()
         out, histogram = tile_statistics(
-            call.q,
-            call.k,
-            call.v,
-            causal=call.causal,
-            scale=call.scale,
-            window=call.window,
-            kv_start=call.kv_start,
-            **tiles,
+            call.q, call.k, call.v, decode=call.phase == "decode", **call.keywords, **tiles
         )
         seen.append((call.layer, call.phase, histogram))
         return out

@@ -1,13 +1,13 @@
-"""Skip-softmax inside a Hugging Face model, for the length of a `with` block.
+"""Skip-softmax inside a Hugging Face model, for the duration of a `with` block.
 
 Attention is replaced through transformers' own attention interface, so the model's code is not
-touched. Masks are not built: each call learns from the mask's recipe which keys a row may see,
-checks that this is plain causal (or windowed, or full) attention, and otherwise leaves the layer to
-the model's own attention.
+touched (`intercept.py`). Masks are not built: each call learns from the mask's recipe which keys a
+row may see (`masks.py`). Anything but plain causal, windowed or full attention is left to the model.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,56 +17,62 @@ from transformers import PreTrainedModel
 
 from skip_softmax.api import attention, decode_attention
 from skip_softmax.choose import Backend
-from skip_softmax.huggingface.intercept import Call, intercepted
+from skip_softmax.huggingface.intercept import LayerCall, intercepted, joined
 from skip_softmax.huggingface.shape import shape_of_config
 from skip_softmax.meaning.counts import TileCounts
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import PHASES, DecodeGeometry, Phase, PrefillGeometry
+from skip_softmax.thresholds.types import PHASES, Phase
 
-_RUN = 16  # decode tokens per call; what the Triton kernel takes
+_RUN = 16  # decode tokens per call, the most that the Triton kernel takes
 
 
 class PhaseCounts(dict[Phase, TileCounts]):
-    """Tiles of each phase that `applied` saw, [layers, heads]."""
+    """Tiles that a model visited and skipped inside `applied`: `TileCounts` [layers, heads] per phase."""
 
     def sparsity(self, phase: Phase) -> float:
-        """Skipped / visited tiles over all layers, in [0, 1]; 0 when nothing was visited."""
+        """Skipped / visited tiles of a phase over all layers, in [0, 1]; 0 when none was visited."""
         return self[phase].sparsity
 
 
 @contextmanager
 def applied(
     model: PreTrainedModel,
-    thresholds: Thresholds,
+    thresholds: Thresholds | str | os.PathLike[str],
     *,
     decode_from: int | None = None,
     backend: Backend = "auto",
     count: bool = True,
 ) -> Iterator[PhaseCounts]:
-    """Runs a model with the thresholds of a file; undone on exit, also after an exception.
+    """Runs a model with a thresholds file; undone on exit, also after an exception.
 
     Args:
-        model: a decoder-only model of transformers.
-        thresholds: what to apply, per layer and phase.
-        decode_from: absolute position from which tokens count as decode steps, however many come in
+        model: a decoder-only transformers model.
+        thresholds: what to apply per layer and phase, or the path of its file.
+        decode_from: absolute position from which tokens count as decode steps, however many arrive in
             one call (teacher forcing). None: a call with one query token and a non-empty cache is
-            decode, every other call is prefill; a last prefill chunk of one token is then taken for
+            decode, every other call is prefill; a last prefill chunk of one token then counts as
             decode.
         backend: attention backend, see `attention`.
-        count: whether tiles are counted; counting costs a little time in every call.
+        count: whether to count tiles, which costs a little time in every call.
 
     Yields:
-        Tile counts, growing as the model runs.
+        Tile counts per phase, growing as the model runs.
 
     Raises:
+        FileError: the path does not lead to a valid thresholds file.
         ValueError: the thresholds are for a model of another shape, the model has an encoder, or it (or
-            one that shares its config) already runs in such a block.
+            one that shares its config) already runs inside such a block.
     """
+    if not isinstance(thresholds, Thresholds):
+        thresholds = Thresholds.load(thresholds)
     _check_same_shape(model, thresholds)
     shape, device = thresholds.model, model.device
-    # The block may be entered in inference mode, and the model run outside of it.
+    # A phase without tiles is dense, and dense attention is the same for any tiles.
+    geometry = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
+    tiles = {phase: given.model_dump() if given else {} for phase, given in geometry.items()}
+    # The block may be entered in inference mode and the model run outside of it.
     with torch.inference_mode(False):
-        # Counts stay on the model's device: reading them back in every call would make the GPU wait.
+        # Counts stay on the model's device: reading them back after every call would make the GPU wait.
         counts = PhaseCounts(
             {
                 phase: TileCounts(
@@ -81,75 +87,37 @@ def applied(
             for phase in PHASES
         }
 
-    def attend(call: Call) -> torch.Tensor:
+    def attend(call: LayerCall) -> torch.Tensor:
+        operation: Any = decode_attention if call.phase == "decode" else attention
         outputs = []
         for part, dense in _split_at_floor(call, getattr(thresholds.min_kv_len, call.phase)):
             factor = 0.0 if dense else factors[call.layer, call.phase]
-            if not count:
-                outputs.append(_attend(part, factor, thresholds, backend, count=False))
-                continue
-            out, stats = _attend(part, factor, thresholds, backend, count=True)
-            total = counts[call.phase]
-            total.visited[call.layer] += stats.visited.sum(0).to(device)
-            total.skipped[call.layer] += stats.skipped.sum(0).to(device)
+            out = operation(
+                part.q, part.k, part.v, scale_factor=factor, backend=backend, return_stats=count,
+                **part.keywords, **tiles[call.phase],
+            )  # fmt: skip
+            if count:
+                out, stats = out
+                total = counts[call.phase]
+                total.visited[call.layer] += stats.visited.sum(0).to(device)
+                total.skipped[call.layer] += stats.skipped.sum(0).to(device)
             outputs.append(out)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return joined(outputs)
 
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
     with intercepted(model, attend, decode_from=decode_from, left_alone=left_alone):
         yield counts
 
 
-def _attend(
-    call: Call,
-    factor: float | torch.Tensor,
-    thresholds: Thresholds,
-    backend: Backend,
-    *,
-    count: bool,
-) -> Any:
-    # A phase without tiles is dense, and dense attention is the same for any tiles.
-    if call.phase == "decode":
-        tokens = thresholds.geometry.decode or DecodeGeometry(tile_kv=64)
-        return decode_attention(
-            call.q,
-            call.k,
-            call.v,
-            scale_factor=factor,
-            scale=call.scale,
-            window=call.window,
-            tile_kv=tokens.tile_kv,
-            running_max=tokens.running_max,
-            kv_start=call.kv_start,
-            backend=backend,
-            return_stats=count,  # type: ignore[call-overload]
-        )
-    tiles = thresholds.geometry.prefill or PrefillGeometry(tile_q=64, tile_kv=128)
-    return attention(
-        call.q,
-        call.k,
-        call.v,
-        scale_factor=factor,
-        causal=call.causal,
-        scale=call.scale,
-        window=call.window,
-        tile_q=tiles.tile_q,
-        tile_kv=tiles.tile_kv,
-        kv_start=call.kv_start,
-        backend=backend,
-        return_stats=count,  # type: ignore[call-overload]
-    )
-
-
 def _on_device(factors: tuple[float, ...], device: torch.device) -> float | torch.Tensor:
-    """One number where all heads share it, so that a dense layer is known to be dense on the host."""
+    """One number where all heads share it, so that the host knows a dense layer to be dense."""
     if len(set(factors)) == 1:
         return factors[0]
     return torch.tensor(factors, dtype=torch.float64, device=device)
 
 
-def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]]:
-    """Parts of a call with whether they run dense because their KV length is below `min_kv_len`."""
+def _split_at_floor(call: LayerCall, floor: int | None) -> Iterator[tuple[LayerCall, bool]]:
+    """Parts of a call, and whether each runs dense because its KV length is below `min_kv_len`."""
     if call.phase == "prefill":
         yield call, floor is not None and call.kv_len < floor
         return
@@ -158,15 +126,9 @@ def _split_at_floor(call: Call, floor: int | None) -> Iterator[tuple[Call, bool]
     first = call.kv_len - tokens + 1  # KV length of the first token
     short = min(max(floor - first, 0), tokens)
     for start, stop, dense in ((0, short, True), (short, tokens, False)):
-        # Tokens vote alone, so a long teacher-forced run may go through the kernel in short ones.
+        # Each token votes alone, so the kernel may take a long teacher-forced run in short pieces.
         for begin in range(start, stop, _RUN):
-            end = min(begin + _RUN, stop)
-            seen = first + end - 1 - call.kv_start
-            q, k, v = call.q[:, :, begin:end], call.k[:, :, :seen], call.v[:, :, :seen]
-            yield (
-                Call(call.layer, call.phase, q, k, v, call.scale, True, call.window, call.kv_start),
-                dense,
-            )
+            yield call.rows(begin, min(begin + _RUN, stop)), dense
 
 
 def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
@@ -176,6 +138,6 @@ def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
     made_for = (wanted.layers, wanted.q_heads, wanted.kv_heads, wanted.head_dim)
     if found != made_for:
         raise ValueError(
-            "(layers, q_heads, kv_heads, head_dim) of file and model must agree, but the file is for "
-            f"{wanted.name} with {made_for} and the model has {found}; calibrate this model"
+            "(layers, q_heads, kv_heads, head_dim) of the file and of the model must agree, but the file "
+            f"is for {wanted.name} with {made_for} and the model has {found}; calibrate this model"
         )

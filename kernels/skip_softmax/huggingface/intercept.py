@@ -1,4 +1,4 @@
-"""Sends every attention call of a Hugging Face model to a handler, and undoes it."""
+"""Sends every attention call of a Hugging Face model to a handler, until a `with` block ends."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skip_softmax.huggingface.masks import MaskRecipe, _mask_recipe, _requests
+from skip_softmax.huggingface.masks import MaskRecipe, mask_recipe
 from skip_softmax.thresholds.types import Phase
 
 _log = logging.getLogger(__name__)
 _NAME = "skip_softmax"
 
-# What changes the softmax itself; such a layer keeps the model's own attention, and is named.
+# Keywords that change the scores or the softmax itself; `attention` cannot compute such a call.
 _UNSUPPORTED = {
     "softcap": "attention soft-cap",
     "s_aux": "attention sink logits",
@@ -32,7 +30,7 @@ _UNSUPPORTED = {
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One attention call of one layer, all requests of equal length.
 
     Attributes:
@@ -62,8 +60,41 @@ class Call:
         """KV length of the call [tokens]."""
         return self.kv_start + self.k.shape[2]
 
+    @property
+    def position(self) -> int:
+        """Absolute position of the first query."""
+        return self.kv_len - self.q.shape[2]
 
-Handler = Callable[[Call], torch.Tensor]
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `attention`, or of `decode_attention` for a decode call."""
+        keywords = {"scale": self.scale, "window": self.window, "kv_start": self.kv_start}
+        return keywords if self.phase == "decode" else {**keywords, "causal": self.causal}
+
+    def part(self, batch: slice, rows: slice, keys: slice, kv_start: int) -> LayerCall:
+        """The same call for a part of the batch; `kv_start` is the position of the first of its keys."""
+        return replace(
+            self,
+            q=self.q[batch, :, rows],
+            k=self.k[batch, :, keys],
+            v=self.v[batch, :, keys],
+            kv_start=kv_start,
+        )
+
+    def rows(self, start: int, stop: int) -> LayerCall:
+        """The same causal call for some rows, with the keys that the last of them sees."""
+        keys = slice(0, self.position + stop - self.kv_start)
+        return self.part(slice(None), slice(start, stop), keys, self.kv_start)
+
+
+Handler = Callable[[LayerCall], torch.Tensor]
+# Is told of a call before it runs: the module, q, k, the window, and why the module keeps its own attention.
+Observer = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, int | None, str | None], None]
+
+
+def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """Outputs of consecutive rows as one; a single output is not copied."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 @contextmanager
@@ -73,21 +104,23 @@ def intercepted(
     *,
     decode_from: int | None = None,
     left_alone: dict[int, str] | None = None,
+    observer: Observer | None = None,
 ) -> Iterator[None]:
-    """Sends every attention call of a model to `handler`, for the length of a `with` block.
+    """Sends every attention call of a model to `handler`, for the duration of a `with` block.
 
     Args:
-        model: a model of transformers that uses its attention interface.
+        model: a transformers model that uses the library's attention interface.
         handler: computes one call's output [B, Hq, Sq, D].
         decode_from: see `applied`.
         left_alone: layers that keep the model's own attention, and why.
+        observer: is told of every call, including those that keep the model's own attention.
 
     Yields:
         Nothing.
 
     Raises:
-        ValueError: the model has an encoder, or it (or one that shares its config) is already inside such
-            a block.
+        ValueError: the model has an encoder, or it (or one that shares its config) already runs inside
+            such a block.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -95,7 +128,7 @@ def intercepted(
         )
     modules = list(model.modules())
     AttentionInterface.register(_NAME, _attention_forward)
-    AttentionMaskInterface.register(_NAME, _mask_recipe)
+    AttentionMaskInterface.register(_NAME, mask_recipe)
     configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if c is not None}
     if any(config._attn_implementation == _NAME for config in configs.values()):
         raise ValueError(
@@ -103,7 +136,7 @@ def intercepted(
         )
     before = {key: config._attn_implementation for key, config in configs.items()}
     text = type(model.config.get_text_config())
-    interceptor = _Interceptor(handler, decode_from, before, dict(left_alone or {}), text)
+    interceptor = _Interceptor(handler, decode_from, before, left_alone or {}, text, observer)
     try:
         for module in modules:
             _ACTIVE[module] = interceptor
@@ -121,10 +154,10 @@ def intercepted(
 class _Interceptor:
     handler: Handler
     decode_from: int | None
-    original: dict[int, str]
+    original: dict[int, str]  # id of a config: the attention that its model came with
     left_alone: dict[int, str]
-    text: type  # class of the config that text layers have, and those of images and sound have not
-    note: Callable[..., None] | None = None
+    text: type  # config class of text layers; layers for images and sound have another
+    observer: Observer | None
     named: set[int] = field(default_factory=set)  # layers that a warning has named
 
     def forward(
@@ -140,109 +173,45 @@ class _Interceptor:
         index = getattr(module, "layer_idx", None)
         config = getattr(module, "config", None)
         if index is None or (config is not None and not isinstance(config, self.text)):
-            return self._own_attention(module, q, k, v, mask, scale, kwargs)
+            return self.own_attention(module, q, k, v, mask, scale, kwargs)
         window = kwargs.get("sliding_window")
-        reason, causal = self._reason(q, mask, window, kwargs)
-        if self.note is not None:
-            self.note(module, q, k, window, reason)
+        reason = _why_not(mask, window, kwargs, self.decode_from)
+        if self.observer is not None:
+            self.observer(module, q, k, window, reason)
         if reason is not None or index in self.left_alone:
-            # Another call of the layer may be one that is understood.
+            # The layer is not given up: its next call may be one that we understand.
             if reason is not None and index not in self.left_alone and index not in self.named:
                 self.named.add(index)
                 _log.warning("layer %d keeps the model's own attention: %s", index, reason)
-            return self._own_attention(module, q, k, v, mask, scale, kwargs)
+            return self.own_attention(module, q, k, v, mask, scale, kwargs)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        requests = list(_requests(q, k, mask))
-        if requests and requests[0][:2] == (slice(0, q.shape[0]), slice(0, q.shape[2])):
-            _, _, keys, kv_start, position = requests[0]  # the whole batch is one call: no copies
-            out = self._by_phase(
-                index,
-                q,
-                k[:, :, keys],
-                v[:, :, keys],
-                scale,
-                causal,
-                window,
-                kv_start,
-                position=position,
-            )
-            return out.transpose(1, 2).contiguous(), None
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        for b, rows, keys, kv_start, position in requests:
-            call = (k[b, :, keys], v[b, :, keys], scale, causal, window, kv_start)
-            out[b, :, rows] = self._by_phase(index, q[b, :, rows], *call, position=position)
+        # The phase and `kv_start` are those of each part, below.
+        call = LayerCall(index, "prefill", q, k, v, scale, mask.causal(window), window, 0)
+        parts = list(mask.requests(q))
+        if parts and parts[0][:2] == (slice(0, q.shape[0]), slice(0, q.shape[2])):
+            out = self._by_phase(call.part(*parts[0]))  # the whole batch is one call: no copies
+        else:
+            out = q.new_zeros(*q.shape[:3], v.shape[-1])
+            for batch, rows, keys, kv_start in parts:
+                part = call.part(batch, rows, keys, kv_start)
+                out[batch, :, rows] = self._by_phase(part)
         return out.transpose(1, 2).contiguous(), None
 
-    def _by_phase(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        kv_start: int,
-        *,
-        position: int,
-    ) -> torch.Tensor:
-        """Splits the rows of a call at `decode_from`; the keys that the earlier rows see end there too."""
-        rows = q.shape[2]
+    def _by_phase(self, call: LayerCall) -> torch.Tensor:
+        """Decides which rows are decode steps, and hands each phase's rows to the handler."""
+        rows = call.q.shape[2]
         if self.decode_from is None:
-            phase: Phase = "decode" if rows == 1 and position > 0 else "prefill"
-            return self.handler(Call(layer, phase, q, k, v, scale, causal, window, kv_start))
-        split = min(max(self.decode_from - position, 0), rows)
+            phase: Phase = "decode" if rows == 1 and call.position > 0 else "prefill"
+            return self.handler(replace(call, phase=phase))
+        split = min(max(self.decode_from - call.position, 0), rows)
         outputs = []
         if split:
-            seen = position + split - kv_start
-            outputs.append(
-                self.handler(
-                    Call(
-                        layer,
-                        "prefill",
-                        q[:, :, :split],
-                        k[:, :, :seen],
-                        v[:, :, :seen],
-                        scale,
-                        causal,
-                        window,
-                        kv_start,
-                    )
-                )
-            )
+            outputs.append(self.handler(call.rows(0, split)))
         if split < rows:
-            outputs.append(
-                self.handler(
-                    Call(layer, "decode", q[:, :, split:], k, v, scale, causal, window, kv_start)
-                )
-            )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            outputs.append(self.handler(replace(call.rows(split, rows), phase="decode")))
+        return joined(outputs)
 
-    def _reason(
-        self, q: torch.Tensor, mask: Any, window: int | None, kwargs: dict[str, Any]
-    ) -> tuple[str | None, bool]:
-        for key, name in _UNSUPPORTED.items():
-            if kwargs.get(key) is not None:
-                return name, True
-        if kwargs.get("dropout"):
-            return "attention dropout (training)", True
-        if not isinstance(mask, MaskRecipe):
-            if isinstance(mask, torch.Tensor) and not mask.shape[-1]:
-                raise RuntimeError(
-                    "a mask must reach its layers as transformers' mask interface made it, but something "
-                    "copied it on the way; remove the hook, or run this model without `applied`"
-                )
-            return "a mask that was built outside transformers' mask interface", True
-        causal = mask.causal(window)
-        if causal is None:
-            return "an attention pattern other than full, causal or sliding window", True
-        if not causal and self.decode_from is not None:
-            return "attention that sees later tokens", True
-        if mask.spans() is None:
-            return "padding between valid tokens", True
-        return None, causal
-
-    def _own_attention(
+    def own_attention(
         self,
         module: torch.nn.Module,
         q: torch.Tensor,
@@ -260,6 +229,42 @@ class _Interceptor:
             mask = ALL_MASK_ATTENTION_FUNCTIONS[name](**mask.arguments)
         out: tuple[torch.Tensor, Any] = function(module, q, k, v, mask, scaling=scale, **kwargs)  # type: ignore[misc]
         return out
+
+
+def _why_not(
+    mask: Any, window: int | None, kwargs: dict[str, Any], decode_from: int | None
+) -> str | None:
+    """Why a call must keep the model's own attention; None: a `LayerCall` can express it.
+
+    Args:
+        mask: what the layer was given as its mask.
+        window: sliding window [tokens] or None.
+        kwargs: everything else that the layer passed to its attention function.
+        decode_from: see `applied`.
+
+    Raises:
+        RuntimeError: the mask is a copy that lost its recipe.
+    """
+    for key, name in _UNSUPPORTED.items():
+        if kwargs.get(key) is not None:
+            return name
+    if kwargs.get("dropout"):
+        return "attention dropout (training)"
+    if not isinstance(mask, MaskRecipe):
+        if isinstance(mask, torch.Tensor) and not mask.shape[-1]:
+            raise RuntimeError(
+                "a layer must be given its mask as transformers' mask interface made it, but something "
+                "copied the mask on the way; remove the hook, or run this model without `applied`"
+            )
+        return "a mask that was built outside transformers' mask interface"
+    causal = mask.causal(window)
+    if causal is None:
+        return "an attention pattern other than full, causal or sliding window"
+    if not causal and decode_from is not None:
+        return "attention that sees later tokens"
+    if mask.spans is None:
+        return "padding between valid tokens"
+    return None
 
 
 _ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, _Interceptor] = weakref.WeakKeyDictionary()
@@ -282,7 +287,7 @@ def _attention_forward(
     for interceptor in _ACTIVE.values():
         if config in interceptor.original:
             call = (query, key, value, attention_mask, scaling, kwargs)
-            return interceptor._own_attention(module, *call)
+            return interceptor.own_attention(module, *call)
     raise RuntimeError(
         f"a model must be copied outside `applied`, but this {type(module).__name__} was copied inside; "
         "copy it again"

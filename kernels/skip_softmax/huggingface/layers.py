@@ -1,20 +1,20 @@
-"""The attention layers of a Hugging Face model, found by running a few tokens through it."""
+"""The attention layers of a Hugging Face model, found by running four tokens through it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
 from skip_softmax.api import attention
-from skip_softmax.huggingface.intercept import _ACTIVE, Call, intercepted
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer as a probe forward found it.
+    """An attention layer, as a forward pass of a few tokens found it.
 
     Attributes:
         index: layer index.
@@ -23,7 +23,7 @@ class Layer:
         kv_heads: KV heads.
         head_dim: size of a head.
         window: sliding window [tokens] or None.
-        reason: why it cannot be calibrated; None: it can.
+        reason: why it cannot be calibrated; None: it can be.
     """
 
     index: int
@@ -42,40 +42,35 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
         model: a decoder-only model.
 
     Returns:
-        One entry per layer index of the config; a layer that never called the attention interface
-        has a reason.
+        One entry per layer of the config; a layer that never called the attention interface has a
+        reason.
 
     Raises:
-        ValueError: the model has an encoder, or adds masks to scores itself.
+        ValueError: the model has an encoder, or computes attention without transformers' interface.
     """
     config = model.config.get_text_config()
     seen: dict[int, Layer] = {}
     names = {id(module): name for name, module in model.named_modules()}
 
-    def note(
-        module: torch.nn.Module, q: Any, k: Any, window: int | None, reason: str | None
+    def observer(
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        window: int | None,
+        reason: str | None,
     ) -> None:
         index = int(cast(int, module.layer_idx))
         if index in seen:
             reason = "two attention modules share this layer index"
-        seen[index] = Layer(
-            index, names.get(id(module), "?"), q.shape[1], k.shape[1], q.shape[3], window, reason
-        )
+        name = names.get(id(module), "?")
+        seen[index] = Layer(index, name, q.shape[1], k.shape[1], q.shape[3], window, reason)
 
-    def dense(call: Call) -> torch.Tensor:
-        return attention(
-            call.q,
-            call.k,
-            call.v,
-            causal=call.causal,
-            scale=call.scale,
-            window=call.window,
-            kv_start=call.kv_start,
-        )
+    def dense(call: LayerCall) -> torch.Tensor:
+        out: torch.Tensor = attention(call.q, call.k, call.v, **call.keywords)
+        return out
 
     try:
-        with intercepted(model, dense), torch.no_grad():
-            _ACTIVE[model].note = note
+        with intercepted(model, dense, observer=observer), torch.no_grad():
             tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
             model(input_ids=tokens, use_cache=False)
     except RuntimeError as error:
@@ -92,14 +87,10 @@ def inspect_layers(model: PreTrainedModel) -> list[Layer]:
             index, "?", 0, 0, 0, None, "no softmax attention of transformers"
         )
         if layer.reason is None and (layer.q_heads, layer.kv_heads, layer.head_dim) != main:
-            layer = Layer(*_fields(layer), reason="other head counts or head size than most layers")
+            layer = replace(layer, reason="other head counts or head size than most layers")
         layers.append(layer)
     return layers
 
 
 def _most_common(values: list[tuple[int, int, int]]) -> tuple[int, int, int]:
     return max(set(values), key=values.count) if values else (0, 0, 0)
-
-
-def _fields(layer: Layer) -> tuple[int, str, int, int, int, int | None]:
-    return layer.index, layer.name, layer.q_heads, layer.kv_heads, layer.head_dim, layer.window

@@ -1,29 +1,27 @@
-"""What a mask would have said, without building it: who sees which keys, asked row by row.
+"""Which keys each row sees, learned from a mask's recipe instead of the mask itself.
 
-A mask of transformers is batch x queries x keys. Its recipe is a function of positions and a padding mask
-per request. Plain causal, windowed and full attention are known by their functions; any other is asked for
-every row, a part of them at a time.
+A mask of transformers is batch x queries x keys. Its recipe is a function of positions, and one padding mask
+per request. Plain causal, windowed and full attention are recognised by that function; any other function is
+evaluated for every row, some rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-)
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-_ASKED_AT_ONCE = 1 << 24  # pairs of row and key
+_ASKED_AT_ONCE = 1 << 24  # pairs of row and key that are evaluated together
 
 
 class MaskRecipe(torch.Tensor):
-    """What transformers would build a mask from; built only for layers that keep their own attention.
+    """What transformers would build a mask from; the mask is built only for layers that we leave alone.
 
-    It is an empty 4-D tensor, because `generate` prepares masks ahead for static caches, and hands
-    them to the model as masks that are already built.
+    It is an empty 4-D tensor, because `generate` prepares the masks of static caches in advance and
+    hands them to the model as masks that are already built.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -37,33 +35,27 @@ class MaskRecipe(torch.Tensor):
         self.q_len = int(arguments["q_length"])
         self.q_offset = int(arguments.get("q_offset", 0))
         self.kv_offset = int(arguments.get("kv_offset", 0))
-        # A static cache's offset is a tensor that grows with the cache, before the mask may be built.
+        # A static cache's offset is a tensor, and may have grown before a mask is built from it.
         self.arguments = {**arguments, "q_offset": self.q_offset, "kv_offset": self.kv_offset}
         self.kv_len = self.q_offset + self.q_len  # a static cache holds more keys than are written
-        # Of what is known nothing need be asked: asking a mask on a GPU makes it wait.
+        # A known pattern need not be evaluated, which would make a GPU wait.
         self._patterns: dict[int | None, bool | None] = {**known}
-        self._spans: list[tuple[int, int]] | None = None
-        self._spans_known = False
 
     def _itself(self, *arguments: Any, **keywords: Any) -> MaskRecipe:
         return self
 
-    # Hooks that move or copy a model's inputs would leave an empty tensor without its recipe.
+    # Hooks that move or copy a model's inputs would produce an empty tensor without a recipe.
     to = clone = detach = contiguous = _itself
 
     def causal(self, window: int | None) -> bool | None:
-        """Whether the mask is causal (True) or full (False) with this window; None: it is neither."""
+        """Whether the mask, with this window, is causal (True) or full (False); None: neither."""
         if window not in self._patterns:
             self._patterns[window] = self._recognise(window)
         return self._patterns[window]
 
+    @cached_property  # once per forward pass: reading a padding mask makes a GPU wait
     def spans(self) -> list[tuple[int, int]] | None:
-        """First and one-past-last valid key of each request; None: padding inside a request."""
-        if not self._spans_known:  # once per forward: looking at a mask makes a GPU wait
-            self._spans, self._spans_known = self._find_spans(), True
-        return self._spans
-
-    def _find_spans(self) -> list[tuple[int, int]] | None:
+        """First valid key of each request, and one past its last; None: padding between valid keys."""
         padding = self.arguments.get("attention_mask")
         size = int(self.arguments["batch_size"])
         if padding is None:
@@ -82,6 +74,30 @@ class MaskRecipe(torch.Tensor):
             spans.append((first, first + count))
         return spans
 
+    def requests(self, q: torch.Tensor) -> Iterator[tuple[slice, slice, slice, int]]:
+        """Cuts a batch into calls whose requests have equal length.
+
+        Positions of a padded request count from its first valid token, as if it ran alone.
+
+        Args:
+            q: the batch's queries [B, Hq, Sq, D].
+
+        Yields:
+            Which requests, which of their rows and keys, and the position of the first of these keys.
+        """
+        assert self.spans is not None
+        if all(span == (0, self.kv_len) for span in self.spans):
+            keys = slice(0, self.kv_len - self.kv_offset)
+            yield slice(0, q.shape[0]), slice(0, q.shape[2]), keys, self.kv_offset
+            return
+        for b, (first, last) in enumerate(self.spans):
+            rows = slice(max(first - self.q_offset, 0), max(last - self.q_offset, 0))
+            if rows.start >= rows.stop:
+                continue
+            start = max(first, self.kv_offset)
+            keys = slice(start - self.kv_offset, last - self.kv_offset)
+            yield slice(b, b + 1), rows, keys, start - first
+
     def _recognise(self, window: int | None) -> bool | None:
         if self.arguments.get("use_vmap"):
             return None
@@ -89,7 +105,7 @@ class MaskRecipe(torch.Tensor):
         size = int(self.arguments["batch_size"])
         keys = torch.arange(self.kv_offset, self.kv_len, device=device)[None, None, None, :]
         batch = torch.arange(size, device=device)[:, None, None, None]
-        same = torch.ones(2, dtype=torch.bool, device=device)  # as full, as causal attention
+        same = torch.ones(2, dtype=torch.bool, device=device)  # as full, and as causal attention
         step = max(1, _ASKED_AT_ONCE // max(1, size * keys.shape[-1]))
         for start in range(0, self.q_len, step):
             rows = torch.arange(start, min(start + step, self.q_len), device=device)
@@ -97,7 +113,7 @@ class MaskRecipe(torch.Tensor):
             try:
                 seen = self.arguments["mask_function"](batch, torch.zeros_like(batch), rows, keys)
             except (RuntimeError, TypeError, IndexError):
-                return None  # a custom mask that cannot be asked row by row
+                return None  # a custom function that cannot be evaluated on tensors of positions
             seen = torch.as_tensor(seen, device=device)
             full = keys > rows - window if window is not None else keys >= 0
             same &= torch.stack([(seen == full).all(), (seen == (full & (keys <= rows))).all()])
@@ -105,12 +121,13 @@ class MaskRecipe(torch.Tensor):
         return True if as_causal else False if as_full else None
 
 
-def _mask_recipe(**kwargs: Any) -> MaskRecipe:
+def mask_recipe(**kwargs: Any) -> MaskRecipe:
+    """What transformers calls in place of its own functions that build a mask."""
     return MaskRecipe(kwargs, {} if kwargs.get("use_vmap") else _known(kwargs["mask_function"]))
 
 
 def _known(function: Any) -> dict[int | None, bool]:
-    """Window of a mask function and whether it is causal, of those that transformers makes itself."""
+    """Window, and whether it is causal, of a mask function that transformers itself made."""
     if function is causal_mask_function:
         return {None: True}
     if function is bidirectional_mask_function:
@@ -130,26 +147,3 @@ def _closed_over(function: Any) -> dict[str, Any]:
         name: cell.cell_contents
         for name, cell in zip(function.__code__.co_freevars, cells, strict=True)
     }
-
-
-def _requests(
-    q: torch.Tensor, k: torch.Tensor, mask: MaskRecipe
-) -> Iterator[tuple[slice, slice, slice, int, int]]:
-    """Cuts a batch into calls of equal length: batch slice, rows, keys, kv_start, first row's position.
-
-    Positions of a padded request count from its first valid token, as they would without the batch.
-    """
-    spans = mask.spans()
-    assert spans is not None
-    if all(span == (0, mask.kv_len) for span in spans):
-        keys = slice(0, mask.kv_len - mask.kv_offset)
-        yield slice(0, q.shape[0]), slice(0, q.shape[2]), keys, mask.kv_offset, mask.q_offset
-        return
-    for b, (first, last) in enumerate(spans):
-        rows = slice(max(first - mask.q_offset, 0), max(last - mask.q_offset, 0))
-        if rows.start >= rows.stop:
-            continue
-        start = max(first, mask.kv_offset)
-        keys = slice(start - mask.kv_offset, last - mask.kv_offset)
-        position = max(mask.q_offset - first, 0)
-        yield slice(b, b + 1), rows, keys, start - first, position

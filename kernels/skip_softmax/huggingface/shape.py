@@ -1,4 +1,4 @@
-"""A model's shape, as its Hugging Face config says it."""
+"""A model's shape, as its Hugging Face config states it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 
 def shape_of_config(value: Callable[[str], Any]) -> tuple[int, int, int, int]:
-    """Layers, query heads, KV heads and head size that a config of transformers means.
+    """Layers, query heads, KV heads and head size of a transformers config.
 
     Args:
-        value: gives a key's value, None where the config has none.
+        value: returns a key's value, or None where the config has none.
 
     Raises:
         KeyError: a key is missing.
-        TypeError: a value is no number; or ValueError.
+        TypeError: a value is not a number.
+        ValueError: a value is a text that is not a number.
     """
 
     def needed(key: str) -> int:
@@ -24,7 +25,7 @@ def shape_of_config(value: Callable[[str], Any]) -> tuple[int, int, int, int]:
 
     heads = needed("num_attention_heads")
     kv_heads = int(value("num_key_value_heads") or heads)
-    if value("qk_nope_head_dim"):  # latent attention: a part with positions, one without
+    if value("qk_nope_head_dim"):  # latent attention: a part with rotary positions, and one without
         head_dim = needed("qk_nope_head_dim") + needed("qk_rope_head_dim")
     else:
         head_dim = int(value("head_dim") or needed("hidden_size") // heads)

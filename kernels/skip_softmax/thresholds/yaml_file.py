@@ -62,6 +62,10 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     Raises:
         FileError: the file is missing, unreadable, not YAML, or not a mapping.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f'must be the path of a YAML file, but got {path!r}; pass "thresholds.yaml"'
+        )
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

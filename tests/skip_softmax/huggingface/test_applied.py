@@ -20,8 +20,8 @@ from calibrate.prompts.build import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
 from calibrate.statistics import capture
 from skip_softmax import Thresholds, applied
-from skip_softmax.huggingface.intercept import intercepted
-from skip_softmax.huggingface.layers import inspect_layers
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.layers import Layer, inspect_layers
 from skip_softmax.huggingface.masks import MaskRecipe
 from skip_softmax.thresholds.types import (
     Geometry,
@@ -36,7 +36,7 @@ FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "gpt2"]
 SHARPNESS = 400.0  # so sharp that tiles can be skipped in a random model
 
 
-def thresholds(found: list, factor: float, *, floor: int = 60, **changes: object) -> Thresholds:
+def thresholds(found: list[Layer], factor: float, *, floor: int = 60, **changes: Any) -> Thresholds:
     first = found[0]
     return Thresholds(
         model=ModelSection(
@@ -276,6 +276,21 @@ def test_a_file_for_another_model_is_refused() -> None:
         pass
 
 
+def test_a_file_may_be_given_by_its_path(tmp_path: Path) -> None:
+    one = loaded("llama")
+    path = tmp_path / "thresholds.yaml"
+    thresholds(one.layers, 55.0).save(path)
+    for given in (path, str(path)):
+        with torch.no_grad(), applied(one.model, given) as counts:
+            one.model(tokens(150), use_cache=False)
+        assert counts.sparsity("prefill") > 0.01
+    with (
+        pytest.raises(TypeError, match="must be the path of a YAML file, but got 580"),
+        applied(one.model, 580),
+    ):  # type: ignore[arg-type]
+        pass
+
+
 def test_two_models_can_run_at_once() -> None:
     first, second = loaded("llama"), loaded("gpt2")
     with (
@@ -294,7 +309,7 @@ def test_handlers_see_absolute_positions() -> None:
     one = loaded("gemma3")
     seen: list[tuple[int, str, int, int]] = []
 
-    def handler(call) -> torch.Tensor:
+    def handler(call: LayerCall) -> torch.Tensor:
         seen.append((call.layer, call.phase, call.kv_start, call.kv_len))
         return call.q.new_zeros(call.q.shape)
 

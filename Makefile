@@ -1,10 +1,15 @@
 # Two commands do everything: `make demo` and `make test`. Each makes what it needs first.
+# `make check` is for every commit: lint, types and the fast tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint smoke bench clean
+# Two processes, one thread each: torch's own threads would take the cores from one another. A process that has
+# run its share takes tests from the other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+.PHONY: demo test check lint smoke clean
 
 demo: $(VENV)/.demo
 	$(BIN)/calibrate run configs/smollm2-135m.yaml -o runs/smollm2-135m
@@ -12,7 +17,10 @@ demo: $(VENV)/.demo
 
 # The second Triton is the oldest one that is supported: kernels are also compiled with it, in a process of their own.
 test: $(VENV)/.dev lint
-	SKIP_SOFTMAX_TRITON36=$(CURDIR)/$(VENV)/triton36 $(BIN)/pytest
+	SKIP_SOFTMAX_TRITON36=$(CURDIR)/$(VENV)/triton36 $(PYTEST)
+
+check: $(VENV)/.dev lint
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

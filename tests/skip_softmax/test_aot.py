@@ -1,8 +1,7 @@
 """Every kernel compiles for every promised GPU without one, and spills no more than is written here.
 
-Registers and spills go to the file that SKIP_SOFTMAX_RESOURCES names,
-when it is set. A second Triton (a folder that
-SKIP_SOFTMAX_TRITON36 names) is tried in a process of its own.
+Registers and spills go to the file that SKIP_SOFTMAX_RESOURCES names, when it is set. A second Triton (a
+folder that SKIP_SOFTMAX_TRITON36 names) is tried in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,14 +11,17 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Runs in a process without the interpreter, which cannot compile, and with the Triton under test.
 COMPILE = """
-import json, os, re, subprocess, sys, tempfile
+import io, json, os, re, sys
+from contextlib import redirect_stdout
+from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,18 +45,13 @@ def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSou
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
-    new = arch >= 100 or launch.KNOWS_BLACKWELL
-    tool = os.path.join(tools, "ptxas-blackwell" if new else "ptxas")
-    name = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}[arch]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        said = subprocess.run(
-            [tool, "-v", "--gpu-name", name, file.name, "-o", os.devnull], capture_output=True, text=True,
-            check=True
-        ).stderr
+    with redirect_stdout(io.StringIO()) as said:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    # What ptxas says of registers is printed once, when it runs: it is kept beside Triton's own cache.
+    log = Path(os.environ["TRITON_CACHE_DIR"], f"{compiled.hash}.log")
+    if said.getvalue():
+        log.write_text(said.getvalue())
+    said = log.read_text()
     return {
         "registers": max(map(int, re.findall(r"Used (\\d+) registers", said))),
         # ptxas gives up running products in the background when it does not follow their registers.
@@ -221,43 +218,45 @@ MAY_SPILL = {
 }  # fmt: skip
 
 
-def compiled(arch: int, folder: str | None = None) -> dict:
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """What ptxas says of every kernel; what has not changed since the last test session is not compiled again."""
     pytest.importorskip("triton")
-    path = os.pathsep.join(([folder] if folder else []) + [p for p in sys.path if p])
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": "0",
-            "PYTHONPATH": path,
-            "TRITON_CACHE_DIR": cache,
-        }
+    # Triton reads the source of what it compiles, so the cases must lie in a file.
+    program = tmp_path / "cases.py"
+    program.write_text(COMPILE)
+
+    def compile_for(arch: int, folder: str | None = None) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-c", _from_file(cache), str(arch)],
+            [sys.executable, program, str(arch)],
             capture_output=True,
             text=True,
-            env=environment,
+            env={
+                **os.environ,
+                "TRITON_INTERPRET": "0",
+                "TRITON_DUMP_PTXAS_LOG": "1",
+                "TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton")),
+                "PYTHONPATH": os.pathsep.join(filter(None, [folder, *sys.path])),
+            },
         )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
-    if target := os.environ.get("SKIP_SOFTMAX_RESOURCES"):
-        with Path(target).open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    return report
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = dict(json.loads(done.stdout))
+        if target := os.environ.get("SKIP_SOFTMAX_RESOURCES"):
+            with Path(target).open("a") as file:
+                file.write(json.dumps(report) + "\n")
+        return report
+
+    return compile_for
 
 
-def _from_file(folder: str) -> str:
-    """Triton reads the source of what it compiles, so the cases must lie in a file."""
-    path = Path(folder) / "cases.py"
-    path.write_text(COMPILE)
-    return f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
-
-
-def fits(used: dict, arch: int) -> bool:
+def fits(used: dict[str, Any], arch: int) -> bool:
     return used["shared_bytes"] <= {80: 166912}.get(arch, 232448)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_compile_and_spill_as_promised(arch):
+def test_kernels_compile_and_spill_as_promised(
+    arch: int, compiled: Callable[..., dict[str, Any]]
+) -> None:
     report = compiled(arch)
     for name, used in report["kernels"].items():
         assert used["spilled_bytes"] <= MAY_SPILL.get((arch, name), 0), (name, used)
@@ -269,7 +268,9 @@ def test_kernels_compile_and_spill_as_promised(arch):
 @pytest.mark.skipif(
     "SKIP_SOFTMAX_TRITON36" not in os.environ, reason="needs a folder with Triton 3.6"
 )
-def test_kernels_compile_with_the_oldest_triton(arch):
+def test_kernels_compile_with_the_oldest_triton(
+    arch: int, compiled: Callable[..., dict[str, Any]]
+) -> None:
     report = compiled(arch, os.environ["SKIP_SOFTMAX_TRITON36"])
     assert re.match(r"3\.6", report["triton"])
     for name, used in report["kernels"].items():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
+jupyter_client = pytest.importorskip("jupyter_client")
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
@@ -58,15 +60,21 @@ def test_calls_only_the_public_api(path: Path) -> None:
             assert private == []
 
 
+@pytest.fixture(scope="module")
+def kernel(smoke_run: Path) -> Iterator[Any]:
+    """One Jupyter kernel for all notebooks, so that torch is loaded once; each begins with no names."""
+    manager = jupyter_client.KernelManager()
+    manager.start_kernel(env=environment(CALIBRATE_RUN=str(smoke_run)), cwd=str(ROOT / "notebooks"))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_on_the_smoke_run(
-    path: Path, smoke_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CALIBRATE_RUN", str(smoke_run))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+def test_runs_on_the_smoke_run(path: Path, kernel: Any) -> None:
     notebook = nbformat.read(path, 4)
+    forget = nbformat.v4.new_code_cell("%reset -f")
     client = nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}
+        nbformat.v4.new_notebook(cells=[forget, *notebook.cells]), km=kernel, timeout=120
     )
     client.execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]

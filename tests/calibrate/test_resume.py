@@ -36,6 +36,7 @@ from calibrate.search.study import open_study, search
 from calibrate.statistics.capture import observe
 from calibrate.statistics.counts import Statistics
 
+pytestmark = pytest.mark.slow
 SMOKE = ROOT / "configs" / "smoke.yaml"
 CALIBRATION, TRIALS, HELDOUT = 6, 9, 24
 RESULTS = ("thresholds.yaml", "validation.json", "fit.json", "sensitivity.json")
@@ -104,12 +105,24 @@ class Process:
         return [key for what, key in map(json.loads, lines) if what == kind]
 
 
+PRELOADED = [
+    "calibrate.cli",
+    "calibrate.pipeline",
+    "calibrate.report.page",
+    "datasets",
+    "optuna.storages._rdb.alembic",
+    "optuna.visualization",
+    "plotly.io",
+    "scipy.stats",
+    "transformers.models.llama.modeling_llama",
+    __name__,
+]
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, Path], Process]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "optuna", "scipy.stats", "transformers.models.llama.modeling_llama"]
-    )
+    context.set_forkserver_preload(PRELOADED)
     logs = tmp_path_factory.mktemp("logs")
     started: list[Process] = []
 

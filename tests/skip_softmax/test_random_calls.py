@@ -17,6 +17,8 @@ import skip_softmax as ss
 pytest.importorskip("triton")
 from skip_softmax.hopper import launch as hopper
 
+pytestmark = pytest.mark.slow
+
 CASES, LONGEST = (20, 5000) if DEVICE == "cuda" else (10, 600)
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 

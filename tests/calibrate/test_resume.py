@@ -48,10 +48,10 @@ PATIENCE = 120.0  # seconds; longer than any of these runs takes on a busy machi
 
 def _child(arguments: list[str], output: str, work_log: str) -> None:
     """The console command, with its output in a file and every model pass in the work log."""
-    import calibrate.capture
     import torch
 
     import calibrate.pipeline
+    import calibrate.statistics.capture
     from calibrate.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

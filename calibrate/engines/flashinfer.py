@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibrate.engines.tiles import (
-    BLACKWELL_DECODE,
-    BLACKWELL_PREFILL,
-    BLACKWELL_TWO,
-    HOPPER_PREFILL,
-    NO_XQA,
-    SPLITS,
-)
+from calibrate.engines import tiles
 from calibrate.engines.types import (
     Engine,
     Foreign,
@@ -67,12 +60,12 @@ ENGINE = Engine(
     "FlashInfer",
     "scalar",
     (
-        Server("FlashInfer", "sm90", HOPPER_PREFILL, NO_XQA),
-        Server("FlashInfer", "sm100", BLACKWELL_PREFILL, BLACKWELL_DECODE),
-        Server("FlashInfer", "sm120", Votes(head_dims=(128,)), NO_XQA),
+        Server("FlashInfer", "sm90", tiles.HOPPER_PREFILL, tiles.NO_XQA),
+        Server("FlashInfer", "sm100", tiles.BLACKWELL_PREFILL, tiles.BLACKWELL_DECODE),
+        Server("FlashInfer", "sm120", Votes(head_dims=(128,)), tiles.NO_XQA),
     ),
     write,
     read,
     numbers={phase: f"{phase}.run_kwargs.{_KEY}" for phase in PHASES},
-    notes=(SPLITS, BLACKWELL_TWO),
+    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

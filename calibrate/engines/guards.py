@@ -310,10 +310,10 @@ def check_model(thresholds: Thresholds, config: ModelConfigFile) -> list[str]:
 
 
 def check_config(engine: Engine, numbers: Numbers, config: ModelConfigFile | None) -> None:
-    """Refuses a `config.json` that the engine needs and that is not given, or whose model it cannot serve.
+    """Asks for the `config.json` that holds dense layers, and refuses models that the engine cannot serve.
 
     Raises:
-        UserError: so.
+        UserError: it is missing, or names such a model.
     """
     if config is None:
         if engine.config_json == "layers" and numbers.dense_layers:

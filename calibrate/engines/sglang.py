@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import re
 
-from calibrate.engines.tiles import (
-    BLACKWELL_DECODE,
-    BLACKWELL_PREFILL,
-    BLACKWELL_TWO,
-    HOPPER_PREFILL,
-    NO_XQA,
-    SPLITS,
-)
+from calibrate.engines import tiles
 from calibrate.engines.types import (
     Engine,
     Foreign,
@@ -62,9 +55,9 @@ ENGINE = Engine(
     "SGLang",
     "scalar",
     (
-        Server("SGLang", "sm90", HOPPER_PREFILL, NO_XQA),
-        Server("SGLang", "sm100", BLACKWELL_PREFILL, BLACKWELL_DECODE),
-        Server("SGLang", "sm120", Votes(), NO_XQA),
+        Server("SGLang", "sm90", tiles.HOPPER_PREFILL, tiles.NO_XQA),
+        Server("SGLang", "sm100", tiles.BLACKWELL_PREFILL, tiles.BLACKWELL_DECODE),
+        Server("SGLang", "sm120", Votes(), tiles.NO_XQA),
     ),
     write,
     read,
@@ -73,5 +66,5 @@ ENGINE = Engine(
         "index_topk": "SGLang's sparse-attention models (NSA, DSA) use the decode number in prefill too, or "
         "refuse it"
     },
-    notes=(SPLITS, BLACKWELL_TWO),
+    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from calibrate.engines import tiles
 from calibrate.engines.config_json import read_curve, target_of
-from calibrate.engines.tiles import BLACKWELL_TWO, SPLITS, TRTLLM_SERVERS
 from calibrate.engines.types import Engine, Foreign, Request, Source, Written, entry, known_only
 from calibrate.errors import UserError
 from calibrate.model.config_json import KEY
@@ -81,7 +81,7 @@ ENGINE = Engine(
     "trtllm",
     "TensorRT-LLM",
     "scalar+ignore",
-    TRTLLM_SERVERS,
+    tiles.TRTLLM_SERVERS,
     write,
     read,
     numbers={
@@ -90,5 +90,5 @@ ENGINE = Engine(
     },
     options=("coefficients",),
     config_json="layers",
-    notes=(SPLITS, BLACKWELL_TWO),
+    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import json
 
-from calibrate.engines.tiles import (
-    BLACKWELL_DECODE,
-    BLACKWELL_PREFILL,
-    BLACKWELL_TWO,
-    NO_KERNEL,
-    SPLITS,
-)
+from calibrate.engines import tiles
 from calibrate.engines.types import (
     Engine,
     Foreign,
@@ -50,12 +44,12 @@ ENGINE = Engine(
     "vLLM (open pull request 42989, in no release)",
     "scalar",
     (
-        Server("vLLM", "sm90", NO_KERNEL, NO_KERNEL),
-        Server("vLLM", "sm100", BLACKWELL_PREFILL, BLACKWELL_DECODE),
-        Server("vLLM", "sm120", NO_KERNEL, NO_KERNEL),
+        Server("vLLM", "sm90", tiles.NO_KERNEL, tiles.NO_KERNEL),
+        Server("vLLM", "sm100", tiles.BLACKWELL_PREFILL, tiles.BLACKWELL_DECODE),
+        Server("vLLM", "sm120", tiles.NO_KERNEL, tiles.NO_KERNEL),
     ),
     write,
     read,
     numbers=_KEYS,
-    notes=(SPLITS, BLACKWELL_TWO),
+    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

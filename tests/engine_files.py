@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conftest import ROOT
+
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import (
     DecodeGeometry,
@@ -42,6 +44,17 @@ CURVES: dict[str, Any] = {
     "prefill": {"a": 7.92, "b": 8.615, "r2": 0.97, "sparsity_range": [0.1, 0.9]},
     "decode": {"a": 0.1196, "b": 9.857, "r2": 0.95, "sparsity_range": [0.1, 0.9]},
 }
+FORMULA = "a * exp(b * target_sparsity)"
+CURVE = {"formula": FORMULA, "prefill": {"a": 1.0, "b": 1.0}}
+PAGES = ROOT / "calibrate" / "engines" / "pages"
+PUBLISHED = PAGES / "qwen3-30b-a3b-published.json"
+TRTLLM = "sparse_attention_config:\n  algorithm: skip_softmax\n"
+
+
+def config_json(**group: Any) -> str:
+    """A `config.json` with nothing but one group."""
+    groups = {"g": {"algorithm": "skip_softmax", **group}}
+    return json.dumps({"sparse_attention_config": {"config_groups": groups}})
 
 
 def write_model(folder: Path, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Where a model lies: a hub id, a folder, a GGUF file, a file inside an installed package."""
+"""Where a model is: a hub id, a folder, a GGUF file, or a file inside an installed package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def locate(path: str, key: str = "model.path") -> str | Path:
         A `Path` that exists, or the hub id as given.
 
     Raises:
-        UserError: the package or file is missing, or a `.gguf` file is truncated or no GGUF at all.
+        UserError: the package or file is missing, or a `.gguf` file is truncated or not GGUF at all.
     """
     if path.startswith("package://"):
         found = _inside_package(path)
@@ -52,13 +52,13 @@ def _inside_package(path: str) -> Path:
         if (Path(folder) / name).exists():
             return Path(folder) / name
     raise UserError(
-        f"model.path: `{path}` must name a file of the package, but `{package}` is installed and holds no "
+        f"model.path: `{path}` must name a file of the package, but `{package}` is installed and has no "
         f"`{name}`; check the name"
     )
 
 
 def _check_gguf(path: Path) -> None:
-    """A damaged file is named here: the reader would fail deep inside with an unrelated message."""
+    """Reports a damaged file here: the reader would fail deep inside with an unrelated message."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != _GGUF_MAGIC:
@@ -78,6 +78,6 @@ def _check_gguf(path: Path) -> None:
         ) from None
     if end == 0 or end > path.stat().st_size:
         raise UserError(
-            f"model.path: `{path}` is truncated: its tensors need {end} bytes, the file has "
+            f"model.path: `{path}` is truncated: its tensors need {end} bytes, but the file has "
             f"{path.stat().st_size}; download it again"
         )

@@ -1,0 +1,279 @@
+"""Every way in which an export is refused, or warns."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_files import (
+    BLACKWELL,
+    MODELOPT,
+    per_layer,
+    thresholds,
+    write_model,
+)
+
+from calibrate import cli
+from calibrate.engines.export import export
+from calibrate.errors import UserError
+from calibrate.model.config_json import read_model_config
+from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import DecodeGeometry, UncalibratedLayer
+
+
+@pytest.fixture
+def run(tmp_path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`calibrate export` of a file."""
+
+    def export(file: Thresholds, *arguments: object) -> tuple[int, str, str]:
+        file.save(tmp_path / "t.yaml")
+        return call("export", tmp_path / "t.yaml", *arguments)
+
+    return export
+
+
+SEEDED = thresholds().geometry.model_copy(
+    update={"decode": DecodeGeometry(tile_kv=64, running_max="seeded")}
+)
+
+
+GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
+    "threshold-1-at-length": (
+        thresholds(),
+        ("--engine", "trtllm", "--served-min-len", 512),
+        r"`--served-min-len > scale_factor` must hold in prefill, but got 512 and .*587.*1.15 is 1 or more",
+    ),
+    "threshold-1-in-a-chunk": (
+        thresholds(),
+        ("--engine", "trtllm", "--chunk-size", 512),
+        r"`--chunk-size > scale_factor` must hold .* larger chunk",
+    ),
+    "below-what-was-measured": (
+        thresholds(),
+        ("--engine", "trtllm", "--served-min-len", 2048),
+        r"`--served-min-len >= min_kv_len` must hold .* min_kv_len=4096: nothing was measured below",
+    ),
+    "length-0": (thresholds(), ("--engine", "trtllm", "--served-min-len", 0), "at least 1 token"),
+    "geometry": (
+        thresholds(),
+        ("--engine", "trtllm", "--gpu", "sm100"),
+        r"geometry.prefill must be 32x128 for TensorRT-LLM on sm100 .* the numbers are for 64x128",
+    ),
+    "geometry-running-max": (
+        thresholds(geometry=SEEDED),
+        ("--engine", "trtllm"),
+        "running_max must be ascending",
+    ),
+    "geometry-modelopt-heads": (
+        thresholds(geometry=MODELOPT),
+        ("--engine", "modelopt"),
+        "every query head votes alone, but the numbers are for the 4 query heads",
+    ),
+    "geometry-unpublished": (
+        thresholds(),
+        ("--engine", "tokenspeed", "--at-length", 9000),
+        "not published.*--trust-geometry",
+    ),
+    "sglang-hopper-decode": (
+        thresholds(),
+        ("--engine", "sglang", "--gpu", "sm90"),
+        r"SGLang on sm90 silently ignores the decode number: .*XQA.*--phase prefill",
+    ),
+    "flashinfer-hopper-decode": (
+        thresholds(),
+        ("--engine", "flashinfer", "--gpu", "sm90"),
+        "FlashInfer on sm90 silently ignores the decode",
+    ),
+    "trtllm-sm120-decode": (
+        thresholds(),
+        ("--engine", "trtllm", "--gpu", "sm121", "--phase", "decode"),
+        "TensorRT-LLM on sm120 silently ignores the decode number",
+    ),
+    "vllm-hopper": (
+        thresholds(),
+        ("--engine", "vllm", "--gpu", "sm90"),
+        "vLLM on sm90 silently ignores the prefill number",
+    ),
+    "gpu-unknown": (
+        thresholds(),
+        ("--engine", "trtllm", "--gpu", "sm80"),
+        "--gpu must be one of: sm100, sm120, sm90",
+    ),
+    "phase": (
+        thresholds(),
+        ("--engine", "trtllm", "--phase", "both"),
+        "--phase must be prefill or decode",
+    ),
+    "nothing": (thresholds(prefill=0.0, decode=0.0), ("--engine", "trtllm"), "nothing to export"),
+    "phase-dense": (
+        thresholds(decode=0.0),
+        ("--engine", "trtllm", "--phase", "decode"),
+        "above 0 in decode, but the file leaves it dense",
+    ),
+    "per-layer": (
+        per_layer().model_copy(update={"scale_factor": thresholds(0.0, 0.0).scale_factor}),
+        ("--engine", "sglang"),
+        "the file's numbers differ by layer.*calibrate project RUN_DIR --engine sglang",
+    ),
+    "dense-layers": (
+        thresholds(dense=(1,)),
+        ("--engine", "sglang"),
+        "differ by layer, and nothing that it can express was measured",
+    ),
+    "ignore-needs-config": (
+        thresholds(dense=(1,)),
+        ("--engine", "trtllm"),
+        "config.json only; give --model",
+    ),
+    "uncalibrated": (
+        thresholds(uncalibrated=(UncalibratedLayer(layer=1, reason="soft-cap"),)),
+        ("--engine", "vllm"),
+        r"layers \[1\] cannot be calibrated and must stay dense",
+    ),
+    "failed": (
+        thresholds(evidence={"verdict": "failed"}),
+        ("--engine", "trtllm"),
+        "must be `passed` .* `failed`",
+    ),
+    "not-validated": (
+        thresholds(evidence={}),
+        ("--engine", "trtllm"),
+        "`not validated`; .calibrate validate",
+    ),
+    "no-reference-length": (
+        thresholds(),
+        ("--engine", "tokenspeed", "--trust-geometry"),
+        "with --at-length",
+    ),
+    "reference-length-too-short": (
+        thresholds(),
+        ("--engine", "tokenspeed", "--trust-geometry", "--at-length", 500),
+        "`--at-length > scale_factor` must hold, but got 500 and 587.18",
+    ),
+    "reference-length-for-nothing": (
+        thresholds(),
+        ("--engine", "trtllm", "--at-length", 9000),
+        "leave it out for trtllm",
+    ),
+    "one-phase-tokenspeed": (
+        thresholds(),
+        ("--engine", "tokenspeed", "--trust-geometry", "--at-length", 9000, "--phase", "prefill"),
+        "one threshold to both phases, but only prefill",
+    ),
+    "length-0-native": (
+        thresholds(),
+        ("--engine", "native", "--served-min-len", "-3"),
+        "--served-min-len must be at least 1 token, but got -3",
+    ),
+    "chunk-0-native": (
+        thresholds(),
+        ("--engine", "native", "--chunk-size", 0),
+        "--chunk-size must be at least 1 token, but got 0",
+    ),
+    "chunk-0-for-decode": (
+        thresholds(prefill=0.0),
+        ("--engine", "trtllm", "--chunk-size", 0),
+        "--chunk-size must be at least 1 token",
+    ),
+    "gpu-native": (
+        thresholds(),
+        ("--engine", "native", "--gpu", "banana"),
+        "--gpu must be the name of a GPU family.*but got `banana`",
+    ),
+    "gpu-modelopt": (
+        thresholds(),
+        ("--engine", "modelopt", "--gpu", "banana"),
+        "--gpu must be the name of a GPU family.*but got `banana`",
+    ),
+    "at-length-native": (
+        thresholds(),
+        ("--engine", "native", "--at-length", 9000),
+        "leave it out for native",
+    ),
+    "phase-native": (
+        thresholds(),
+        ("--engine", "native", "--phase", "prefill"),
+        "--phase must be left out for native",
+    ),
+    "model-missing-native": (
+        thresholds(),
+        ("--engine", "native", "--model", "/no/such"),
+        "has no config.json",
+    ),
+    "nothing-cures": (
+        thresholds(geometry=BLACKWELL),
+        ("--engine", "vllm", "--gpu", "sm90", "--phase", "prefill"),
+        "cure: choose another --gpu or engine",
+    ),
+    "apply-without-model": (
+        thresholds(),
+        ("--engine", "modelopt", "--apply"),
+        "--apply needs --model",
+    ),
+    "model-missing": (
+        thresholds(),
+        ("--engine", "modelopt", "--model", "/no/such"),
+        "has no config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_guards_say_law_value_and_cure_and_exit_2(name: str, run: Callable[..., Any]) -> None:
+    file, arguments, message = GUARDS[name]
+    code, out, err = run(file, *arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert re.search(message, err, re.DOTALL), err
+
+
+@pytest.mark.parametrize("number", ["-1.0", ".nan", ".inf"])
+def test_a_number_that_engines_would_swallow_is_refused(
+    number: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    text = thresholds().to_yaml().replace("587.18", number)
+    (tmp_path / "bad.yaml").write_text(text)
+    sys.argv = ["calibrate", "export", str(tmp_path / "bad.yaml"), "--engine", "trtllm"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+
+
+def test_model_mismatch_is_refused_by_shape_and_by_config_hash(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    digest = read_model_config(model).sha256
+    known = thresholds(provenance={"model_config_sha256": digest})
+    export(known, "modelopt", model=model).apply()
+    export(known, "modelopt", model=model)  # our own key does not change the hash
+    other = write_model(tmp_path / "other", rope_theta=5e5)
+    with pytest.raises(UserError, match="config hash of file and --model must agree"):
+        export(known, "modelopt", model=other)
+    deeper = write_model(tmp_path / "deeper", num_hidden_layers=5)
+    with pytest.raises(
+        UserError, match=r"must agree, but the file is for tiny with \(4, 8, 2, 128\)"
+    ):
+        export(thresholds(), "modelopt", model=deeper)
+    unknown = export(thresholds(), "modelopt", model=other)
+    assert any("does not record its model's config hash" in text for text in unknown.warnings)
+
+
+def test_dense_at_one_is_a_warning_where_the_engine_runs_dense() -> None:
+    file = thresholds(geometry=MODELOPT, kv_heads=8)
+    made = export(file, "modelopt", served_min_len=512)
+    assert any("run dense" in text for text in made.warnings)
+    assert made.sidecar["warnings"] == list(made.warnings)
+
+
+def test_little_sparsity_is_said() -> None:
+    file = thresholds()
+    evidence = {
+        **file.evidence,
+        "sparsity": {"prefill": {"achieved": 0.05}, "decode": {"achieved": 0.5}},
+    }
+    made = export(file.model_copy(update={"evidence": evidence}), "trtllm")
+    said = [text for text in made.warnings if "slower than their dense" in text]
+    assert len(said) == 1 and said[0].startswith("prefill skips 5.0 %")

@@ -50,10 +50,7 @@ class Loss:
         return "–" if value is None else format(value, self.format)
 
 
-LOSSES = {
-    "kl": Loss("KL", "nats/token", "#.3g"),
-    "score_drop": Loss("score drop", "points", ".2f"),
-}
+LOSSES = {"kl": Loss("KL", "nats/token", "#.3g"), "score_drop": Loss("score drop", "points", ".2f")}
 SEARCHED = "kl"
 
 
@@ -339,10 +336,7 @@ def _speed(
     if thresholds is None:
         return None
     cost = load_curves(
-        config.cost,
-        max(config.prompts.lengths),
-        thresholds.model.head_dim,
-        config.geometry.prefill,
+        config.cost, max(config.prompts.lengths), thresholds.model.head_dim, config.geometry.prefill
     )
     curve = cost.curves[phase]
     share, time = np.asarray(curve.sparsity), np.asarray(curve.relative_time)

@@ -107,7 +107,8 @@ def show(*parts: Table | str) -> None:
 
 def _drawn(table: Table) -> RichTable:
     # As text, not as markup: a name may contain [brackets] or :colons:.
-    drawn = RichTable(title=Text(table.title, "table.title"), title_justify="left")
+    drawn = RichTable(title_justify="left", caption_justify="left")
+    drawn.title = Text(table.title, "table.title")
     for column in table.columns:
         left = column in (table.columns[0], *table.words)
         drawn.add_column(Text(column), justify="left" if left else "right")

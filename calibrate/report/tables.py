@@ -178,7 +178,11 @@ def layers(thresholds: Thresholds) -> Table:
         [str(layer), *(_span(thresholds.per_head(layer, phase)) for phase in PHASES)]
         for layer in range(thresholds.model.layers)
     ]
-    return Table("Scale factor per layer [tokens]; 0 is dense", ("layer", *PHASES), rows)
+    return Table(
+        "Scale factor per layer; 0 is dense",
+        ("layer", *(f"{phase} [tokens]" for phase in PHASES)),
+        rows,
+    )
 
 
 def expected(rows: Sequence[dict[str, Any]]) -> Table:
@@ -189,7 +193,14 @@ def expected(rows: Sequence[dict[str, Any]]) -> Table:
     """
     return Table(
         "Threshold and expected sparsity by KV length",
-        ("phase", "KV length", "scale factor", "threshold", "expected sparsity", "source"),
+        (
+            "phase",
+            "KV length [tokens]",
+            "scale factor [tokens]",
+            "threshold",
+            "expected sparsity",
+            "source",
+        ),
         [
             [
                 row["phase"],

@@ -1,4 +1,11 @@
-"""The house rules of CONTRIBUTING and README that a machine can check: arrows, imports, tree, habits."""
+"""The house rules that a machine can check.
+
+1. calibrate: a file imports its own room and those that stand left of it.
+2. skip_softmax: the same, a floor at a time; kernel rooms know neither each other nor the reference.
+3. An engine's room knows no other engine; only the catalogue knows rooms.
+
+Then: what an import loads, the README's tree, habits, and in how many places a name is typed.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +30,87 @@ import skip_softmax
 from calibrate.schema import load_config
 from skip_softmax.thresholds import yaml_file
 
-FOLDERS = {"calibrate": ROOT / "calibrate", "skip_softmax": ROOT / "kernels" / "skip_softmax"}
-# Law 1: a file imports its own room and those that stand left of it. The package itself is what the command
-# line calls, so it stands between.
-ROOMS = [
+PACKAGES = {"calibrate": ROOT / "calibrate", "skip_softmax": ROOT / "kernels" / "skip_softmax"}
+CODE = [*PACKAGES.values(), ROOT / "kernels" / "bench", ROOT / "tests"]
+
+
+# Who imports whom.
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@cache
+def modules(package: str) -> dict[str, Path]:
+    """Every file by its dotted name inside the package; a folder's `__init__.py` has the folder's name."""
+    found = {}
+    for path in sorted(PACKAGES[package].rglob("*.py")):
+        parts = path.relative_to(PACKAGES[package]).with_suffix("").parts
+        folder = parts[:-1] if parts[-1] == "__init__" else parts
+        found[".".join(folder) or "__init__"] = path
+    return found
+
+
+def code_files() -> list[Path]:
+    return [path for folder in CODE for path in sorted(folder.rglob("*.py"))]
+
+
+@cache
+def imported(package: str, name: str) -> frozenset[str]:
+    """Dotted names that a file imports anywhere: at its top, in functions, for type checking.
+
+    `from a.b import c` is `a.b.c`, whether c is a module or something inside `a.b`.
+    """
+    found: set[str] = set()
+    for node in ast.walk(tree_of(modules(package)[name])):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{package}.{name}: relative import; write the package's name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and name == "__init__":
+            # Names of modules that `__getattr__` imports when they are asked for.
+            found |= set(re.findall(rf"^{package}(?:\.\w+)+$", str(node.value)))
+    return frozenset(found)
+
+
+def module_of(package: str, dotted: str) -> str:
+    """The file behind a dotted name of the package: the longest part of the name that is a file."""
+    parts = dotted.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in modules(package):
+            return ".".join(parts[:end])
+    return "__init__"
+
+
+@cache
+def neighbours(package: str, name: str) -> frozenset[str]:
+    """Files of the same package that a file imports."""
+    own = {dotted for dotted in imported(package, name) if dotted.split(".")[0] == package}
+    return frozenset(module_of(package, dotted) for dotted in own)
+
+
+def reached(package: str, name: str) -> set[str]:
+    """Files of the same package that a file imports, or that those import."""
+    found: set[str] = set()
+    open_ends = [name]
+    while open_ends:
+        new = neighbours(package, open_ends.pop()) - found
+        found |= new
+        open_ends += new
+    return found
+
+
+def room(module: str) -> str:
+    """The folder of a file, or the file itself where it stands at the top."""
+    return module.split(".")[0]
+
+
+# Law 1.
+
+ORDER = [
     "errors",
     "bench",
     "terminal",
@@ -42,162 +126,114 @@ ROOMS = [
     "report",
     "pipeline",
     "transfer",
-    "__init__",
+    "__init__",  # the package itself is what the command line calls
     "cli",
 ]
-# Law 2: the same for the kernels, a floor at a time.
-KERNEL_ROOMS = {"triton", "hopper", "blackwell"}
-ADAPTORS = {"huggingface", "vllm"}
-FLOORS: list[set[str]] = [
-    {"launch", "meaning", "thresholds"},
-    KERNEL_ROOMS,
-    {"choose"},
-    {"api"},
-    ADAPTORS,
-    {"__init__"},
-]
-# Law 3: what stands in `engines/` beside the engines' own rooms.
-SHARED_BY_ENGINES = {"types", "tiles", "config_json"}
-ABOUT_ENGINES = {"__init__", "catalogue", "guards", "export", "read"}
-ENGINE_ROOMS = (
-    {path.stem for path in (FOLDERS["calibrate"] / "engines").glob("*.py")}
-    - SHARED_BY_ENGINES
-    - ABOUT_ENGINES
-)
-CODE = [*FOLDERS.values(), ROOT / "kernels" / "bench", ROOT / "tests"]
-
-
-@cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def modules(package: str) -> dict[str, Path]:
-    """Name inside the package -> file; folders with an `__init__.py` count too."""
-    folder = FOLDERS[package]
-    names = {
-        path: ".".join(path.relative_to(folder).with_suffix("").parts)
-        for path in sorted(folder.rglob("*.py"))
-    }
-    return {name.removesuffix(".__init__"): path for path, name in names.items()}
-
-
-def code_files() -> list[Path]:
-    return [path for folder in CODE for path in sorted(folder.rglob("*.py"))]
-
-
-def imported(package: str, name: str) -> set[str]:
-    """Dotted names that a module imports anywhere: at its top, in functions, for type checking."""
-    found: set[str] = set()
-    for node in ast.walk(tree_of(modules(package)[name])):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{package}.{name}: relative import; write the package's name"
-            assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {node.module} - {package}
-        elif isinstance(node, ast.Constant) and name == "__init__":
-            # Names of modules that `__getattr__` imports when they are asked for.
-            found |= set(re.findall(rf"^{package}(?:\.\w+)+$", str(node.value)))
-    return found
-
-
-def neighbours(package: str, name: str) -> set[str]:
-    """Modules of the same package that a module imports."""
-    known = modules(package)
-    found = imported(package, name)
-    inside = {o.removeprefix(f"{package}.") for o in found if o.startswith(f"{package}.")}
-    there = {other for other in inside if other in known}
-    # The package itself, for a name that it offers.
-    offers = package in found or any(other.split(".")[0] not in known for other in inside)
-    # A folder's own `__init__` is empty: what counts is the file behind it.
-    folders = {other for other in there if known[other].name == "__init__.py"}
-    return (there - folders) | ({"__init__"} if offers else set())
-
-
-@cache
-def reached(package: str, name: str) -> frozenset[str]:
-    """Modules of the same package that a module imports, or that those import."""
-    found: set[str] = set()
-    open_ends = [name]
-    while open_ends:
-        new = neighbours(package, open_ends.pop()) - found
-        found |= new
-        open_ends += new
-    return frozenset(found)
-
-
-# Arrows.
-
-
-def room(module: str) -> str:
-    """The folder of a module, or the module itself where it stands at the top."""
-    return module.split(".")[0]
 
 
 @pytest.mark.parametrize("name", sorted(modules("calibrate")))
 def test_law_1_a_file_imports_its_own_room_and_those_left_of_it(name: str) -> None:
-    allowed = set(ROOMS[: ROOMS.index(room(name)) + 1])
+    allowed = set(ORDER[: ORDER.index(room(name)) + 1])
     too_far = {other for other in neighbours("calibrate", name) if room(other) not in allowed}
     assert not too_far, f"calibrate.{name} imports {sorted(too_far)}, which stand right of it"
 
 
 def test_law_1_names_every_room() -> None:
-    assert {room(name) for name in modules("calibrate")} == set(ROOMS)
+    assert {room(name) for name in modules("calibrate")} == set(ORDER)
+
+
+# Law 2.
+
+KERNELS = {"triton", "hopper", "blackwell"}
+ADAPTORS = {"huggingface", "vllm"}
+FLOORS = [
+    {"launch", "meaning", "thresholds"},
+    KERNELS,
+    {"choose"},
+    {"api"},
+    ADAPTORS,
+    {"__init__"},
+]
+FOREIGN = {
+    "thresholds": {"yaml", "pydantic"},
+    "launch": {"triton"},
+    "triton": {"triton"},
+    "hopper": {"triton"},
+    "blackwell": {"triton"},
+    "huggingface": {"transformers"},
+    "vllm": {"vllm"},
+}
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
 
 
 @pytest.mark.parametrize("name", sorted(modules("skip_softmax")))
-def test_law_2_a_kernel_file_imports_its_own_floor_and_those_below(name: str) -> None:
-    floor = next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
-    allowed = set().union(*FLOORS[: floor + 1])
-    if room(name) in KERNEL_ROOMS | ADAPTORS:
-        allowed -= FLOORS[floor] - {room(name)}  # rooms of one kind do not know each other
+def test_law_2_a_file_imports_its_own_floor_and_those_below(name: str) -> None:
+    allowed = set().union(*FLOORS[: floor(name) + 1])
+    too_far = {other for other in neighbours("skip_softmax", name) if room(other) not in allowed}
+    assert not too_far, f"skip_softmax.{name} imports {sorted(too_far)} of a floor above"
+
+
+@pytest.mark.parametrize("name", sorted(modules("skip_softmax")))
+def test_law_2_rooms_that_are_alternatives_do_not_know_each_other(name: str) -> None:
     found = neighbours("skip_softmax", name)
-    too_far = {other for other in found if room(other) not in allowed}
-    if room(name) in KERNEL_ROOMS:
+    for alternatives in (KERNELS, ADAPTORS):
+        if room(name) in alternatives:
+            assert not {room(other) for other in found} & (alternatives - {room(name)}), name
+    if room(name) in KERNELS:
         # Two implementations of one meaning that share code share their mistakes.
-        too_far |= found & {"meaning.reference", "meaning.literal"}
-    if name.startswith("meaning."):
-        too_far |= found & {"launch"}
-    assert not too_far, f"skip_softmax.{name} must not import {sorted(too_far)}"
+        assert not found & {"meaning.reference", "meaning.literal"}, name
+    if room(name) == "meaning":
+        assert "launch" not in found, name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_law_2_only_choose_knows_the_kernels(package: str) -> None:
+    for name in modules(package):
+        if package == "skip_softmax" and room(name) in {"choose", *KERNELS}:
+            continue
+        inside = [other.split(".") for other in imported(package, name)]
+        known = {parts[1] for parts in inside if parts[0] == "skip_softmax" and len(parts) > 1}
+        assert not known & KERNELS, f"{package}.{name} imports a kernel"
 
 
 @pytest.mark.parametrize("name", sorted(modules("skip_softmax")))
-def test_law_2_each_folder_has_its_own_foreign_packages(name: str) -> None:
-    allowed = {"skip_softmax", "torch", *sys.stdlib_module_names}
-    allowed |= {
-        "triton": {"triton"},
-        "hopper": {"triton"},
-        "blackwell": {"triton"},
-        "launch": {"triton"},
-        "thresholds": {"yaml", "pydantic"},
-        "huggingface": {"transformers"},
-        "vllm": {"vllm"},
-    }.get(room(name), set())
+def test_law_2_each_room_has_its_own_foreign_packages(name: str) -> None:
+    allowed = {"skip_softmax", "torch", *sys.stdlib_module_names, *FOREIGN.get(room(name), ())}
     found = {other.split(".")[0] for other in imported("skip_softmax", name)}
     assert found <= allowed, f"skip_softmax.{name} must not import {sorted(found - allowed)}"
 
 
-@pytest.mark.parametrize("name", sorted(n for n in modules("calibrate") if room(n) == "engines"))
-def test_law_3_an_engine_imports_no_other_and_only_the_catalogue_imports_engines(name: str) -> None:
-    own = name.removeprefix("engines.")
-    found = {other.removeprefix("engines.") for other in neighbours("calibrate", name)}
-    if own != "catalogue":
-        assert not (found - {own}) & ENGINE_ROOMS, name
-    if own in ENGINE_ROOMS:
-        inside = {o for o in neighbours("calibrate", name) if o.startswith("engines.")}
-        assert {o.removeprefix("engines.") for o in inside} <= SHARED_BY_ENGINES
+# Law 3.
+
+# What stands in `engines/` beside the engines' own rooms: what rooms may use, and what uses the catalogue.
+SHARED = {"engines.types", "engines.tiles", "engines.config_json"}
+USERS = {"engines.guards", "engines.export", "engines.read"}
+ENGINE_ROOMS = {
+    name
+    for name in modules("calibrate")
+    if name.startswith("engines.") and name not in {*SHARED, *USERS, "engines.catalogue"}
+}
 
 
-def test_law_3_only_the_engines_folder_knows_its_rooms() -> None:
-    wanted = {f"engines.{engine}" for engine in ENGINE_ROOMS}
+@pytest.mark.parametrize("name", sorted(ENGINE_ROOMS))
+def test_law_3_an_engine_s_room_imports_no_other(name: str) -> None:
+    inside = {other for other in neighbours("calibrate", name) if room(other) == "engines"}
+    assert inside <= SHARED, f"calibrate.{name} imports {sorted(inside - SHARED)}"
+
+
+def test_law_3_only_the_catalogue_imports_rooms_and_it_imports_all() -> None:
     for name in modules("calibrate"):
-        if room(name) != "engines":
-            assert not neighbours("calibrate", name) & wanted, name
+        found = neighbours("calibrate", name) & ENGINE_ROOMS
+        assert found == (ENGINE_ROOMS if name == "engines.catalogue" else set()), name
 
 
-@pytest.mark.parametrize("package", FOLDERS)
+# All of them.
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_there_are_no_circles(package: str) -> None:
     # A package's own `__init__` names what it offers; it is nobody's part.
     circles = [
@@ -209,7 +245,7 @@ def test_there_are_no_circles(package: str) -> None:
 def test_nothing_is_patched_at_import() -> None:
     """No assignment to a name inside another module, outside functions."""
     found = []
-    for package in FOLDERS:
+    for package in PACKAGES:
         for path in modules(package).values():
             tree = tree_of(path)
             foreign = {
@@ -314,9 +350,9 @@ def tree_in_readme() -> dict[str, set[str]]:
     return named
 
 
-@pytest.mark.parametrize("package", FOLDERS)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_the_tree_in_the_readme_names_every_room_and_no_other(package: str) -> None:
-    folder = FOLDERS[package]
+    folder = PACKAGES[package]
     there = {path.name for path in folder.glob("*.py")}
     there |= {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
     named = tree_in_readme()[folder.relative_to(ROOT).as_posix()]
@@ -476,10 +512,10 @@ UNSAFE = {
 
 def test_only_the_command_line_prints() -> None:
     """The library logs; data and messages of the command go through one file."""
-    allowed = {FOLDERS["calibrate"] / "cli.py"}
+    allowed = {PACKAGES["calibrate"] / "cli.py"}
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for package in FOLDERS
+        for package in PACKAGES
         for path in modules(package).values()
         if path not in allowed
         for node in ast.walk(tree_of(path))
@@ -488,8 +524,8 @@ def test_only_the_command_line_prints() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("package", FOLDERS)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_there_is_no_drawer_for_everything(package: str) -> None:
     drawers = {"utils", "util", "helpers", "common", "misc", "manager", "base", "core"}
     assert not drawers & {part for name in modules(package) for part in name.split(".")}
-    assert (FOLDERS[package] / "py.typed").exists()
+    assert (PACKAGES[package] / "py.typed").exists()

@@ -333,8 +333,6 @@ def _finish(finished: Any, as_json: bool) -> None:
 def _assess(
     file: Path, folder: Path | None, config: Path | None, output: Path | None, as_json: bool
 ) -> None:
-    from dataclasses import asdict
-
     from calibrate.report.tables import assessed
     from calibrate.schema import load_config
     from calibrate.transfer import assess_file
@@ -350,7 +348,7 @@ def _assess(
     with terminal.Bars() as watch:
         thresholds, result = assess_file(Thresholds.load(file), folder, loaded, watch)
     if as_json:
-        terminal.write_json(asdict(result))
+        terminal.write_json(result.to_json())
     else:
         terminal.show(assessed(result.rows))
     if output is not None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from calibrate.errors import UserError, WorkFailed
+from calibrate.loss import losses
+from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome, compare
 from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan
 from calibrate.model.config_json import identity_of
@@ -24,13 +26,14 @@ from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import Prompt, Split, build
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import Validation, validate
+from calibrate.proof.verdict import Law
 from calibrate.record import provenance
 from calibrate.record.files import as_written, read_json
 from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, load_curves
-from calibrate.search.points import Point, candidates, points, uniform_candidates
+from calibrate.search.points import Point, candidates, uniform_candidates
 from calibrate.search.space import Space, build_space
-from calibrate.search.study import open_study, search
+from calibrate.search.study import open_study, points, search
 from calibrate.statistics.capture import capture, empty_statistics, without_unseen
 from calibrate.statistics.counts import Statistics
 from calibrate.statistics.fit import fit_phase
@@ -284,13 +287,21 @@ class _Work:
         with as_written(self.folder / "sensitivity.json"):
             rows = [Row(**row) for row in self._sensitivity_rows()]
         layers = self.statistics.counts["prefill"].shape[0]
-        losses = loss_model(rows, layers, self.config.target.phases)
+        predicted = loss_model(rows, layers, self.config.target.phases)
         usable = tuple(layer.index for layer in self.loaded.calibratable)
-        return build_space(self.statistics, self.cost, losses, self.config, usable)
+        return build_space(
+            self.statistics,
+            self.cost,
+            predicted,
+            usable,
+            self.config.target,
+            budget=self.config.budget.limits[FINEST],
+            groups=self.config.search.groups,
+        )
 
     @cached_property
     def study(self) -> optuna.Study:
-        return open_study(self.config, self.folder)
+        return open_study(self.config.search, self.folder)
 
     # The stages.
 
@@ -320,16 +331,18 @@ class _Work:
         rows = self._sensitivity_rows()
         if self._noted("sensitivity"):
             return
-        todo = plan(self.loaded, self.statistics, self.config)
+        levels = self.config.sensitivity.target_sparsity
+        todo = plan(self.loaded, self.statistics, self.config.target, levels)
         self.progress.stage("sensitivity", len(todo), len(rows))
+        done = {(row["phase"], row["layer"], row["scale_factor"]) for row in rows}
         shortest = sorted(self.prompts["search"], key=lambda prompt: len(prompt.ids))
         measured = measure_layers(
             self.loaded,
-            self.config,
             self.statistics,
+            [step for step in todo if step not in done],
+            lambda setting: thresholds_for(self.loaded, self.config, setting),
             shortest[: self.config.sensitivity.prompts],
             self._dense,
-            rows,
         )
         for row in measured:
             rows.append(asdict(row))
@@ -342,12 +355,21 @@ class _Work:
             return
         finished = len(points(self.study))
         self.progress.stage("search", self.config.search.trials, finished)
-        trials = search(self.study, self.space, self.config, self.prompts["search"], self._evaluate)
+        limits = self.config.budget.limits
+        trials = search(
+            self.study,
+            self.space,
+            self.prompts["search"],
+            self._evaluate,
+            self.config.search,
+            limits=limits,
+            seed=self.config.seed,
+        )
         best: Point | None = None
         for point in trials:
             if (
                 point is not None
-                and point.kl <= self.config.budget.kl
+                and point.share(limits) <= 1.0
                 and (best is None or point.relative_time < best.relative_time)
             ):
                 best = point
@@ -361,19 +383,24 @@ class _Work:
             return
         heldout = self.prompts["heldout"]
         found = points(self.study)
-        chosen = candidates(found, self.config)
+        within = self.config.budget.limits, self.config.validation.attempts
+        chosen = candidates(found, *within)
         # The best single number is picked as the winner is: within the same shares of the budget.
-        baselines = uniform_candidates(found, self.config)
+        baselines = uniform_candidates(found, *within)
         short = self._short_prompt()
         steps = len(heldout) * (2 if baselines else 1) + (short is not None)
         self.progress.stage("validation", steps, 0)
 
         def evaluate(setting: Setting, prompt: Prompt) -> Outcome:
             outcome = self._evaluate_once(setting, prompt)
-            self.progress.step(f"{prompt.task}, {prompt.length} tokens: KL {outcome.kl:.2g}")
+            self.progress.step(
+                f"{prompt.task}, {prompt.length} tokens: {losses.text(outcome.losses)}"
+            )
             return outcome
 
-        result = validate(chosen, baselines, heldout, evaluate, self.statistics, self.config, short)
+        result = validate(
+            chosen, baselines, heldout, evaluate, self.statistics, Law.of(self.config), short
+        )
         write_text_atomically(
             self.folder / "validation.json", json.dumps(result.to_json(), indent=1)
         )
@@ -450,7 +477,7 @@ class _Work:
         if key not in known:
             known[key] = asdict(self._evaluate(setting, prompt))
             write_text_atomically(path, json.dumps(known))
-        return Outcome(**known[key])
+        return Outcome.from_row(known[key])
 
     def _short_prompt(self) -> Prompt | None:
         tokens = self.config.validation.short_prompt
@@ -478,7 +505,7 @@ class _Work:
             read_json(self.folder / "fit.json"),
             times,
             self.cost,
-            self.config,
+            self.config.budget,
             sources,
         )
         thresholds.save(self.folder / "thresholds.yaml")
@@ -528,4 +555,4 @@ def _prompt(row: dict[str, Any]) -> Prompt:
 
 def _describe(point: Point) -> str:
     shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in point.sparsity.items())
-    return f"best: {1 / point.relative_time:.2f}x, KL {point.kl:.2g}, skips {shares}"
+    return f"best: {1 / point.relative_time:.2f}x, {losses.text(point.losses)}, skips {shares}"

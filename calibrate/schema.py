@@ -131,7 +131,12 @@ class BudgetConfig(_Section):
     score_drop: float | None = Field(default=2.0, gt=0, le=100)
     """Drop of the share of reference tokens that the model ranks first [points]; null: not tested."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Both laws hold for the upper confidence bound, not the mean."""
+    """Each upper confidence bound, not the mean, must lie within its budget."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The budget of each loss that has one, by the loss's name."""
+        return {name: value for name, value in self if name != "confidence" and value is not None}
 
 
 class TargetConfig(_Section):
@@ -147,6 +152,10 @@ class TargetConfig(_Section):
     """How much each phase's predicted attention time counts in the objective."""
     min_kv_len: dict[Phase, int] = {"prefill": 512, "decode": 512}
     """Shortest KV length that will use the thresholds [tokens]; shorter requests run dense."""
+
+    def largest_scale_factor(self, phase: Phase) -> float:
+        """Largest scale factor that `min_kv_len > scale_factor` allows [tokens]."""
+        return self.min_kv_len[phase] * 0.98
 
     @model_validator(mode="after")
     def _phases_make_sense(self) -> TargetConfig:

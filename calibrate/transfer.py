@@ -14,6 +14,7 @@ from typing import Any
 
 from calibrate.engines.catalogue import find_engine
 from calibrate.errors import UserError, WorkFailed
+from calibrate.loss import losses
 from calibrate.loss.above_one import compare_unguarded
 from calibrate.loss.measure import Outcome, compare
 from calibrate.model.config_json import identity_of
@@ -23,11 +24,12 @@ from calibrate.prompts.build import Prompt
 from calibrate.proof.assess import Assessment, Evaluate, assess
 from calibrate.proof.emit import emit
 from calibrate.proof.project import Projection, describe, project, tiles_for
+from calibrate.proof.verdict import Law
 from calibrate.record import provenance
 from calibrate.record.files import read_json
 from calibrate.record.folder import claimed, locked, open_run
 from calibrate.schema import GeometryConfig, RunConfig
-from calibrate.search.points import points
+from calibrate.search.study import points
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Geometry, MinKvLen, Phase
@@ -122,7 +124,9 @@ def assess_file(
         calibrated = _calibrated(path)
         heldout = work.prompts["heldout"]
         work.progress.stage("assess", len(heldout) * (1 if calibrated is None else 2), 0)
-        result = assess(thresholds, calibrated, heldout, _evaluator(work), config)
+        result = assess(
+            thresholds, calibrated, heldout, _evaluator(work), Law.of(config), config.budget
+        )
     floors = {phase: getattr(thresholds.min_kv_len, phase) for phase in PHASES}
     if result.evidence["verdict"] == "passed" and "imported" in thresholds.evidence:
         shortest = min(config.prompts.lengths)
@@ -168,7 +172,7 @@ def _projected(work: _Work, ours: RunConfig, winner: Setting, engine: str) -> Pr
             )
 
         outcome = once([setting, ours.geometry.model_dump(mode="json")], prompt, measure)
-        work.progress.step(f"{prompt.task}, {prompt.length} tokens: KL {outcome.kl:.2g}")
+        work.progress.step(f"{prompt.task}, {prompt.length} tokens: {losses.text(outcome.losses)}")
         return outcome
 
     search, heldout = work.prompts["search"], work.prompts["heldout"]
@@ -178,9 +182,10 @@ def _projected(work: _Work, ours: RunConfig, winner: Setting, engine: str) -> Pr
         points(work.study),
         work.space,
         find_engine(engine),
-        ours,
+        Law.of(ours),
+        ours.validation.attempts,
         (search, heldout),
-        (evaluate, evaluate),
+        evaluate,
     )
 
 
@@ -210,7 +215,7 @@ def _emitted(
         {phase: fits[phase] for phase in ours.target.phases},
         work.space.phase_times(attempt.setting),
         work.cost,
-        ours,
+        ours.budget,
         provenance.of_results(ours, work.prompts) | identity_of(ours.model),
     )
     direct = {**describe(found.direct.setting), "holds": found.refused is None}
@@ -261,7 +266,7 @@ def _evaluator(work: _Work) -> Evaluate:
         outcome = once(
             key, prompt, lambda: measure(work.loaded, thresholds, prompt, work._dense(prompt))
         )
-        work.progress.step(f"{prompt.task}, {prompt.length} tokens: KL {outcome.kl:.2g}")
+        work.progress.step(f"{prompt.task}, {prompt.length} tokens: {losses.text(outcome.losses)}")
         return outcome
 
     return evaluate
@@ -277,6 +282,6 @@ def _cached(work: _Work) -> Callable[[Any, Prompt, Callable[[], Outcome]], Outco
         if key not in known:
             known[key] = asdict(measure())
             write_text_atomically(path, json.dumps(known))
-        return Outcome(**known[key])
+        return Outcome.from_row(known[key])
 
     return once

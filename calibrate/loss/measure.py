@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
+from calibrate.loss.losses import compared, score
 from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from skip_softmax.huggingface.applied import applied
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import (
-    PHASES,
-    Phase,
-)
+from skip_softmax.thresholds.types import PHASES, Phase
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,8 @@ class Outcome:
         key: the prompt's key.
         task: its task.
         length: its length bin [tokens].
-        kl: mean KL(dense || sparse) over the positions that predict the continuation and after
-            [nats/token].
-        score: share of reference tokens ranked first [points].
-        dense_score: the same of the dense run.
+        losses: every loss of `LOSSES`, over the positions that predict the continuation and after.
+        dense_score: share of reference tokens that the dense run ranks first [points].
         visited: tiles per phase and layer.
         skipped: tiles per phase and layer.
     """
@@ -38,11 +34,19 @@ class Outcome:
     key: str
     task: str
     length: int
-    kl: float
-    score: float
+    losses: dict[str, float]
     dense_score: float
     visited: dict[Phase, list[int]]
     skipped: dict[Phase, list[int]]
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Outcome:
+        """What `asdict` made of an outcome, in this version or an earlier one."""
+        if "losses" in row:
+            return cls(**row)
+        losses = {"kl": row["kl"], "score_drop": row["dense_score"] - row["score"]}
+        kept = {key: value for key, value in row.items() if key not in ("kl", "score")}
+        return cls(**kept, losses=losses)
 
 
 def compare(
@@ -60,7 +64,7 @@ def compare(
         dense: `dense_logits` of the prompt.
 
     Returns:
-        Loss and tile counts.
+        Losses and tile counts.
     """
     with applied(loaded.model, thresholds, decode_from=len(prompt.ids)) as tiles:
         sparse = forward(loaded, prompt).float().cpu()
@@ -76,40 +80,20 @@ def outcome(
     visited: dict[Phase, list[int]],
     skipped: dict[Phase, list[int]],
 ) -> Outcome:
-    """What two runs of a prompt differ by, and the tiles that the sparse one counted."""
+    """How two runs of a prompt differ, with the tiles that the sparse one counted."""
     return Outcome(
         prompt.key,
         prompt.task,
         prompt.length,
-        kl_divergence(dense, sparse),
-        score(sparse, prompt),
+        compared(dense, sparse, prompt),
         score(dense, prompt),
         visited,
         skipped,
     )
 
 
-def kl_divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-    """Mean KL(dense || sparse) over positions [nats/token], from logits [positions, vocabulary]."""
-    p = torch.log_softmax(dense.double(), dim=-1)
-    q = torch.log_softmax(sparse.double(), dim=-1)
-    # Rounding can leave -1e-17 where both are equal.
-    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)
-
-
-def score(logits: torch.Tensor, prompt: Prompt) -> float:
-    """Share of the continuation's tokens that the model ranks first [points, 0 to 100].
-
-    For an answer that is all first-ranked, greedy generation gives exactly that answer.
-    """
-    reference = torch.tensor(prompt.continuation)
-    first = logits[:-1].argmax(-1)
-    return 100.0 * float((first == reference).double().mean())
-
-
-def sparsity(outcomes: Sequence[Outcome] | Sequence[dict[str, Any]], phase: Phase) -> float:
+def sparsity(outcomes: Sequence[Outcome], phase: Phase) -> float:
     """Skipped / visited tiles over outcomes, in [0, 1]."""
-    rows = [row if isinstance(row, dict) else vars(row) for row in outcomes]
-    visited = sum(sum(row["visited"][phase]) for row in rows)
-    skipped = sum(sum(row["skipped"][phase]) for row in rows)
+    visited = sum(sum(outcome.visited[phase]) for outcome in outcomes)
+    skipped = sum(sum(outcome.skipped[phase]) for outcome in outcomes)
     return skipped / visited if visited else 0.0

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from calibrate.loss.measure import kl_divergence
+from calibrate.loss.losses import kl_divergence
 from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
-from calibrate.model.section import Setting, thresholds_for
+from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
-from calibrate.schema import RunConfig
+from calibrate.schema import TargetConfig
 from calibrate.statistics.counts import Statistics, scale_factor_at
 from skip_softmax.huggingface.applied import applied
 from skip_softmax.thresholds.file import Thresholds
@@ -68,17 +68,24 @@ class LossModel:
         return float(self.weights[phase][layer] * dropped_mass**LOSS_POWER)
 
 
+Step = tuple[Phase, int, float]
+"""One measurement: phase, layer, scale factor [tokens]."""
+
+
 def plan(
-    loaded: LoadedModel, statistics: Statistics, config: RunConfig
-) -> list[tuple[Phase, int, float]]:
-    """Which (phase, layer, scale factor) to measure; layers that cannot skip a percent are left out."""
-    todo: list[tuple[Phase, int, float]] = []
-    for phase in config.target.phases:
-        ceiling = largest_scale_factor(config, phase)
+    loaded: LoadedModel, statistics: Statistics, target: TargetConfig, levels: Sequence[float]
+) -> list[Step]:
+    """What to measure: each layer at the scale factors that reach the given sparsities in it.
+
+    Layers that cannot skip a percent of their tiles are left out.
+    """
+    todo: list[Step] = []
+    for phase in target.phases:
+        ceiling = target.largest_scale_factor(phase)
         for layer in loaded.calibratable:
             factors = {
                 min(scale_factor_at(statistics, phase, level, layer.index), ceiling)
-                for level in config.sensitivity.target_sparsity
+                for level in levels
             }
             for factor in sorted(factors):
                 if statistics.layer_sparsity(phase, factor)[layer.index] >= 0.01:
@@ -86,34 +93,27 @@ def plan(
     return todo
 
 
-def largest_scale_factor(config: RunConfig, phase: Phase) -> float:
-    """Largest scale factor that `min_kv_len > scale_factor` allows [tokens]."""
-    return config.target.min_kv_len[phase] * 0.98
-
-
 def measure_layers(
     loaded: LoadedModel,
-    config: RunConfig,
     statistics: Statistics,
+    todo: Sequence[Step],
+    thresholds: Callable[[Setting], Thresholds],
     prompts: Sequence[Prompt],
     dense: Callable[[Prompt], torch.Tensor],
-    done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[Row]:
-    """Measures what `plan` lists and `done` does not hold.
+    """Measures layers, one at a time.
 
     Args:
         loaded: the model.
-        config: the run config.
         statistics: of the calibration prompts.
+        todo: what `plan` lists and no earlier, interrupted measurement has done.
+        thresholds: a setting as what the model runs.
         prompts: a few short search prompts.
         dense: gives a prompt's dense logits.
-        done: rows of an earlier, interrupted measurement.
 
     Yields:
-        Rows in the order of `plan`.
+        One row per item of `todo`.
     """
-    finished = {(row["phase"], row["layer"], row["scale_factor"]) for row in done}
-    todo = [item for item in plan(loaded, statistics, config) if item not in finished]
     probes: dict[Phase, list[Callable[[int, Thresholds], torch.Tensor]]] = {}
     for phase, layer, factor in todo:
         if phase not in probes:
@@ -121,9 +121,9 @@ def measure_layers(
         setting: Setting = {
             phase: tuple(factor if i == layer else 0.0 for i in range(len(loaded.layers)))
         }
-        thresholds = thresholds_for(loaded, config, setting)
+        alone = thresholds(setting)
         losses = [
-            kl_divergence(dense(prompt), probe(layer, thresholds))
+            kl_divergence(dense(prompt), probe(layer, alone))
             for prompt, probe in zip(prompts, probes[phase], strict=True)
         ]
         yield Row(
@@ -140,7 +140,7 @@ def loss_model(rows: Sequence[Row], layers: int, phases: Sequence[Phase]) -> Los
     """Weights from the measured rows; a layer without a row takes the phase's largest weight.
 
     Args:
-        rows: what `measure_layers` gave.
+        rows: from `measure_layers`.
         layers: number of layers.
         phases: phases to model.
     """
@@ -157,11 +157,6 @@ def loss_model(rows: Sequence[Row], layers: int, phases: Sequence[Phase]) -> Los
         worst = max(means.values(), default=1.0)
         weights[phase] = tuple(means.get(layer, worst) for layer in range(layers))
     return LossModel(weights)
-
-
-def as_row(data: dict[str, Any]) -> Row:
-    """A row from what `asdict` made of it."""
-    return Row(**data)
 
 
 def _prefill_probe(
@@ -189,7 +184,7 @@ def _decode_probe(loaded: LoadedModel, prompt: Prompt) -> Callable[[int, Thresho
     steps = torch.tensor([prompt.continuation], device=device)
 
     def run(layer: int, thresholds: Thresholds) -> torch.Tensor:
-        del layer  # the cache already leaves out everything that cannot change
+        del layer  # the cache holds everything that cannot change
         with torch.no_grad(), applied(loaded.model, thresholds, decode_from=len(prompt.ids)):
             out = loaded.model(
                 input_ids=steps,

@@ -1,17 +1,18 @@
-"""What somebody's numbers do to your model: loss and sparsity per length, beside dense and calibrated."""
+"""What numbers from elsewhere do to your model: loss and sparsity per length, beside dense and calibrated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from calibrate.loss.losses import LOSSES
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.prompts.build import Prompt
-from calibrate.proof.validate import upper_bound
-from calibrate.schema import RunConfig
+from calibrate.proof.verdict import Law, judge
+from calibrate.schema import BudgetConfig
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, MinKvLen, Phase
 
@@ -27,7 +28,7 @@ class Row:
         length: prompt length [tokens].
         setting: `dense`, `given` or `calibrated`.
         threshold: largest scale factor / prompt length, per phase.
-        kl: mean loss [nats/token].
+        losses: mean of every loss.
         score: share of reference tokens ranked first [points].
         sparsity: achieved, per phase.
         above_one: a threshold is 1 or more: measured as engines run it, see `above_one`.
@@ -36,10 +37,15 @@ class Row:
     length: int
     setting: str
     threshold: dict[Phase, float]
-    kl: float
+    losses: dict[str, float]
     score: float
     sparsity: dict[Phase, float]
     above_one: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with each loss under its own name."""
+        row = asdict(self)
+        return {**row.pop("losses"), **row}
 
 
 @dataclass(frozen=True)
@@ -54,17 +60,21 @@ class Assessment:
     rows: tuple[Row, ...]
     evidence: dict[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"rows": [row.to_json() for row in self.rows], "evidence": self.evidence}
+
 
 def as_served(thresholds: Thresholds, kv_len: int) -> tuple[Thresholds, bool]:
-    """Imported numbers as an engine uses them on a request: it knows no shortest length.
+    """Imported numbers as an engine uses them on a request: engines ignore `min_kv_len`.
 
     Args:
         thresholds: a thresholds file.
         kv_len: KV length of the request [tokens].
 
     Returns:
-        What to run, and whether a threshold is 1 or more there. A file that was not imported, or for our
-        own kernel, is run as it is: dense below `min_kv_len`.
+        What to run, and whether a threshold is 1 or more there. A file that was not imported, or was
+        imported for our own kernel, is run as it is: dense below `min_kv_len`.
     """
     if thresholds.evidence.get("imported", {}).get("engine", "native") == "native":
         return thresholds, False
@@ -79,7 +89,8 @@ def assess(
     calibrated: Thresholds | None,
     prompts: Sequence[Prompt],
     evaluate: Evaluate,
-    config: RunConfig,
+    law: Law,
+    budget: BudgetConfig,
 ) -> Assessment:
     """Measures a thresholds file on held-out prompts.
 
@@ -88,10 +99,11 @@ def assess(
         calibrated: the run's own file, for comparison; None: there is none.
         prompts: held-out prompts.
         evaluate: runs one prompt with thresholds.
-        config: budget, confidence, resamples.
+        law: what the numbers must meet.
+        budget: the same, as the file's evidence shows it.
 
     Returns:
-        Rows and verdict: passed only if both bounds hold and no threshold was 1 or more.
+        Rows and verdict; numbers with a threshold of 1 or more do not pass.
     """
     rows: list[Row] = []
     outcomes: list[Outcome] = []
@@ -104,9 +116,8 @@ def assess(
             evaluate(file, prompt, above)
             for (file, above), prompt in zip(served, members, strict=True)
         ]
-        rows.append(
-            Row(length, "dense", {}, 0.0, float(np.mean([o.dense_score for o in found])), {})
-        )
+        dense_score = float(np.mean([o.dense_score for o in found]))
+        rows.append(Row(length, "dense", {}, dict.fromkeys(LOSSES, 0.0), dense_score, {}))
         rows.append(_row(length, "given", given, found, above_one))
         if calibrated is not None:
             rows.append(
@@ -120,7 +131,7 @@ def assess(
             )
         outcomes += found
         too_short += [length] if above_one else []
-    return Assessment(tuple(rows), _evidence(given, outcomes, too_short, config))
+    return Assessment(tuple(rows), _evidence(given, outcomes, too_short, law, budget))
 
 
 def _row(
@@ -130,8 +141,8 @@ def _row(
         length,
         name,
         {phase: largest(thresholds, phase) / length for phase in PHASES},
-        float(np.mean([o.kl for o in outcomes])),
-        float(np.mean([o.score for o in outcomes])),
+        {name: float(np.mean([o.losses[name] for o in outcomes])) for name in LOSSES},
+        float(np.mean([o.dense_score - o.losses["score_drop"] for o in outcomes])),
         {phase: sparsity(outcomes, phase) for phase in PHASES},
         above_one,
     )
@@ -143,50 +154,33 @@ def largest(thresholds: Thresholds, phase: Phase) -> float:
 
 
 def _evidence(
-    given: Thresholds, outcomes: Sequence[Outcome], too_short: list[int], config: RunConfig
+    given: Thresholds,
+    outcomes: Sequence[Outcome],
+    too_short: list[int],
+    law: Law,
+    budget: BudgetConfig,
 ) -> dict[str, Any]:
-    confidence = config.budget.confidence
-    drops = [o.dense_score - o.score for o in outcomes]
-    kl = upper_bound([o.kl for o in outcomes], confidence, config)
-    drop = upper_bound([*drops, 100.0 / config.prompts.decode_tokens], confidence, config)
-    reasons = []
-    if too_short:
-        reasons.append(f"the threshold is 1 or more at {' and '.join(map(str, too_short))} tokens")
-    if kl.upper > config.budget.kl:
-        reasons.append(
-            f"KL {kl.mean:.3g}, upper bound {kl.upper:.3g} above {config.budget.kl:g} nats/token"
-        )
-    if config.budget.score_drop is not None and drop.upper > config.budget.score_drop:
-        reasons.append(
-            f"score drop, upper bound {drop.upper:.2f} above {config.budget.score_drop:g} points"
-        )
     phases = [phase for phase in PHASES if largest(given, phase) > 0]
-    reasons += [
-        f"nothing was skipped in {phase}" for phase in phases if sparsity(outcomes, phase) == 0
-    ]
-    lengths = sorted({o.length for o in outcomes})
+    lengths = " and ".join(map(str, too_short))
+    objections = [f"the threshold is 1 or more at {lengths} tokens"] if too_short else []
+    verdict = judge(outcomes, phases, law, objections)
     return {
-        **{key: value for key, value in given.evidence.items() if key in ("imported",)},
-        "verdict": "failed" if reasons else "passed",
-        **({"reason": "; ".join(reasons)} if reasons else {}),
-        "budget": config.budget.model_dump(mode="json", exclude_none=True),
+        **{key: value for key, value in given.evidence.items() if key == "imported"},
+        "verdict": "passed" if verdict.passed else "failed",
+        **({} if verdict.passed else {"reason": verdict.reason}),
+        "budget": budget.model_dump(mode="json", exclude_none=True),
         "loss": {
-            "kl": {"mean": kl.mean, "upper": kl.upper, "confidence": confidence},
-            "score_drop": {
-                "mean": float(np.mean(drops)),
-                "upper": drop.upper,
-                "confidence": confidence,
-            },
+            **{name: asdict(bound) for name, bound in verdict.losses.items()},
             "heldout_prompts": len(outcomes),
         },
         "sparsity": {
             phase: {
-                "achieved": sparsity(outcomes, phase),
+                "achieved": share,
                 "by_length": {
                     str(n): {"achieved": sparsity([o for o in outcomes if o.length == n], phase)}
-                    for n in lengths
+                    for n in sorted({o.length for o in outcomes})
                 },
             }
-            for phase in phases
+            for phase, share in verdict.sparsity.items()
         },
     }

@@ -1,11 +1,12 @@
-"""The thresholds file of a run, with its evidence; dense unless the validation passed."""
+"""The thresholds file of a run, with its evidence; every layer is dense unless the validation passed."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from calibrate.proof.validate import Attempt, Bound, Validation
-from calibrate.schema import RunConfig
+from calibrate.proof.validate import Attempt, Validation
+from calibrate.schema import BudgetConfig
 from calibrate.search.cost import Cost
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import LayerOverride, Phase, ScaleFactors
@@ -17,7 +18,7 @@ def emit(
     fits: dict[Phase, dict[str, Any]],
     times: dict[Phase, float],
     cost: Cost,
-    config: RunConfig,
+    budget: BudgetConfig,
     provenance: dict[str, Any],
 ) -> Thresholds:
     """Builds the file.
@@ -31,11 +32,11 @@ def emit(
         fits: `fit.fit_phase` of each phase.
         times: predicted attention time per phase relative to dense, of the winner.
         cost: where predicted times come from.
-        config: the run config.
+        budget: what the winner had to meet.
         provenance: versions, seeds and hashes; nothing that differs between two equal runs.
 
     Returns:
-        Thresholds that hold the validated setting, or 0 everywhere.
+        Thresholds with the validated setting, or with 0 everywhere.
     """
     winner = validation.attempts[-1] if validation.passed else None
     baseline = (
@@ -44,8 +45,7 @@ def emit(
         else None
     )
     uniform = {
-        phase: max(baseline.setting[phase]) if baseline and winner else 0.0
-        for phase in config.target.phases
+        phase: max(baseline.setting[phase]) if baseline and winner else 0.0 for phase in fits
     }
     layers = (
         tuple(
@@ -62,18 +62,18 @@ def emit(
             "scale_factor": ScaleFactors(**uniform),
             "layers": layers,
             "fit": {phase: _curve(fit["model"]) for phase, fit in fits.items()},
-            "evidence": _evidence(validation, times, cost, config),
+            "evidence": _evidence(validation, times, cost, budget),
             "provenance": provenance,
         }
     )
 
 
 def _evidence(
-    validation: Validation, times: dict[Phase, float], cost: Cost, config: RunConfig
+    validation: Validation, times: dict[Phase, float], cost: Cost, budget: BudgetConfig
 ) -> dict[str, Any]:
     evidence: dict[str, Any] = {
         "verdict": "passed" if validation.passed else "failed",
-        "budget": config.budget.model_dump(mode="json", exclude_none=True),
+        "budget": budget.model_dump(mode="json", exclude_none=True),
     }
     if validation.attempts:
         last = validation.attempts[-1]
@@ -105,8 +105,10 @@ def _evidence(
 
 def _loss(attempt: Attempt) -> dict[str, Any]:
     return {
-        "kl": _bound(attempt.kl),
-        "score_drop": _bound(attempt.score_drop),
+        **{
+            name: {key: _round(value) for key, value in asdict(bound).items()}
+            for name, bound in attempt.losses.items()
+        },
         "heldout_prompts": attempt.prompts,
         "by_task": {
             task: {k: _round(v) for k, v in row.items()} for task, row in attempt.by_task.items()
@@ -128,21 +130,13 @@ def _sparsity(attempt: Attempt) -> dict[str, Any]:
 
 
 def _curve(curve: dict[str, Any]) -> dict[str, Any]:
-    """A refused curve keeps its reason but not its numbers: nobody can use them by mistake."""
+    """A refused curve keeps its reason but not its numbers, so that nobody uses them by mistake."""
     if curve["refused"] is not None:
         return {"refused": curve["refused"], "points": curve["points"]}
     kept = {key: value for key, value in curve.items() if value is not None}
     return {
         key: [_round(v) for v in value] if isinstance(value, (list, tuple)) else _round(value)
         for key, value in kept.items()
-    }
-
-
-def _bound(bound: Bound) -> dict[str, float]:
-    return {
-        "mean": _round(bound.mean),
-        "upper": _round(bound.upper),
-        "confidence": _round(bound.confidence),
     }
 
 

@@ -1,32 +1,33 @@
 """Projection: the nearest setting that an engine can express, measured again.
 
-A mean of per-layer numbers is not a setting that anybody has measured. The projection starts from the number
-per phase whose predicted loss is that of the run's winner, and steps down until the measured loss fits.
+Nobody has measured the mean of per-layer numbers. The projection starts from the number per phase whose
+predicted loss is that of the run's winner, and steps down until the measured loss is within the budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from calibrate.engines.catalogue import find_gpu, geometry_of, objections, servers_for
 from calibrate.engines.types import Engine
 from calibrate.errors import UserError
+from calibrate.loss.losses import LOSSES
 from calibrate.loss.measure import Outcome, sparsity
-from calibrate.loss.sensitivity import largest_scale_factor
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.proof.validate import Validation, validate
-from calibrate.schema import RunConfig
+from calibrate.proof.verdict import Law
 from calibrate.search.points import Point, candidates
-from calibrate.search.space import Space
+from calibrate.search.space import Space, grid
 from skip_softmax.thresholds.types import Geometry, Phase
 
 _STEP = 0.5  # octaves between tried projections
 _STEPS = 12
 _PER_OCTAVE = 8
+_ENOUGH = 0.25  # a share of the budget; steps end there, below what a second candidate may spend
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Projection:
 
     Attributes:
         direct: the straight projection of the winner.
-        refused: why the straight projection does not hold; None: it does.
-        validation: the proof of the nearest setting that holds.
+        refused: why the straight projection fails; None: it passes.
+        validation: the proof of the nearest setting that passes.
     """
 
     direct: Point
@@ -87,20 +88,22 @@ def project(
     known: Sequence[Point],
     space: Space,
     engine: Engine,
-    config: RunConfig,
+    law: Law,
+    attempts: int,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
-    evaluate: tuple[Callable[[Setting, Prompt], Outcome], Callable[[Setting, Prompt], Outcome]],
+    evaluate: Callable[[Setting, Prompt], Outcome],
 ) -> Projection:
     """Finds the fastest expressible setting near the winner that meets the budget on the held-out prompts.
 
     Args:
-        winner: the run's validated setting.
+        winner: the run's validated setting, in the phases to project.
         known: trials of the run; those that the engine can express are candidates too.
         space: the run's search space; predicts losses and times.
         engine: what can be expressed.
-        config: the run's config with the engine's geometry and phases.
+        law: what the projection must meet.
+        attempts: how many settings the validation may try.
         prompts: search and held-out prompts.
-        evaluate: runs a search prompt, runs a held-out prompt, both as the engine would.
+        evaluate: runs a prompt as the engine would.
 
     Returns:
         The projection; its validation may have failed.
@@ -109,42 +112,43 @@ def project(
         WorkFailed: nothing that the engine can express skips within the budget.
     """
     search, heldout = prompts
-    budget = config.budget.kl
+    limits = law.limits
 
     def measured(name: str, setting: Setting) -> Point:
-        outcomes = [evaluate[0](setting, prompt) for prompt in search]
+        outcomes = [evaluate(setting, prompt) for prompt in search]
         return Point(
             name,
             setting,
-            sum(o.kl for o in outcomes) / len(outcomes),
+            {loss: sum(o.losses[loss] for o in outcomes) / len(outcomes) for loss in LOSSES},
             space.relative_time(setting),
-            {phase: sparsity(outcomes, phase) for phase in config.target.phases},
+            {phase: sparsity(outcomes, phase) for phase in setting},
         )
 
     dense = _dense_layers(winner, engine)
-    factors = {
-        phase: _nearest(winner, phase, dense, space, config) for phase in config.target.phases
-    }
-    points = [measured("projection", _one_number(factors, dense, space))]
-    for setting in _expressible(known, engine, config)[:2]:
+    factors = {phase: _nearest(winner, phase, dense, space) for phase in winner}
+    points = [measured("projection", space.one_number(factors, dense))]
+    for setting in _expressible(known, engine, winner, limits)[:2]:
         points.append(measured("search", setting))
     for step in range(1, _STEPS + 1):
-        if min(point.kl for point in points) <= 0.25 * budget:
+        if min(point.share(limits) for point in points) <= _ENOUGH:
             break
         lower = {
             phase: float(f"{factor * 2 ** (-_STEP * step):.5g}")
             for phase, factor in factors.items()
         }
-        points.append(measured("projection", _one_number(lower, dense, space)))
+        points.append(measured("projection", space.one_number(lower, dense)))
     direct = points[0]
-    tried = [point for point in candidates(points, config) if point is not direct]
-    if direct.kl <= budget and all(direct.sparsity.values()):
-        tried = [direct, *tried][: max(config.validation.attempts, 2)]
-    result = validate(tried, (), heldout, evaluate[1], space.statistics, config, None)
+    over = [name for name, limit in limits.items() if direct.losses[name] > limit]
+    tried = [point for point in candidates(points, limits, attempts) if point is not direct]
+    if not over and direct.skips:
+        tried = [direct, *tried][: max(attempts, 2)]
+    result = validate(tried, (), heldout, evaluate, space.statistics, law, None)
     refused = None
-    if direct.kl > budget:
-        refused = (
-            f"KL {direct.kl:.3g} on the search prompts, above the budget of {budget:g} nats/token"
+    if over:
+        refused = "; ".join(
+            f"{LOSSES[name].title} {LOSSES[name].text(direct.losses[name])} on the search prompts, above "
+            f"the budget of {limits[name]:g} {LOSSES[name].unit}"
+            for name in over
         )
     elif result.attempts[0].setting == direct.setting:
         refused = result.attempts[0].reason
@@ -163,41 +167,29 @@ def _dense_layers(winner: Setting, engine: Engine) -> set[int]:
     return set(describe(winner)["dense_layers"])
 
 
-def _nearest(
-    winner: Setting, phase: Phase, dense: set[int], space: Space, config: RunConfig
-) -> float:
+def _nearest(winner: Setting, phase: Phase, dense: set[int], space: Space) -> float:
     """The largest single number whose predicted loss is at most the winner's [tokens]."""
     allowed = space.predicted_loss({phase: winner[phase]})[phase]
-    top = math.log2(largest_scale_factor(config, phase))
-    grid = [top - step / _PER_OCTAVE for step in range(int((top + 2) * _PER_OCTAVE))]
-    for log2_factor in grid:
-        factors = _one_number({phase: 2.0**log2_factor}, dense, space)
+    log2_factors = grid(math.log2(space.target.largest_scale_factor(phase)), _PER_OCTAVE)
+    for log2_factor in reversed(log2_factors):
+        factors = space.one_number({phase: 2.0**log2_factor}, dense)
         if space.predicted_loss(factors)[phase] <= allowed:
             return float(f"{2.0**log2_factor:.5g}")
-    return float(f"{2.0 ** grid[-1]:.5g}")
+    return float(f"{2.0 ** log2_factors[0]:.5g}")
 
 
-def _one_number(factors: dict[Phase, float], dense: set[int], space: Space) -> Setting:
-    armed = set(space.layers) - dense
-    return {
-        phase: tuple(
-            factor if layer in armed else 0.0
-            for layer in range(space.statistics.counts[phase].shape[0])
-        )
-        for phase, factor in factors.items()
-    }
-
-
-def _expressible(known: Sequence[Point], engine: Engine, config: RunConfig) -> list[Setting]:
-    """Settings of trials that the engine can express and that kept the budget, fastest first."""
+def _expressible(
+    known: Sequence[Point], engine: Engine, phases: Iterable[Phase], limits: Mapping[str, float]
+) -> list[Setting]:
+    """Settings of trials that the engine can express and that were within the budget, fastest first."""
     found = []
     for point in sorted(known, key=lambda p: p.relative_time):
-        setting = {phase: point.setting[phase] for phase in config.target.phases}
+        setting = {phase: point.setting[phase] for phase in phases}
         zeros = [{i for i, f in enumerate(factors) if f == 0} for factors in setting.values()]
         single = all(len(set(factors) - {0.0}) == 1 for factors in setting.values())
         same = all(zero == zeros[0] for zero in zeros) and (
             engine.form == "scalar+ignore" or not zeros[0]
         )
-        if single and same and point.kl <= config.budget.kl and setting not in found:
+        if single and same and point.share(limits) <= 1.0 and setting not in found:
             found.append(setting)
     return found

@@ -1,36 +1,22 @@
-"""The proof on held-out prompts: is the loss of a setting, run as it will be served, within the budget?
-
-Non-inferiority, paired: every prompt is its own control, prompts are the unit that is resampled,
-and the upper confidence bound must stay within the budget, not the mean. When several candidates
-are tried, each is held to a stricter level (Bonferroni), so that trying more does not make a false
-pass more likely.
-"""
+"""The proof on held-out prompts: is the loss of a setting, run as it will be served, within the budget?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from scipy import stats as scipy_stats
+from pydantic import BeforeValidator
 
+from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
-from calibrate.schema import BudgetConfig, RunConfig
+from calibrate.proof.verdict import Bound, Law, judge, ran_dense
 from calibrate.search.points import Point
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.types import Phase
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A mean with its one-sided upper confidence bound."""
-
-    mean: float
-    upper: float
-    confidence: float
 
 
 @dataclass(frozen=True)
@@ -40,21 +26,19 @@ class Attempt:
     Attributes:
         name: where the candidate came from.
         setting: scale factors per phase and layer.
-        kl: loss [nats/token].
-        score_drop: dense score minus sparse score [points].
-        passed: whether both bounds are within the budget and tiles were skipped in every phase.
-        reason: why not.
+        losses: every loss, with its bound.
+        passed: the verdict.
+        reason: why it did not pass.
         relative_time: predicted attention time relative to dense, weighted over phases.
         sparsity: achieved, per phase.
         by_length: per phase and length: target (from the statistics) and achieved sparsity.
-        by_task: mean KL and score drop per task.
+        by_task: mean losses per task.
         prompts: how many held-out prompts.
     """
 
     name: str
     setting: Setting
-    kl: Bound
-    score_drop: Bound
+    losses: dict[str, Bound]
     passed: bool
     reason: str | None
     relative_time: float
@@ -62,6 +46,24 @@ class Attempt:
     by_length: dict[Phase, dict[int, dict[str, float]]]
     by_task: dict[str, dict[str, float]]
     prompts: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with each loss under its own name."""
+        row = asdict(self)
+        return {**row.pop("losses"), **row}
+
+
+def _gathered(row: Any) -> Any:
+    """What `Attempt.to_json` wrote, with the losses in one place again."""
+    if not isinstance(row, dict):
+        return row
+    return {
+        **row,
+        "losses": {name: row.get(name) for name in LOSSES if name in row or name == FINEST},
+    }
+
+
+_Stored = Annotated[Attempt, BeforeValidator(_gathered)]
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,12 @@ class Validation:
     Attributes:
         attempts: candidates in the order they were tried; at most the last one passed.
         baseline: the best single scale factor per phase on the same prompts: the first that passed, or
-            the last that did not; None if no such trial fits.
-        short_prompt: the check that requests below `min_kv_len` run dense, or None if it was not
-            asked for.
+            the last that did not; None if no trial with one number was within the budget.
+        short_prompt: the check that requests below `min_kv_len` run dense; None: not asked for.
     """
 
-    attempts: tuple[Attempt, ...]
-    baseline: Attempt | None
+    attempts: tuple[_Stored, ...]
+    baseline: _Stored | None
     short_prompt: dict[str, Any] | None
 
     @property
@@ -88,7 +89,12 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `validation.json`."""
-        return {**asdict(self), "passed": self.passed}
+        return {
+            "attempts": [attempt.to_json() for attempt in self.attempts],
+            "baseline": self.baseline and self.baseline.to_json(),
+            "short_prompt": self.short_prompt,
+            "passed": self.passed,
+        }
 
 
 def validate(
@@ -97,18 +103,18 @@ def validate(
     prompts: Sequence[Prompt],
     evaluate: Callable[[Setting, Prompt], Outcome],
     statistics: Statistics,
-    config: RunConfig,
+    law: Law,
     short: Prompt | None,
 ) -> Validation:
     """Tries candidates in order until one passes, and then the points with one number per phase.
 
     Args:
-        candidates: from `search.candidates`.
-        baselines: from `search.uniform_candidates`.
+        candidates: from `points.candidates`.
+        baselines: from `points.uniform_candidates`.
         prompts: held-out prompts.
         evaluate: runs one prompt with a setting.
         statistics: of the calibration prompts, for the target sparsities.
-        config: the run config.
+        law: what a single attempt would have to meet.
         short: a prompt below `min_kv_len`, or None.
 
     Returns:
@@ -116,12 +122,10 @@ def validate(
     """
 
     def attempted(points: Sequence[Point]) -> list[Attempt]:
-        # Each of several attempts is held to a stricter level; one attempt to the level itself.
-        confidence = 1.0 - (1.0 - config.budget.confidence) / max(len(points), 1)
         attempts: list[Attempt] = []
         for point in points:
             outcomes = [evaluate(point.setting, prompt) for prompt in prompts]
-            attempts.append(judge(point, outcomes, statistics, config, confidence))
+            attempts.append(_attempt(point, outcomes, statistics, law.for_each_of(len(points))))
             if attempts[-1].passed:
                 break
         return attempts
@@ -130,109 +134,48 @@ def validate(
     checked = None
     if short is not None and attempts:
         outcome = evaluate(attempts[-1].setting, short)
-        skipped = sum(sum(layers) for layers in outcome.skipped.values())
         checked = {
             "tokens": len(short.ids),
-            "skipped_tiles": skipped,
-            "kl": outcome.kl,
-            # Two dense kernels differ by rounding, in fp16 by more than nothing; a leak is far larger.
-            "dense": skipped == 0 and outcome.kl < 0.1 * config.budget.kl,
+            "skipped_tiles": sum(sum(layers) for layers in outcome.skipped.values()),
+            FINEST: outcome.losses[FINEST],
+            "dense": ran_dense(outcome, law),
         }
     return Validation(tuple(attempts), compared[-1] if compared else None, checked)
 
 
-def judge(
-    point: Point,
-    outcomes: Sequence[Outcome],
-    statistics: Statistics,
-    config: RunConfig,
-    confidence: float,
+def _attempt(
+    point: Point, outcomes: Sequence[Outcome], statistics: Statistics, law: Law
 ) -> Attempt:
-    """Turns outcomes on held-out prompts into a verdict."""
-    drops = [outcome.dense_score - outcome.score for outcome in outcomes]
-    kl = upper_bound([outcome.kl for outcome in outcomes], confidence, config)
-    # A sample without any change still proves only so much: one more prompt, one token worse, is
-    # assumed.
-    drop = upper_bound([*drops, 100.0 / config.prompts.decode_tokens], confidence, config)
-    drop = Bound(float(np.mean(drops)), drop.upper, confidence)
-    achieved: dict[Phase, float] = {
-        phase: sparsity(outcomes, phase) for phase in config.target.phases
-    }
-    reason = _why_not(kl, drop, achieved, config.budget)
-    tasks = sorted({outcome.task for outcome in outcomes})
+    verdict = judge(outcomes, tuple(point.setting), law)
     return Attempt(
         name=point.name,
         setting=point.setting,
-        kl=kl,
-        score_drop=drop,
-        passed=reason is None,
-        reason=reason,
+        losses=verdict.losses,
+        passed=verdict.passed,
+        reason=verdict.reason,
         relative_time=point.relative_time,
-        sparsity=achieved,
+        sparsity=verdict.sparsity,
         by_length={
             phase: {
                 length: {
-                    "target": statistics.sparsity(phase, point.setting[phase], index),
+                    "target": statistics.sparsity(phase, factors, index),
                     "achieved": sparsity([o for o in outcomes if o.length == length], phase),
                 }
                 for index, length in enumerate(statistics.lengths)
             }
-            for phase in config.target.phases
+            for phase, factors in point.setting.items()
         },
         by_task={
-            task: {
-                "kl": float(np.mean([o.kl for o in outcomes if o.task == task])),
-                "score_drop": float(
-                    np.mean([o.dense_score - o.score for o in outcomes if o.task == task])
-                ),
-                "dense_score": float(np.mean([o.dense_score for o in outcomes if o.task == task])),
-                "prompts": sum(o.task == task for o in outcomes),
-            }
-            for task in tasks
+            task: _task([outcome for outcome in outcomes if outcome.task == task])
+            for task in sorted({outcome.task for outcome in outcomes})
         },
         prompts=len(outcomes),
     )
 
 
-def upper_bound(values: Sequence[float], confidence: float, config: RunConfig) -> Bound:
-    """One-sided upper bound of a mean over prompts: bias-corrected bootstrap (scipy, BCa).
-
-    Args:
-        values: one per prompt.
-        confidence: level of the bound.
-        config: resamples and seed.
-
-    Returns:
-        Mean and bound; a sample whose values are all equal has no spread to resample, its bound is
-        its mean.
-    """
-    sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if np.ptp(sample) == 0:
-        return Bound(mean, mean, confidence)
-    result = scipy_stats.bootstrap(
-        (sample,),
-        np.mean,
-        confidence_level=confidence,
-        alternative="less",
-        method="BCa",
-        n_resamples=config.validation.bootstrap,
-        rng=np.random.default_rng(config.seed),
-    )
-    return Bound(mean, float(result.confidence_interval.high), confidence)
-
-
-def _why_not(
-    kl: Bound, drop: Bound, achieved: dict[Phase, float], budget: BudgetConfig
-) -> str | None:
-    dense = [phase for phase, share in achieved.items() if share <= 0]
-    if dense:
-        return f"nothing was skipped in {' and '.join(dense)}"
-    if kl.upper > budget.kl:
-        return f"KL {kl.mean:.3g}, upper bound {kl.upper:.3g} above the budget of {budget.kl:g} nats/token"
-    if budget.score_drop is not None and drop.upper > budget.score_drop:
-        return (
-            f"score drop {drop.mean:.2f}, upper bound {drop.upper:.2f} "
-            f"above the budget of {budget.score_drop:g} points"
-        )
-    return None
+def _task(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    return {
+        **{name: float(np.mean([o.losses[name] for o in outcomes])) for name in LOSSES},
+        "dense_score": float(np.mean([o.dense_score for o in outcomes])),
+        "prompts": len(outcomes),
+    }

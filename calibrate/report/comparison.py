@@ -7,8 +7,9 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.report.figures import add_chosen
-from calibrate.report.findings import LOSSES, SEARCHED, Findings, findings, percent
+from calibrate.report.findings import Findings, findings, percent
 from calibrate.report.page import render, sentence, write
 from calibrate.report.style import ACCENT, DASHES, INK, SYMBOLS, finish, upper_bars
 from calibrate.report.tables import compared, config_differences, provenance
@@ -64,7 +65,7 @@ def write_comparison(
 
 def compared_fronts(runs: Sequence[Findings]) -> go.Figure:
     """The fronts of two runs, with what each chose."""
-    figure, loss = go.Figure(), LOSSES[SEARCHED]
+    figure, loss = go.Figure(), LOSSES[FINEST]
     for (name, colour, dash, symbol), found in zip(_RUNS, runs, strict=True):
         figure.add_scatter(
             x=[point["speedup"] for point in found["front"]],
@@ -101,7 +102,7 @@ def compared_layers(runs: Sequence[Findings], phase: Phase) -> go.Figure:
     return finish(figure, title, "layer", "tiles skipped [%]", 300)
 
 
-def compared_tasks(runs: Sequence[Findings], loss: str = SEARCHED) -> go.Figure:
+def compared_tasks(runs: Sequence[Findings], loss: str = FINEST) -> go.Figure:
     """Held-out loss by task of two runs, with upper confidence bounds."""
     figure, about = go.Figure(), LOSSES[loss]
     for (name, colour, _, symbol), found in zip(_RUNS, runs, strict=True):

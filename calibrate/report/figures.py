@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
-from calibrate.report.findings import LOSSES, SEARCHED, Findings, percent, six
+from calibrate.loss.losses import FINEST, LOSSES
+from calibrate.report.findings import Findings, percent, six
 from calibrate.report.style import (
     ACCENT,
     DASHES,
@@ -26,6 +27,7 @@ from calibrate.report.style import (
     painted,
     upper_bars,
 )
+from calibrate.search.study import losses_of
 from skip_softmax.thresholds.types import Phase
 
 _CELLS_WITH_TEXT = 640
@@ -112,7 +114,7 @@ class Figures:
             figure,
             "Loss against predicted speed-up of every trial",
             "predicted attention speed-up [×]",
-            LOSSES[SEARCHED].axis,
+            LOSSES[FINEST].axis,
             480,
             log_y=True,
         )
@@ -178,7 +180,7 @@ class Figures:
     def sensitivity(self) -> go.Figure:
         """Measured loss of each layer when only that layer skips."""
         figure = go.Figure()
-        loss = LOSSES[SEARCHED]
+        loss = LOSSES[FINEST]
         for index, (phase, numbers) in enumerate(self._found["phases"].items()):
             rows = numbers["sensitivity"]
             figure.add_scatter(
@@ -197,7 +199,7 @@ class Figures:
         layers = len(next(iter(self._found["phases"].values()))["curve"]["layer_sparsity"])
         figure.update_xaxes(tickformat="d", dtick=1 if layers < 13 else 5)
         title = "Loss of each layer when only that layer skips"
-        return self._finish(figure, title, "layer", LOSSES[SEARCHED].axis, 320, log_y=True)
+        return self._finish(figure, title, "layer", LOSSES[FINEST].axis, 320, log_y=True)
 
     def curves(self, phase: Phase) -> go.Figure:
         """Sparsity by length, and dropped mass, against one scale factor; the dotted line is the slider's."""
@@ -297,7 +299,7 @@ class Figures:
         title = "Target and achieved sparsity by prompt length"
         return self._finish(figure, title, "prompt length [tokens]", "tiles skipped [%]", 320)
 
-    def by_task(self, loss: str = SEARCHED) -> go.Figure:
+    def by_task(self, loss: str = FINEST) -> go.Figure:
         """Loss of each task on the held-out prompts: every prompt, the mean, the upper confidence bound.
 
         Args:
@@ -397,10 +399,10 @@ class Figures:
     def history(self) -> go.Figure:
         """Loss of each trial in the order they were made (Optuna's plot)."""
         figure = optuna.visualization.plot_optimization_history(
-            self._searched(), target=lambda trial: float(trial.values[0]), target_name="loss"
+            self._searched(), target=lambda trial: losses_of(trial)[FINEST], target_name="loss"
         )
         kinds = (("trial", "circle", INK), ("over the budget", "x-thin-open", MUTED))
-        loss = LOSSES[SEARCHED]
+        loss = LOSSES[FINEST]
         for trace, (name, symbol, colour) in zip(figure.data, kinds, strict=False):
             trace.update(
                 y=[six(value) for value in trace.y],
@@ -422,7 +424,7 @@ class Figures:
             figure = optuna.visualization.plot_param_importances(
                 self._searched(),
                 evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-                target=lambda trial: float(trial.values[0]),
+                target=lambda trial: losses_of(trial)[FINEST],
                 target_name="loss",
             )
         figure.update_traces(marker={"color": INK}, textfont={"color": INK})
@@ -469,7 +471,7 @@ def add_chosen(figure: go.Figure, found: Findings, prefix: str = "", colour: str
 
 def _add_budget(figure: go.Figure, found: Findings, side: str) -> None:
     """The budget as a line across a figure whose loss axis is y and logarithmic."""
-    limit = found["budget"]["losses"][SEARCHED]
+    limit = found["budget"]["losses"][FINEST]
     figure.add_hline(y=limit, line={"color": INK, "width": 1, "dash": "dash"})
     figure.add_annotation(
         x=0 if side == "left" else 1,
@@ -502,7 +504,7 @@ def _add_uniform(figure: go.Figure, found: Findings) -> None:
 
 def _heldout(row: dict[str, Any], name: str, symbol: str, colour: str) -> go.Scatter:
     """Mean held-out loss, with a bar up to the upper confidence bound."""
-    bound = row["losses"][SEARCHED]
+    bound = row["losses"][FINEST]
     return go.Scatter(
         x=[row["speedup"]],
         y=[bound["mean"]],
@@ -511,7 +513,7 @@ def _heldout(row: dict[str, Any], name: str, symbol: str, colour: str) -> go.Sca
         marker={"symbol": symbol, "size": 10, "color": colour},
         error_y=upper_bars([bound], colour),
         hovertemplate=(
-            f"{name}: {row['prompts']} prompts<br>{_bound_text(SEARCHED, bound)}<br>"
+            f"{name}: {row['prompts']} prompts<br>{_bound_text(FINEST, bound)}<br>"
             f"{row['speedup']:.2f}× predicted<extra></extra>"
         ),
     )
@@ -526,7 +528,7 @@ def _bound_text(loss: str, bound: dict[str, Any]) -> str:
 def _trial_text(trial: dict[str, Any]) -> str:
     shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in trial["sparsity"].items())
     kinds = {"uniform": "one number per phase", "analytic": "analytic start"}
-    loss = LOSSES[SEARCHED]
+    loss = LOSSES[FINEST]
     return (
         f"trial {trial['number']} ({kinds.get(trial['name'], 'search')})<br>"
         f"{loss.title} {loss.text(trial['loss'])} {loss.unit}<br>"
@@ -541,4 +543,4 @@ def _used(found: Findings, phase: Phase) -> list[float]:
 
 
 def _speedup_and_loss(trial: FrozenTrial) -> tuple[float, float]:
-    return 1 / trial.values[1], trial.values[0]
+    return 1 / trial.values[1], losses_of(trial)[FINEST]

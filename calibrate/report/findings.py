@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,22 @@ from optuna.trial import TrialState
 from pydantic import TypeAdapter, ValidationError
 
 from calibrate.errors import UserError
-from calibrate.proof.validate import Attempt, Bound, Validation, upper_bound
+from calibrate.loss.losses import FINEST, LOSSES
+from calibrate.loss.measure import Outcome
+from calibrate.proof.validate import Attempt, Validation
+from calibrate.proof.verdict import Bound, upper_bound
 from calibrate.record.files import as_written, read_json
 from calibrate.record.provenance import digest
 from calibrate.schema import RunConfig
 from calibrate.search.cost import load_curves
-from calibrate.search.points import front, points
-from calibrate.search.study import read_study
+from calibrate.search.points import front
+from calibrate.search.study import points, read_study
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import Phase
 
 Findings = dict[str, Any]
 """Plain data, the shape of the report's JSON block; `findings` says what is in it."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss as a reader sees it."""
-
-    title: str
-    unit: str
-    format: str
-
-    @property
-    def axis(self) -> str:
-        """Title of an axis."""
-        return f"loss: {self.title} [{self.unit}]"
-
-    def text(self, value: float | None) -> str:
-        """The number as text; a dash for none."""
-        return "–" if value is None else format(value, self.format)
-
-
-LOSSES = {"kl": Loss("KL", "nats/token", "#.3g"), "score_drop": Loss("score drop", "points", ".2f")}
-SEARCHED = "kl"
 
 
 def findings(folder: Path, config: RunConfig) -> Findings:
@@ -64,8 +44,8 @@ def findings(folder: Path, config: RunConfig) -> Findings:
     Returns:
         `name`, `folder`, `verdict`, `budget`, `trials`, `pruned`, `front`, `heldout` (the chosen setting,
         earlier candidates, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
-        `sparsity` and so on) and `provenance`. The `loss` of a trial or a layer is the one that the search
-        minimises; `losses` has all of them by name.
+        `sparsity` and so on) and `provenance`. The `loss` of a trial or a layer is the KL; `losses` has
+        all of them by name.
 
     Raises:
         UserError: the folder has no statistics, or a file in it is damaged.
@@ -146,7 +126,8 @@ def _validation(path: Path, statistics: Statistics, config: RunConfig) -> Valida
         validation = TypeAdapter(Validation).validate_python(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
+        # In the file each loss stands under its own name.
+        key = ".".join(str(part) for part in first["loc"] if part != "losses") or "the file"
         raise UserError(
             f"`{path}`: {key}: {first['msg']}, but got {first['input']!r}; {cure}"
         ) from None
@@ -178,9 +159,10 @@ def _verdict(validation: Validation | None, thresholds: Thresholds | None) -> di
 
 def _budget(config: RunConfig) -> dict[str, Any]:
     """The limit of each loss that has one, and the confidence at which it must be met."""
-    budget = config.budget.model_dump(mode="json")
-    limits = {name: budget[name] for name in LOSSES if budget[name] is not None}
-    return {"losses": _rounded(limits), "confidence": _rounded(budget["confidence"])}
+    return {
+        "losses": _rounded(config.budget.limits),
+        "confidence": six(config.budget.confidence),
+    }
 
 
 def _attempt(attempt: Attempt | None) -> dict[str, Any] | None:
@@ -189,8 +171,8 @@ def _attempt(attempt: Attempt | None) -> dict[str, Any] | None:
         return None
     return {
         "name": attempt.name,
-        "losses": {name: _bound(getattr(attempt, name)) for name in LOSSES},
-        "confidence": six(attempt.kl.confidence),
+        "losses": {name: _bound(bound) for name, bound in attempt.losses.items()},
+        "confidence": six(attempt.losses[FINEST].confidence),
         "passed": attempt.passed,
         "reason": attempt.reason,
         "relative_time": six(attempt.relative_time),
@@ -210,7 +192,7 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
     """Trials of the study, in the order they were made."""
     if config.search.storage is None and not (folder / "study.db").exists():
         return {"trials": [], "pruned": 0, "front": []}
-    study = read_study(config, folder)
+    study = read_study(config.search, folder)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     finished = points(study)
     chosen = [attempt is not None and point.setting == attempt.setting for point in finished]
@@ -218,7 +200,7 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
         {
             "number": trial.number,
             "name": point.name,
-            "loss": six(point.kl),
+            "loss": six(point.losses[FINEST]),
             "relative_time": six(point.relative_time),
             "speedup": six(1 / point.relative_time),
             "sparsity": _rounded(point.sparsity),
@@ -226,7 +208,10 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
         }
         for index, (trial, point) in enumerate(zip(complete, finished, strict=True))
     ]
-    best = [{"loss": six(p.kl), "speedup": six(1 / p.relative_time)} for p in front(finished)]
+    best = [
+        {"loss": six(point.losses[FINEST]), "speedup": six(1 / point.relative_time)}
+        for point in front(finished, config.budget.limits)
+    ]
     pruned = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
     return {"trials": trials, "pruned": pruned, "front": best}
 
@@ -272,54 +257,52 @@ def _sensitivity(path: Path) -> list[dict[str, Any]]:
     """Layers that were measured alone."""
     with as_written(path):
         return [
-            {"loss" if key == SEARCHED else key: _rounded(value) for key, value in row.items()}
+            {"loss" if key == FINEST else key: _rounded(value) for key, value in row.items()}
             for row in _read(path) or []
         ]
 
 
-def _heldout_layers(phase: Phase, outcomes: Sequence[dict[str, Any]]) -> list[float] | None:
+def _heldout_layers(phase: Phase, outcomes: Sequence[Outcome]) -> list[float] | None:
     """Sparsity of each layer on the held-out prompts."""
     if not outcomes:
         return None
-    visited = np.sum([row["visited"][phase] for row in outcomes], axis=0)
-    skipped = np.sum([row["skipped"][phase] for row in outcomes], axis=0)
+    visited = np.sum([outcome.visited[phase] for outcome in outcomes], axis=0)
+    skipped = np.sum([outcome.skipped[phase] for outcome in outcomes], axis=0)
     return [six(share) for share in (skipped / np.maximum(visited, 1)).tolist()]
 
 
-def _outcomes(folder: Path, attempt: Attempt | None) -> list[dict[str, Any]]:
+def _outcomes(folder: Path, attempt: Attempt | None) -> list[Outcome]:
     """What every held-out prompt gave with the last candidate; the short prompt is not one of them."""
     known = _read(folder / "heldout.json")
     if known is None or attempt is None:
         return []
     prefix = f"{digest(attempt.setting)}:"
-    return [row for key, row in known.items() if key.startswith(prefix) and row["task"] != "short"]
+    outcomes = [Outcome.from_row(row) for key, row in known.items() if key.startswith(prefix)]
+    return [outcome for outcome in outcomes if outcome.task != "short"]
 
 
 def _tasks(
-    outcomes: Sequence[dict[str, Any]], config: RunConfig, attempt: Attempt | None
+    outcomes: Sequence[Outcome], config: RunConfig, attempt: Attempt | None
 ) -> dict[str, Any]:
     """Losses of each task: mean, upper bound (as the validation computes it), and every prompt."""
     tasks: dict[str, Any] = {}
     if attempt is None:
         return tasks
-    for task in sorted({row["task"] for row in outcomes}):
-        mine = [row for row in outcomes if row["task"] == task]
-        losses = {name: [_losses(row)[name] for row in mine] for name in LOSSES}
+    for task in sorted({outcome.task for outcome in outcomes}):
+        mine = [outcome for outcome in outcomes if outcome.task == task]
+        losses = {name: [outcome.losses[name] for outcome in mine] for name in LOSSES}
         tasks[task] = {
             "prompts": len(mine),
-            "lengths": [row["length"] for row in mine],
+            "lengths": [outcome.length for outcome in mine],
             "losses": {n: _task_bound(values, config, attempt) for n, values in losses.items()},
-            "dense_score": six(float(np.mean([row["dense_score"] for row in mine]))),
+            "dense_score": six(float(np.mean([outcome.dense_score for outcome in mine]))),
         }
     return tasks
 
 
-def _losses(row: dict[str, Any]) -> dict[str, float]:
-    return {"kl": row["kl"], "score_drop": row["dense_score"] - row["score"]}
-
-
 def _task_bound(values: Sequence[float], config: RunConfig, attempt: Attempt) -> dict[str, Any]:
-    bound = _bound(upper_bound(values, attempt.kl.confidence, config))
+    confidence = attempt.losses[FINEST].confidence
+    bound = _bound(upper_bound(values, confidence, config.validation.bootstrap, config.seed))
     if len(values) < 2:  # one prompt has no spread
         bound["upper"] = None
     return {"values": [six(value) for value in values], **bound}

@@ -17,8 +17,9 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from calibrate.errors import UserError
+from calibrate.loss.losses import LOSSES
 from calibrate.report.figures import Figures, slider_start
-from calibrate.report.findings import LOSSES, Findings, findings
+from calibrate.report.findings import Findings, findings
 from calibrate.report.style import DARK, LIGHT
 from calibrate.report.tables import percent_text, speedup_text, tables_of
 from calibrate.schema import RunConfig
@@ -41,7 +42,7 @@ def write_report(folder: Path, config: RunConfig, output: Path | None = None) ->
         UserError: the folder lacks statistics, or the file cannot be written.
     """
     found = findings(folder, config)
-    study = read_study(config, folder) if found["trials"] else None
+    study = read_study(config.search, folder) if found["trials"] else None
     html = render(
         "report.html.j2",
         [found],

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from calibrate.report.findings import LOSSES, SEARCHED, Findings
+from calibrate.loss.losses import FINEST, LOSSES
+from calibrate.report.findings import Findings
 from calibrate.terminal import Table
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES
@@ -218,7 +219,7 @@ def expected(rows: Sequence[dict[str, Any]]) -> Table:
 
 def assessed(rows: Sequence[Row]) -> Table:
     """Dense, given and calibrated numbers per prompt length."""
-    loss = LOSSES[SEARCHED]
+    loss = LOSSES[FINEST]
     note = (
         "(1 or more): measured as engines run it, which keep skipping; the kernels of this package would "
         "run dense there"
@@ -238,7 +239,7 @@ def assessed(rows: Sequence[Row]) -> Table:
                 row.setting + (" (1 or more)" if row.above_one else ""),
                 str(row.length),
                 *(f"{row.threshold[p]:.3g}" if row.threshold.get(p) else "–" for p in PHASES),
-                loss.text(row.kl),
+                loss.text(row.losses[FINEST]),
                 f"{row.score:.1f}",
                 *(percent_text(row.sparsity.get(phase)) for phase in PHASES),
             ]
@@ -249,7 +250,7 @@ def assessed(rows: Sequence[Row]) -> Table:
 
 
 def _trials(found: Findings) -> Table:
-    loss = LOSSES[SEARCHED]
+    loss = LOSSES[FINEST]
     return Table(
         "All trials",
         ("trial", f"{loss.title} [{loss.unit}]", "predicted speed-up", *_phase_columns(found)),

@@ -1,116 +1,110 @@
-"""Finished trials as points: the front, and which of them to prove."""
+"""Measured settings as points: the front, and which of them to prove."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import optuna
-from optuna.trial import FrozenTrial, TrialState
 
 from calibrate.errors import WorkFailed
+from calibrate.loss.losses import LOSSES, largest_share
 from calibrate.model.section import Setting
-from calibrate.record.interrupts import held_back
-from calibrate.schema import RunConfig
 from skip_softmax.thresholds.types import Phase
+
+# The search prompts are few, and a winner is chosen on them, so its loss there is too good: the first
+# candidate already keeps a margin, and each further one may spend half of what the one before could.
+FIRST_SHARE = 0.7
+SHRINK = 0.5
 
 
 @dataclass(frozen=True)
 class Point:
-    """A finished trial.
+    """A setting, measured on the search prompts.
 
     Attributes:
-        name: `analytic`, `uniform` (warm starts) or `search`.
+        name: `analytic`, `uniform` (warm starts), `search` or `projection`.
         setting: scale factors per phase and layer.
-        kl: mean over the search prompts [nats/token].
+        losses: mean over the search prompts; a trial of an earlier version has its KL only.
         relative_time: predicted attention time relative to dense.
         sparsity: achieved on the search prompts, per phase.
     """
 
     name: str
     setting: Setting
-    kl: float
+    losses: dict[str, float]
     relative_time: float
     sparsity: dict[Phase, float]
 
+    def share(self, limits: Mapping[str, float]) -> float:
+        """The largest share of any budget that the setting spends."""
+        return largest_share(self.losses, limits)
 
-@held_back()
-def points(study: optuna.Study) -> list[Point]:
-    """All completed trials, in the order they were made."""
-    return [
-        _point(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ]
+    @property
+    def skips(self) -> bool:
+        """Whether tiles were skipped in every phase of the setting."""
+        return all(self.sparsity[phase] > 0 for phase in self.setting)
 
 
-def front(candidates: Sequence[Point]) -> list[Point]:
-    """Points that no other point beats in both loss and time, fastest first."""
+def front(points: Sequence[Point], limits: Mapping[str, float]) -> list[Point]:
+    """Points that no other point beats in both share of the budget and time, fastest first."""
     best: list[Point] = []
-    for point in sorted(candidates, key=lambda p: (p.relative_time, p.kl)):
-        if not best or point.kl < best[-1].kl:
+    for point in sorted(points, key=lambda p: (p.relative_time, p.share(limits))):
+        if not best or point.share(limits) < best[-1].share(limits):
             best.append(point)
     return best
 
 
-def candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
-    """What the validation should try: the fastest points within shrinking shares of the budget.
-
-    The search prompts are few, and the winner was chosen on them, so its loss there is too good:
-    the first candidate already keeps a margin.
+def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: int) -> list[Point]:
+    """What the validation should try: the fastest point within each of shrinking shares of the budget.
 
     Args:
-        all_points: completed trials.
-        config: budget, phases, number of attempts.
+        points: measured settings.
+        limits: the budgets.
+        attempts: how many candidates at most.
 
     Returns:
-        At most `validation.attempts` points, the fastest first.
+        Points, the fastest first.
 
     Raises:
-        WorkFailed: no point skips anything in every phase within the budget.
+        WorkFailed: no point skips tiles in every phase within the budget.
     """
-    useful = _skipping(all_points, config)
-    chosen = _within_shares(useful, config)
+    chosen = _within_shares(points, limits, attempts)
     if not chosen:
-        least = min((p.kl for p in useful), default=None)
         raise WorkFailed(
-            "no trial skips tiles in every phase within the budget: the smallest loss of one that skips is "
-            f"{'unknown (none skips)' if least is None else f'{least:.3g} nats/token'}, the budget is "
-            f"{config.budget.kl:g}; raise `budget.kl`, or give the search more trials"
+            f"no trial skips tiles in every phase within the budget: {_nearest(points, limits)}, or give "
+            "the search more trials"
         )
     return chosen
 
 
-def uniform_candidates(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
-    """As `candidates`, of the points with one number per phase; empty where none skips within the budget."""
-    uniform = [point for point in all_points if point.name == "uniform"]
-    return _within_shares(_skipping(uniform, config), config)
+def uniform_candidates(
+    points: Sequence[Point], limits: Mapping[str, float], attempts: int
+) -> list[Point]:
+    """As `candidates`, of the points with one number per phase; empty if none skips within the budget."""
+    return _within_shares([p for p in points if p.name == "uniform"], limits, attempts)
 
 
-def _skipping(all_points: Sequence[Point], config: RunConfig) -> list[Point]:
-    return [p for p in all_points if all(p.sparsity[phase] > 0 for phase in config.target.phases)]
-
-
-def _within_shares(useful: Sequence[Point], config: RunConfig) -> list[Point]:
-    """The fastest point within each of shrinking shares of the budget."""
+def _within_shares(
+    points: Sequence[Point], limits: Mapping[str, float], attempts: int
+) -> list[Point]:
     chosen: list[Point] = []
-    for attempt in range(config.validation.attempts):
-        share = 0.7 * 0.5**attempt
-        within = [p for p in useful if p.kl <= share * config.budget.kl and p not in chosen]
+    for attempt in range(attempts):
+        share = FIRST_SHARE * SHRINK**attempt
+        within = [p for p in points if p.skips and p.share(limits) <= share and p not in chosen]
         if within:
-            chosen.append(min(within, key=lambda p: (p.relative_time, p.kl)))
+            chosen.append(min(within, key=lambda p: (p.relative_time, p.share(limits))))
     return chosen
 
 
-def _setting(trial: FrozenTrial) -> Setting:
-    return {phase: tuple(factors) for phase, factors in trial.user_attrs["setting"].items()}
-
-
-def _point(trial: FrozenTrial) -> Point:
-    attributes: dict[str, Any] = trial.user_attrs
-    return Point(
-        name=attributes.get("name", "search"),
-        setting=_setting(trial),
-        kl=trial.values[0],
-        relative_time=trial.values[1],
-        sparsity=attributes["sparsity"],
+def _nearest(points: Sequence[Point], limits: Mapping[str, float]) -> str:
+    """How far the nearest point that skips is from the budget, and which budget to raise."""
+    useful = [point for point in points if point.skips]
+    if not useful:
+        return f"none skips in every phase; raise `budget.{next(iter(limits))}`"
+    losses = min(useful, key=lambda p: p.share(limits)).losses
+    name = max(losses.keys() & limits, key=lambda n: losses[n] / limits[n])
+    loss = LOSSES[name]
+    return (
+        f"the nearest one that skips has {loss.title} {loss.text(losses[name])} {loss.unit}, where a "
+        f"candidate may have {FIRST_SHARE * limits[name]:g} ({FIRST_SHARE:g} of the budget); raise "
+        f"`budget.{name}`"
     )

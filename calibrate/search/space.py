@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from calibrate.engines.catalogue import form_of
-from calibrate.loss.sensitivity import LossModel, largest_scale_factor
+from calibrate.loss.sensitivity import LossModel
 from calibrate.model.section import Setting
-from calibrate.schema import RunConfig
+from calibrate.schema import TargetConfig
 from calibrate.search.cost import Cost
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.types import Phase
@@ -40,6 +40,10 @@ _DENSE_BELOW = 0.3
 _DENSE_LAYERS = "dense_layers"
 _TILTS = {"analytic": 1.0, "uniform": 0.0}
 _LEAST_LOSS = 1e-9  # of a setting that skips next to nothing [nats/token]
+# Shares of the budget that a predicted loss may spend: of the allocation between layers, and of each
+# warm start.
+_ALLOCATED = 0.5
+_SEEDED = (0.5, 0.25, 1.0)
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,13 @@ class Space:
     Attributes:
         statistics: of the calibration prompts.
         cost: measured kernel curves.
-        losses: predicted loss per layer.
-        config: the run config.
+        losses: predicted KL per layer.
+        target: engine, phases and their weights, shortest KV lengths.
+        budget: of the predicted KL [nats/token].
         layers: indices of the layers that can be calibrated.
         offsets: per phase and layer, log2 distance from the phase's scale in the analytic
             allocation.
+        group_count: how many sensitivity groups the layers of a phase are split into.
         groups: per phase and layer, its sensitivity group.
         dense_order: layers, the one to leave dense first at the front.
     """
@@ -61,19 +67,21 @@ class Space:
     statistics: Statistics
     cost: Cost
     losses: LossModel
-    config: RunConfig
+    target: TargetConfig
+    budget: float
     layers: tuple[int, ...]
     offsets: dict[Phase, tuple[float, ...]]
+    group_count: int
     groups: dict[Phase, tuple[int, ...]]
     dense_order: tuple[int, ...] = ()
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Lower and upper end of every parameter; a scale lies within two octaves of the warm starts."""
+        """Range of every parameter; a scale lies within two octaves of the warm starts."""
         bounds: dict[str, tuple[float, float]] = {}
         seeds = [params for _, params in self.seeds()]
         if self._form == "scalar+ignore":
             bounds[_DENSE_LAYERS] = (0.0, max(len(self.layers) - 1.0, 0.0))
-        for phase in self.config.target.phases:
+        for phase in self.target.phases:
             scales = [params[f"{phase}.log2_scale"] for params in seeds]
             bounds[f"{phase}.log2_scale"] = (
                 max(min(scales) - _SCALE_RANGE, _FLOOR_LOG2),
@@ -82,18 +90,29 @@ class Space:
             if self._form != "native":
                 continue
             bounds[f"{phase}.tilt"] = (0.0, 1.5)
-            for group in range(self.config.search.groups):
+            for group in range(self.group_count):
                 bounds[f"{phase}.group{group}"] = (-_GROUP_RANGE, _GROUP_RANGE)
             bounds[f"{phase}.dense_below"] = (0.0, _DENSE_BELOW)
         return bounds
 
     def setting(self, params: Params) -> Setting:
         """One scale factor per phase and layer; layers that cannot be calibrated are 0."""
-        return {phase: self._phase_setting(phase, params) for phase in self.config.target.phases}
+        return {phase: self._phase_setting(phase, params) for phase in self.target.phases}
+
+    def one_number(self, scale_factor: dict[Phase, float], dense: Collection[int]) -> Setting:
+        """The same number per phase in every layer that can be calibrated and is not to stay dense."""
+        size = len(self.statistics.counts["prefill"])
+        return {
+            phase: tuple(
+                factor if layer in self.layers and layer not in dense else 0.0
+                for layer in range(size)
+            )
+            for phase, factor in scale_factor.items()
+        }
 
     def relative_time(self, setting: Setting) -> float:
         """Predicted attention time relative to dense, weighted over phases."""
-        weights = self.config.target.phase_weight
+        weights = self.target.phase_weight
         times = self.phase_times(setting)
         return sum(weights[p] * t for p, t in times.items()) / sum(weights[p] for p in times)
 
@@ -118,11 +137,11 @@ class Space:
     def seeds(self) -> list[tuple[str, Params]]:
         """Warm starts: the analytic allocation and one number per phase, at several shares of the budget."""
         points: list[tuple[str, Params]] = []
-        for share in (0.5, 0.25, 1.0):
+        for share in _SEEDED:
             for name, tilt in _TILTS.items():
                 if self._form == "scalar" and tilt:
                     continue  # one number per phase is uniform
-                points.append((name, self._seed(tilt, share * self.config.budget.kl)))
+                points.append((name, self._seed(tilt, share * self.budget)))
         return points
 
     def aimed(
@@ -136,11 +155,11 @@ class Space:
 
         Args:
             name: `analytic` or `uniform`.
-            loss: to aim at.
-            measured: settings of that name that were tried, with their loss.
+            loss: what to aim at.
+            measured: settings of that name that were tried, with their loss [nats/token].
 
         Returns:
-            The point, or None where the space has no such line or nothing was measured on it.
+            The point; None if the space has no such line, or nothing was measured on it.
         """
         if not measured or (name == "analytic" and self._form == "scalar"):
             return None
@@ -162,25 +181,23 @@ class Space:
 
     def _seed(self, tilt: float, allowed: float) -> Params:
         """The scale of each phase that gains most time for a total predicted loss of `allowed`."""
-        phases = self.config.target.phases
-        scales = {phase: _grid(self._top(phase)) for phase in phases}
+        phases = self.target.phases
+        scales = {phase: grid(self._top(phase), _OPTIONS_PER_OCTAVE) for phase in phases}
         options = {
             phase: [self._option(phase, tilt, log2_scale) for log2_scale in scales[phase]]
             for phase in phases
         }
 
+        def cheapest(log2_price: float, phase: Phase) -> int:
+            return _cheapest(options[phase], log2_price, self.target.phase_weight[phase])
+
         def loss(log2_price: float) -> float:
-            return sum(
-                options[phase][_cheapest(options[phase], log2_price, self.config, phase)][2]
-                for phase in phases
-            )
+            return sum(options[phase][cheapest(log2_price, phase)][2] for phase in phases)
 
         price = _price(loss, allowed)
         params: Params = {}
         for phase in phases:
-            params |= self._point(
-                phase, tilt, scales[phase][_cheapest(options[phase], price, self.config, phase)]
-            )
+            params |= self._point(phase, tilt, scales[phase][cheapest(price, phase)])
         return params
 
     def _option(self, phase: Phase, tilt: float, log2_scale: float) -> _Option:
@@ -194,9 +211,9 @@ class Space:
             return params | (
                 {_DENSE_LAYERS: float(quarter)} if self._form == "scalar+ignore" else {}
             )
-        groups = {f"{phase}.group{group}": 0.0 for group in range(self.config.search.groups)}
-        # A layer below break-even only pays for being armed; one number for all layers cannot leave
-        # it out.
+        groups = {f"{phase}.group{group}": 0.0 for group in range(self.group_count)}
+        # A layer below break-even would only pay for the skipping kernel; one number for all layers
+        # cannot leave it out.
         dense_below = min(self.cost.curves[phase].break_even, _DENSE_BELOW) if tilt else 0.0
         return {
             f"{phase}.log2_scale": log2_scale,
@@ -207,7 +224,9 @@ class Space:
 
     def _phase_setting(self, phase: Phase, params: Params) -> tuple[float, ...]:
         if self._form != "native":
-            return self._one_number(phase, params)
+            factor = float(f"{2.0 ** params[f'{phase}.log2_scale']:.5g}")
+            dense = self.dense_order[: round(params.get(_DENSE_LAYERS, 0.0))]
+            return self.one_number({phase: factor}, dense)[phase]
         scale, tilt = params[f"{phase}.log2_scale"], params[f"{phase}.tilt"]
         top = self._top(phase)
         factors = [0.0] * self.statistics.counts[phase].shape[0]
@@ -222,96 +241,73 @@ class Space:
             for layer, factor in enumerate(factors)
         )
 
-    def _one_number(self, phase: Phase, params: Params) -> tuple[float, ...]:
-        """The same number in every layer that is not left dense."""
-        factor = float(f"{2.0 ** params[f'{phase}.log2_scale']:.5g}")
-        armed = set(self.layers) - set(self.dense_order[: round(params.get(_DENSE_LAYERS, 0.0))])
-        size = self.statistics.counts[phase].shape[0]
-        return tuple(factor if layer in armed else 0.0 for layer in range(size))
-
     @property
     def _form(self) -> str:
-        return form_of(self.config.target.engine)
+        return form_of(self.target.engine)
 
     def _top(self, phase: Phase) -> float:
-        return math.log2(largest_scale_factor(self.config, phase))
+        return math.log2(self.target.largest_scale_factor(phase))
 
 
 def build_space(
     statistics: Statistics,
     cost: Cost,
     losses: LossModel,
-    config: RunConfig,
     layers: tuple[int, ...],
+    target: TargetConfig,
+    *,
+    budget: float,
+    groups: int,
 ) -> Space:
     """Computes the analytic allocation and the sensitivity groups.
 
     The allocation minimises predicted time plus a price times predicted loss, layer by layer: for
     every price that is the exact optimum of the knapsack. The price is the one that spends half the
     budget.
+
+    Args:
+        statistics: of the calibration prompts.
+        cost: measured kernel curves.
+        losses: predicted KL per layer.
+        layers: indices of the layers that can be calibrated.
+        target: engine, phases and their weights, shortest KV lengths.
+        budget: of the predicted KL [nats/token].
+        groups: how many sensitivity groups.
     """
-    phases = config.target.phases
-    options = {phase: _options(statistics, cost, losses, config, phase, layers) for phase in phases}
+    tables = {
+        phase: _options(statistics, cost, losses, target, phase, layers) for phase in target.phases
+    }
+
+    def chosen(log2_price: float, phase: Phase, layer: int) -> _Option:
+        options = tables[phase][layer]
+        return options[_cheapest(options, log2_price, target.phase_weight[phase])]
 
     def loss(log2_price: float) -> float:
         return sum(
-            options[phase][layer][_cheapest(options[phase][layer], log2_price, config, phase)][2]
-            for phase in phases
-            for layer in layers
+            chosen(log2_price, phase, layer)[2] for phase in target.phases for layer in layers
         )
 
-    price = _price(loss, 0.5 * config.budget.kl)
+    price = _price(loss, _ALLOCATED * budget)
     offsets: dict[Phase, tuple[float, ...]] = {}
-    groups: dict[Phase, tuple[int, ...]] = {}
-    for phase in phases:
+    group_of: dict[Phase, tuple[int, ...]] = {}
+    for phase in target.phases:
         size = statistics.counts[phase].shape[0]
-        chosen = {
-            layer: options[phase][layer][_cheapest(options[phase][layer], price, config, phase)][0]
-            for layer in layers
-        }
-        armed = [log2_factor for log2_factor in chosen.values() if log2_factor is not None]
-        centre = sum(armed) / len(armed) if armed else 0.0
+        log2_factors = {layer: chosen(price, phase, layer)[0] for layer in layers}
+        skipping = [factor for factor in log2_factors.values() if factor is not None]
+        centre = sum(skipping) / len(skipping) if skipping else 0.0
         low, high = _OFFSET_RANGE
         offsets[phase] = tuple(
-            low
-            if chosen.get(layer) is None
-            else min(max(float(chosen[layer] or 0.0) - centre, low), high)
-            for layer in range(size)
+            low if factor is None else min(max(factor - centre, low), high)
+            for factor in (log2_factors.get(layer) for layer in range(size))
         )
         order = sorted(layers, key=lambda layer: losses.weights[phase][layer])
         rank = {layer: position for position, layer in enumerate(order)}
-        groups[phase] = tuple(
-            rank.get(layer, 0) * config.search.groups // max(len(order), 1) for layer in range(size)
+        group_of[phase] = tuple(
+            rank.get(layer, 0) * groups // max(len(order), 1) for layer in range(size)
         )
-    dense_order = _dense_order(statistics, cost, losses, config, layers)
-    return Space(statistics, cost, losses, config, layers, offsets, groups, dense_order)
-
-
-def _dense_order(
-    statistics: Statistics,
-    cost: Cost,
-    losses: LossModel,
-    config: RunConfig,
-    layers: tuple[int, ...],
-) -> tuple[int, ...]:
-    """Layers by predicted loss per saved time, at the number per phase that spends the budget."""
-    price: dict[int, float] = dict.fromkeys(layers, 0.0)
-    gain: dict[int, float] = dict.fromkeys(layers, 0.0)
-    for phase in config.target.phases:
-        table = _options(statistics, cost, losses, config, phase, layers)
-        levels = range(1, len(next(iter(table.values()), [])))
-        allowed = config.budget.kl / len(config.target.phases)
-        spends = [
-            level for level in levels if sum(table[layer][level][2] for layer in layers) <= allowed
-        ]
-        level = max(spends, default=1)
-        for layer in layers:
-            _, time, loss = table[layer][level]
-            price[layer] += loss
-            gain[layer] += config.target.phase_weight[phase] * (1.0 - time)
-    # A layer that saves no time goes first, whatever it costs.
-    return tuple(
-        sorted(layers, key=lambda i: (-price[i] / gain[i] if gain[i] > 0 else -math.inf, i))
+    dense_order = _dense_order(tables, layers, target, budget)
+    return Space(
+        statistics, cost, losses, target, budget, layers, offsets, groups, group_of, dense_order
     )
 
 
@@ -319,17 +315,43 @@ _Option = tuple[float | None, float, float]
 """log2 of a scale factor (None: dense), predicted relative time, predicted loss [nats/token]."""
 
 
+def _dense_order(
+    tables: dict[Phase, dict[int, list[_Option]]],
+    layers: tuple[int, ...],
+    target: TargetConfig,
+    budget: float,
+) -> tuple[int, ...]:
+    """Layers by predicted loss per saved time, at the number per phase that spends the budget."""
+    price: dict[int, float] = dict.fromkeys(layers, 0.0)
+    gain: dict[int, float] = dict.fromkeys(layers, 0.0)
+    for phase, table in tables.items():
+        levels = range(1, len(next(iter(table.values()), [])))
+        allowed = budget / len(tables)
+        spends = [
+            level for level in levels if sum(table[layer][level][2] for layer in layers) <= allowed
+        ]
+        level = max(spends, default=1)
+        for layer in layers:
+            _, time, loss = table[layer][level]
+            price[layer] += loss
+            gain[layer] += target.phase_weight[phase] * (1.0 - time)
+    # A layer that saves no time goes first, whatever it costs.
+    return tuple(
+        sorted(layers, key=lambda i: (-price[i] / gain[i] if gain[i] > 0 else -math.inf, i))
+    )
+
+
 def _options(
     statistics: Statistics,
     cost: Cost,
     losses: LossModel,
-    config: RunConfig,
+    target: TargetConfig,
     phase: Phase,
     layers: tuple[int, ...],
 ) -> dict[int, list[_Option]]:
-    grid = _grid(math.log2(largest_scale_factor(config, phase)))
+    """What each layer may do: stay dense, or take one of the scale factors of the grid."""
     table: dict[int, list[_Option]] = {layer: [(None, 1.0, 0.0)] for layer in layers}
-    for log2_factor in grid:
+    for log2_factor in grid(math.log2(target.largest_scale_factor(phase)), _OPTIONS_PER_OCTAVE):
         share = statistics.layer_sparsity(phase, 2.0**log2_factor)
         mass = statistics.dropped_mass(phase, 2.0**log2_factor)
         for layer in layers:
@@ -338,14 +360,14 @@ def _options(
     return table
 
 
-def _grid(top: float) -> list[float]:
-    """log2 scale factors up to the largest allowed one, rising."""
-    steps = int((top - _FLOOR_LOG2) * _OPTIONS_PER_OCTAVE)
-    return [top - step / _OPTIONS_PER_OCTAVE for step in range(steps + 1)][::-1]
+def grid(top: float, per_octave: int) -> list[float]:
+    """log2 scale factors from the smallest that is of use to `top`, rising."""
+    steps = int((top - _FLOOR_LOG2) * per_octave)
+    return [top - step / per_octave for step in range(steps + 1)][::-1]
 
 
-def _cheapest(options: list[_Option], log2_price: float, config: RunConfig, phase: Phase) -> int:
-    weight = config.target.phase_weight[phase]
+def _cheapest(options: list[_Option], log2_price: float, weight: float) -> int:
+    """Index of the option with the least weighted time plus price times loss."""
     totals = torch.tensor([weight * time + 2.0**log2_price * loss for _, time, loss in options])
     return int(totals.argmin())
 

@@ -1,8 +1,8 @@
-"""Optuna over the search space: measured loss against predicted attention time.
+"""Optuna over the search space: the largest share of any budget against predicted attention time.
 
 The study is Optuna's own, so `optuna-dashboard` and `optuna.visualization` read it. Every trial
 draws from a sampler seeded by how many trials have finished: an interrupted search continues as if
-it had not been.
+it had never stopped.
 """
 
 from __future__ import annotations
@@ -10,60 +10,62 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from calibrate.errors import UserError
+from calibrate.loss.losses import FINEST, LOSSES, largest_share
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.record.interrupts import AtOnce, held_back
-from calibrate.schema import RunConfig
-from calibrate.search.points import Point, _point, _setting
+from calibrate.schema import SearchConfig
+from calibrate.search.points import FIRST_SHARE, SHRINK, Point
 from calibrate.search.space import Params, Space
 from skip_softmax.thresholds.types import PHASES
 
 Evaluate = Callable[[Setting, Prompt], Outcome]
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-_METRICS = ["loss [nats/token]", "predicted attention time"]
-# Warm starts after the first: by what those measured, they aim at these shares of the budget. 0.7 is what
-# validation asks for first; the second time corrects the first.
+_METRICS = ["largest share of a budget", "predicted attention time"]
+_METRIC_BEFORE = "loss [nats/token]"  # of studies that earlier versions made: the KL
+# After the first warm starts, later ones target these shares of the budget, using the losses measured
+# so far: the shares that validation asks for. A second try corrects the first.
 _AIMS = (
-    ("analytic", 0.7),
-    ("uniform", 0.7),
-    ("analytic", 0.35),
-    ("analytic", 0.7),
-    ("uniform", 0.7),
+    ("analytic", FIRST_SHARE),
+    ("uniform", FIRST_SHARE),
+    ("analytic", FIRST_SHARE * SHRINK),
+    ("analytic", FIRST_SHARE),
+    ("uniform", FIRST_SHARE),
 )
 _HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
 
 
 @held_back()
-def open_study(config: RunConfig, folder: Path) -> optuna.Study:
+def open_study(config: SearchConfig, folder: Path) -> optuna.Study:
     """Creates or reopens the study.
 
     Args:
-        config: the run config.
-        folder: the run folder; holds `study.db` unless `search.storage` is set.
+        config: storage and name of the study.
+        folder: the run folder; holds `study.db` unless `storage` is set.
 
     Raises:
         UserError: the storage URL cannot be used.
     """
-    # On Ctrl-C it would warn of the trial that ends, with a traceback.
+    # Otherwise Optuna would answer Ctrl-C with a warning about the trial, and a traceback.
     logging.getLogger("optuna").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    shared = config.search.storage is not None
-    url = config.search.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    shared = config.storage is not None
+    url = config.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
     try:
         storage = optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT if shared else None)
         study = optuna.create_study(
-            study_name=config.search.study_name,
+            study_name=config.study_name,
             storage=storage,
             load_if_exists=True,
             directions=["minimize", "minimize"],
@@ -71,52 +73,79 @@ def open_study(config: RunConfig, folder: Path) -> optuna.Study:
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
         reason = str(error).splitlines()[0]
         raise UserError(f"search.storage: `{url}` cannot be used by Optuna: {reason}") from error
-    study.set_metric_names(_METRICS)
+    if study.metric_names is None:
+        study.set_metric_names(_METRICS)
     return study
 
 
 @held_back()
-def read_study(config: RunConfig, folder: Path) -> optuna.Study:
-    """A copy of the study in memory, for those who only look; arguments and errors of `open_study`."""
+def read_study(config: SearchConfig, folder: Path) -> optuna.Study:
+    """A copy of the study in memory, to look at; arguments and errors of `open_study`."""
     file = folder / "study.db"
-    if config.search.storage is None and not os.access(file, os.W_OK):
+    if config.storage is None and not os.access(file, os.W_OK):
         # Nothing is written, so nothing has to be locked.
         url = f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&immutable=1&uri=true"
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
-        study = optuna.load_study(study_name=config.search.study_name, storage=storage)
+        study = optuna.load_study(study_name=config.study_name, storage=storage)
     else:
         study = open_study(config, folder)
     copy = optuna.create_study(study_name=study.study_name, directions=study.directions)
-    copy.set_metric_names(_METRICS)
+    copy.set_metric_names(study.metric_names or _METRICS)
     copy.add_trials(study.get_trials(deepcopy=False))
     return copy
+
+
+@held_back()
+def points(study: optuna.Study) -> list[Point]:
+    """All completed trials, in the order they were made."""
+    return [
+        _point(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
+
+
+def losses_of(trial: FrozenTrial) -> dict[str, float]:
+    """A completed trial's losses, mean over the search prompts; its KL only if an earlier version made it."""
+    measured = trial.user_attrs.get("losses")
+    if measured is None:
+        return {FINEST: trial.values[0]}
+    return {name: sum(values) / len(values) for name, values in measured.items()}
 
 
 def search(
     study: optuna.Study,
     space: Space,
-    config: RunConfig,
     prompts: Sequence[Prompt],
     evaluate: Evaluate,
+    config: SearchConfig,
+    *,
+    limits: Mapping[str, float],
+    seed: int,
 ) -> Iterator[Point | None]:
     """Runs the trials that are still missing.
 
     Args:
         study: from `open_study`.
         space: the search space with its warm starts.
-        config: trials, sampler, seed, pruning.
         prompts: search prompts; a trial sees them in this order.
         evaluate: runs one prompt with a setting.
+        config: trials, sampler, pruning.
+        limits: the budgets.
+        seed: of the samplers.
 
     Yields:
         Each finished trial's point, or None for a pruned one.
     """
-    shared = config.search.storage is not None
+    shared = config.storage is not None
     seeds = space.seeds()
     bounds = space.bounds()
     # At least as many trials are left to the sampler.
-    most = max(config.search.trials - len(seeds), 0) // 2
-    aims = [(name, share * config.budget.kl) for name, share in _AIMS[:most]]
+    aims = _AIMS[: max(config.trials - len(seeds), 0) // 2]
+    # The value of a trial is its largest loss / scale; `whole` is the value that spends the budget. Values
+    # of one study must compare, so one that was begun with the KL itself goes on with it.
+    scales, whole = limits, 1.0
+    if study.metric_names is not None and study.metric_names[0] == _METRIC_BEFORE:
+        scales, whole = {FINEST: 1.0}, limits[FINEST]
+    nats = limits[FINEST] / whole
 
     def objective(trial: optuna.Trial, at_once: AtOnce) -> tuple[float, float]:
         params = {key: trial.suggest_float(key, low, high) for key, (low, high) in bounds.items()}
@@ -126,35 +155,36 @@ def search(
         for prompt in prompts:
             with at_once():
                 outcomes.append(evaluate(setting, prompt))
-            so_far = sum(outcome.kl for outcome in outcomes) / len(prompts)
-            if so_far > config.search.prune_factor * config.budget.kl:
-                trial.set_user_attr("kl_at_least", so_far)
-                trial.set_constraint("budget", so_far - config.budget.kl)
+            value = largest_share(_at_least(outcomes, len(prompts)), scales)
+            if value > config.prune_factor * whole:
+                trial.set_user_attr("at_least", value)
+                trial.set_constraint("budget", value - whole)
                 raise optuna.TrialPruned
-        trial.set_constraint("budget", so_far - config.budget.kl)
-        trial.set_user_attr("kl", [outcome.kl for outcome in outcomes])
+        trial.set_constraint("budget", value - whole)
+        trial.set_user_attr("losses", {name: [o.losses[name] for o in outcomes] for name in LOSSES})
         trial.set_user_attr("sparsity", {phase: sparsity(outcomes, phase) for phase in PHASES})
-        return so_far, space.relative_time(setting)
+        return value, space.relative_time(setting)
 
     def one_more(finished: int, at_once: AtOnce) -> Point | None:
         # A fresh sampler per trial: its state is a function of seed and history, so a resumed
-        # search goes the same way.
-        # Workers of one study must not all draw the same point: there the trials that run count too.
+        # search goes the same way. With several workers, running trials count too, or all of them
+        # would draw the same point.
         study.sampler = _sampler(
-            config, len(study.get_trials(deepcopy=False)) if shared else finished
+            config, seed, len(study.get_trials(deepcopy=False)) if shared else finished
         )
         start: tuple[str, Params] | None = None
         if finished < len(seeds):
             start = seeds[finished]
         elif finished - len(seeds) < len(aims):
-            start = _aimed(study, space, bounds, *aims[finished - len(seeds)])
+            name, share = aims[finished - len(seeds)]
+            start = _aimed(study, space, bounds, name, share * limits[FINEST], nats)
         if start is not None:
             name, params = start
             study.enqueue_trial(
                 _inside(params, bounds), user_attrs={"name": name}, skip_if_exists=shared
             )
-        elif config.search.sampler == "qmc":
-            study.enqueue_trial(_sobol(bounds, finished - len(seeds), config.seed))
+        elif config.sampler == "qmc":
+            study.enqueue_trial(_sobol(bounds, finished - len(seeds), seed))
         study.optimize(lambda trial: objective(trial, at_once), n_trials=1)
         last = study.get_trials(deepcopy=False)[-1]
         return _point(last) if last.state == TrialState.COMPLETE else None
@@ -162,8 +192,8 @@ def search(
     with held_back():
         _drop_unfinished(study, shared=shared)
         finished = _finished(study)
-    while finished < config.search.trials:
-        # Only the model's work can be interrupted: what the database is told, it is told whole.
+    while finished < config.trials:
+        # Only the model's work can be interrupted; each database update is atomic.
         with held_back() as at_once:
             point = one_more(finished, at_once)
             finished = _finished(study)
@@ -176,11 +206,15 @@ def _aimed(
     bounds: dict[str, tuple[float, float]],
     name: str,
     loss: float,
+    nats: float,
 ) -> tuple[str, Params] | None:
-    """A warm start that aims at a loss [nats/token], or None if there is none that was not tried."""
+    """A warm start that should come to a loss [nats/token]; None if there is none that was not tried.
+
+    What a trial spent of its tightest budget counts as the KL that spends as much: its value times
+    `nats`.
+    """
     tried = [
-        # A pruned trial's loss is at least this.
-        (_setting(trial), trial.values[0] if trial.values else trial.user_attrs["kl_at_least"])
+        (_setting(trial), nats * (trial.values[0] if trial.values else _pruned_at(trial)))
         for trial in study.get_trials(deepcopy=False, states=_FINISHED)
         if trial.user_attrs.get("name") == name
     ]
@@ -190,10 +224,38 @@ def _aimed(
     return name, params
 
 
-def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
-    seed = (config.seed * 100_003 + finished) % 2**32  # what numpy takes
-    startup = min(10, max(1, config.search.trials // 4))
-    match config.search.sampler:
+def _at_least(outcomes: Sequence[Outcome], prompts: int) -> dict[str, float]:
+    """The smallest mean over all prompts that each loss can still come to."""
+    missing = prompts - len(outcomes)
+    return {
+        name: (sum(o.losses[name] for o in outcomes) + missing * loss.least) / prompts
+        for name, loss in LOSSES.items()
+    }
+
+
+def _pruned_at(trial: FrozenTrial) -> float:
+    """The least value that a pruned trial would have had; earlier versions had another name for it."""
+    return float(trial.user_attrs.get("at_least", trial.user_attrs.get("kl_at_least")))
+
+
+def _setting(trial: FrozenTrial) -> Setting:
+    return {phase: tuple(factors) for phase, factors in trial.user_attrs["setting"].items()}
+
+
+def _point(trial: FrozenTrial) -> Point:
+    return Point(
+        name=trial.user_attrs.get("name", "search"),
+        setting=_setting(trial),
+        losses=losses_of(trial),
+        relative_time=trial.values[1],
+        sparsity=trial.user_attrs["sparsity"],
+    )
+
+
+def _sampler(config: SearchConfig, seed: int, finished: int) -> optuna.samplers.BaseSampler:
+    seed = (seed * 100_003 + finished) % 2**32  # what numpy takes
+    startup = min(10, max(1, config.trials // 4))
+    match config.sampler:
         case "tpe":
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, n_startup_trials=startup, constant_liar=True
@@ -209,7 +271,7 @@ def _sampler(config: RunConfig, finished: int) -> optuna.samplers.BaseSampler:
 
 
 def _sobol(bounds: dict[str, tuple[float, float]], index: int, seed: int) -> dict[str, float]:
-    """Point of one low-discrepancy sequence; Optuna's own counts trials that were never finished."""
+    """A point of a low-discrepancy sequence; Optuna's own counts trials that never finished."""
     engine = qmc.Sobol(len(bounds), rng=seed)
     if index:  # scipy cannot skip nothing
         engine.fast_forward(index)
@@ -221,7 +283,7 @@ def _sobol(bounds: dict[str, tuple[float, float]], index: int, seed: int) -> dic
 
 
 def _drop_unfinished(study: optuna.Study, *, shared: bool) -> None:
-    """Trials that a killed process left running or waiting are failed; their points are drawn again."""
+    """Fails the trials that a killed process left running or waiting; their points are drawn again."""
     if shared:
         # Other workers may be alive; only those without a heartbeat are dead.
         optuna.storages.fail_stale_trials(study)
@@ -229,7 +291,7 @@ def _drop_unfinished(study: optuna.Study, *, shared: bool) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        # Only a running trial can be told; `ask` starts the one that waits.
+        # Optuna can be told only of running trials; `ask` starts the waiting one.
         study.tell(study.ask(), state=TrialState.FAIL)
 
 

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import skip_softmax as ss
 from calibrate.errors import UserError, WorkFailed
-from calibrate.loss.measure import kl_divergence
+from calibrate.loss.losses import kl_divergence
 from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel, load
 from calibrate.prompts.build import Prompt, build

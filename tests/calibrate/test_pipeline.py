@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import calibrate
 from calibrate import pipeline
 from calibrate.errors import UserError
 from calibrate.loss import sensitivity
-from calibrate.loss.measure import kl_divergence
+from calibrate.loss.losses import kl_divergence
 from calibrate.model.forward import dense_logits
 from calibrate.model.load import LoadedModel, load
 from calibrate.model.section import thresholds_for
@@ -229,11 +228,22 @@ def test_measuring_one_layer_by_replay_equals_running_everything(
     )
     statistics = capture.empty_statistics(loaded, config.geometry, [150])
     [(_, statistics)] = capture.capture(loaded, [prompt], statistics, config.geometry)
-    rows = list(
-        sensitivity.measure_layers(
-            loaded, config, statistics, [prompt], lambda p: dense_logits(loaded, p, tmp_path)
+    levels = config.sensitivity.target_sparsity
+    todo = sensitivity.plan(loaded, statistics, config.target, levels)
+
+    def measured(steps: list[sensitivity.Step]) -> list[sensitivity.Row]:
+        return list(
+            sensitivity.measure_layers(
+                loaded,
+                statistics,
+                steps,
+                lambda setting: thresholds_for(loaded, config, setting),
+                [prompt],
+                lambda p: dense_logits(loaded, p, tmp_path),
+            )
         )
-    )
+
+    rows = measured(todo)
     assert rows, "no layer can skip: this test shows nothing"
     for row in rows:
         setting = {row.phase: tuple(row.scale_factor if i == row.layer else 0.0 for i in range(3))}
@@ -245,16 +255,9 @@ def test_measuring_one_layer_by_replay_equals_running_everything(
         assert row.kl == pytest.approx(expected, rel=1e-2, abs=1e-7)
         assert int(tiles[row.phase].skipped[row.layer].sum()) > 0
         assert row.sparsity > 0
-    # An interrupted measurement goes on with what is missing.
-    rest = sensitivity.measure_layers(
-        loaded,
-        config,
-        statistics,
-        [prompt],
-        lambda p: dense_logits(loaded, p, tmp_path),
-        [asdict(row) for row in rows[:-1]],
-    )
-    assert [row.layer for row in rest] == [rows[-1].layer]
+    assert [(row.phase, row.layer, row.scale_factor) for row in rows] == todo
+    # An interrupted measurement continues with what is missing.
+    assert measured(todo[-1:]) == rows[-1:]
 
 
 @pytest.mark.real_model

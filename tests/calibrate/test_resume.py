@@ -370,10 +370,19 @@ def small_search(
             raise stop[number]
         kl = prompt * (setting["prefill"][0] ** 2 + setting["decode"][0] ** 3)
         tiles = {"prefill": [4], "decode": [4]}
-        return Outcome(str(prompt), "text", 256, kl, 0.0, 0.0, tiles, tiles)
+        return Outcome(str(prompt), "text", 256, {"kl": kl, "score_drop": 0.0}, 0.0, tiles, tiles)
 
-    study = open_study(config, folder)
-    for _ in search(study, space, config, [0.8, 1.2], evaluate):  # type: ignore[arg-type, list-item]
+    study = open_study(config.search, folder)
+    limits = config.budget.limits
+    for _ in search(
+        study,
+        space,
+        [0.8, 1.2],
+        evaluate,
+        config.search,
+        limits=limits,
+        seed=seed,  # type: ignore[arg-type, list-item]
+    ):
         pass
     return drawn(folder)
 
@@ -405,7 +414,7 @@ def test_a_search_stopped_between_planning_a_trial_and_starting_it_goes_on(tmp_p
     whole = small_search(tmp_path / "whole", "tpe", {})
     (tmp_path / "stopped").mkdir()
     config = RunConfig.model_validate({"model": {"path": "none"}})
-    study = open_study(config, tmp_path / "stopped")
+    study = open_study(config.search, tmp_path / "stopped")
     study.enqueue_trial({"x": 0.5, "y": 0.5}, user_attrs={"name": "analytic"})
     assert small_search(tmp_path / "stopped", "tpe", {}) == whole
 

@@ -20,8 +20,7 @@ from calibrate.proof import project
 from calibrate.proof.project import describe
 from calibrate.record.folder import open_run
 from calibrate.schema import load_config
-from calibrate.search.points import points
-from calibrate.search.study import open_study
+from calibrate.search.study import open_study, points
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import LayerOverride
 
@@ -63,7 +62,7 @@ def test_the_search_stays_in_what_the_engine_can_express(
     overrides = (f"model.path={smoke_model}", f"target.engine={engine}", "search.trials=8")
     config = load_config(ROOT / "configs" / "smoke.yaml", overrides)
     run = calibrate.run(config, tmp_path / "run")
-    found = points(open_study(config, tmp_path / "run"))
+    found = points(open_study(config.search, tmp_path / "run"))
     assert len(found) >= 5
     dense = set()
     for point in found:
@@ -98,7 +97,7 @@ def test_a_reduced_search_goes_on_as_if_it_had_not_been_stopped(
     params = [
         [
             trial.params
-            for trial in open_study(open_run(tmp_path / folder)[1], tmp_path / folder).trials
+            for trial in open_study(open_run(tmp_path / folder)[1].search, tmp_path / folder).trials
         ]
         for folder in ("part", "other")
     ]
@@ -142,12 +141,15 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
     call: Callable[..., Any], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     per_layer(copied)
-    # Ten times the loss above a scale factor of 60: the straight projection must not hold.
+    # Far over the budget above a scale factor of 60: the straight projection must not pass.
+
+    def far(outcome: Any) -> Any:
+        return replace(outcome, losses={**outcome.losses, "kl": 10.0})
 
     def compare(loaded: Any, thresholds: Thresholds, prompt: Any, dense: Any) -> Any:
         outcome = original(loaded, thresholds, prompt, dense)
         largest = max(thresholds.per_head(1, "prefill"))
-        return replace(outcome, kl=10.0 if largest > 60 else outcome.kl)
+        return far(outcome) if largest > 60 else outcome
 
     from calibrate import transfer
 
@@ -165,7 +167,7 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
     assert report["direct"]["scale_factor"]["prefill"] == 120.0
     assert 40 < report["used"]["scale_factor"]["prefill"] <= 60
     # Nothing holds: exit 1 and no file.
-    monkeypatch.setattr(transfer, "compare", lambda *a: replace(original(*a), kl=10.0))
+    monkeypatch.setattr(transfer, "compare", lambda *a: far(original(*a)))
     (copied / "served.json").unlink()
     (copied / "projected-sglang.yaml").unlink()
     code, out, err = call("project", copied, "--engine", "sglang")

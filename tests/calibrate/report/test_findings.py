@@ -17,13 +17,16 @@ from calibrate import pipeline
 from calibrate.errors import UserError
 from calibrate.record.provenance import digest
 from calibrate.search.cost import load_curves
+from calibrate.search.study import losses_of
 from skip_softmax.meaning.histogram import edges
 
 
 def test_trials_are_the_study(run: pipeline.Run, found: dict[str, Any]) -> None:
     trials = run.study.get_trials(states=(TrialState.COMPLETE,))
     assert [row["number"] for row in found["trials"]] == [trial.number for trial in trials]
-    close([row["loss"] for row in found["trials"]], [trial.values[0] for trial in trials])
+    close([row["loss"] for row in found["trials"]], [losses_of(trial)["kl"] for trial in trials])
+    shares = [row["loss"] / run.config.budget.kl for row in found["trials"]]
+    close(shares, [trial.values[0] for trial in trials])
     close([row["speedup"] for row in found["trials"]], [1 / trial.values[1] for trial in trials])
     for phase in PHASES:
         close(
@@ -35,7 +38,7 @@ def test_trials_are_the_study(run: pipeline.Run, found: dict[str, Any]) -> None:
     assert trials[chosen].user_attrs["setting"] == winner
     for point in found["front"]:
         beaten = [
-            t.values[0] < point["loss"] * (1 - 1e-5)
+            losses_of(t)["kl"] < point["loss"] * (1 - 1e-5)
             and 1 / t.values[1] > point["speedup"] * (1 + 1e-5)
             for t in trials
         ]
@@ -116,8 +119,8 @@ def test_tasks_are_the_heldout_prompts(run: pipeline.Run, found: dict[str, Any])
     for task, shown in found["tasks"].items():
         mine = [row for row in rows if row["task"] == task]
         kl = shown["losses"]["kl"]
-        close(sorted(kl["values"]), sorted(row["kl"] for row in mine))
-        close(kl["mean"], np.mean([row["kl"] for row in mine]))
+        close(sorted(kl["values"]), sorted(row["losses"]["kl"] for row in mine))
+        close(kl["mean"], np.mean([row["losses"]["kl"] for row in mine]))
         close(kl["mean"], run.validation["attempts"][-1]["by_task"][task]["kl"])
         assert kl["mean"] <= kl["upper"] <= max(kl["values"])
         drops = [row["dense_score"] - row["score"] for row in mine]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
+import optuna
 import pytest
 import torch
 
@@ -14,9 +16,9 @@ from calibrate.loss.sensitivity import LOSS_POWER, LossModel
 from calibrate.prompts.build import Prompt
 from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, Curve
-from calibrate.search.points import Point, candidates, front, points, uniform_candidates
+from calibrate.search.points import Point, candidates, front, uniform_candidates
 from calibrate.search.space import Space, build_space
-from calibrate.search.study import open_study, search
+from calibrate.search.study import Evaluate, open_study, points, search
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
 
@@ -54,7 +56,25 @@ def space(chosen: RunConfig, layers: tuple[int, ...] = tuple(range(LAYERS))) -> 
     line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
     losses = LossModel({"prefill": WEIGHTS, "decode": WEIGHTS})
     return build_space(
-        statistics(), Cost({"prefill": line, "decode": line}, {}), losses, chosen, layers
+        statistics(),
+        Cost({"prefill": line, "decode": line}, {}),
+        losses,
+        layers,
+        chosen.target,
+        budget=chosen.budget.kl,
+        groups=chosen.search.groups,
+    )
+
+
+def run_search(study: optuna.Study, of: Space, chosen: RunConfig, evaluate: Evaluate) -> Iterator:
+    return search(
+        study,
+        of,
+        PROMPTS,
+        evaluate,
+        chosen.search,
+        limits=chosen.budget.limits,
+        seed=chosen.seed,
     )
 
 
@@ -69,7 +89,13 @@ def outcome(of: Space, setting: dict, prompt: Prompt) -> Outcome:
     }
     visited = {phase: [10] * LAYERS for phase in setting}
     return Outcome(
-        prompt.key, prompt.task, 4096, planted_loss(of, setting), 100.0, 100.0, visited, skipped
+        prompt.key,
+        prompt.task,
+        4096,
+        {"kl": planted_loss(of, setting), "score_drop": 0.0},
+        100.0,
+        visited,
+        skipped,
     )
 
 
@@ -138,15 +164,15 @@ def test_layers_that_skip_too_little_are_left_dense() -> None:
 def test_every_sampler_searches_and_starts_from_the_seeds(tmp_path, sampler: str) -> None:
     chosen = config(sampler=sampler, trials=10, prune_factor=1000.0)
     here = space(chosen)
-    study = open_study(chosen, tmp_path)
+    study = open_study(chosen.search, tmp_path)
     found = list(
-        search(study, here, chosen, PROMPTS, lambda setting, prompt: outcome(here, setting, prompt))
+        run_search(study, here, chosen, lambda setting, prompt: outcome(here, setting, prompt))
     )
     assert len(found) == 10
     names = [point.name for point in found if point is not None]
     assert names[:8] == ["analytic", "uniform"] * 4 and names.count("search") >= 2
     assert points(study) == found
-    assert study.metric_names == ["loss [nats/token]", "predicted attention time"]
+    assert study.metric_names == ["largest share of a budget", "predicted attention time"]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
@@ -154,8 +180,8 @@ def test_every_sampler_takes_every_seed(tmp_path, sampler: str) -> None:
     chosen = config(sampler=sampler, trials=8, prune_factor=1000.0)
     chosen = chosen.model_copy(update={"seed": 2**32 - 1})
     here = space(chosen)
-    study = open_study(chosen, tmp_path)
-    found = search(study, here, chosen, PROMPTS, lambda s, prompt: outcome(here, s, prompt))
+    study = open_study(chosen.search, tmp_path)
+    found = run_search(study, here, chosen, lambda s, prompt: outcome(here, s, prompt))
     assert len(list(found)) == 8
 
 
@@ -165,17 +191,19 @@ def test_later_warm_starts_spend_the_budget_that_predictions_missed(
 ) -> None:
     chosen = config(trials=18, prune_factor=1000.0)
     here = space(chosen)
-    study = open_study(chosen, tmp_path)
+    study = open_study(chosen.search, tmp_path)
 
     def evaluate(setting: dict, prompt: Prompt) -> Outcome:
         found = outcome(here, setting, prompt)
-        return dataclasses.replace(found, kl=factor * found.kl**1.1)
+        return dataclasses.replace(
+            found, losses={**found.losses, "kl": factor * found.losses["kl"] ** 1.1}
+        )
 
-    found = list(search(study, here, chosen, PROMPTS, evaluate))
+    found = list(run_search(study, here, chosen, evaluate))
     budget = chosen.budget.kl
     for name in ("analytic", "uniform"):
-        first = [point.kl / budget for point in found[:6] if point.name == name]
-        later = [point.kl / budget for point in found[6:] if point.name == name]
+        first = [point.losses["kl"] / budget for point in found[:6] if point.name == name]
+        later = [point.losses["kl"] / budget for point in found[6:] if point.name == name]
         assert max(first) < 0.2 or min(first) > 1.0, "the first ones miss"
         # A step of the scale changes the loss by a quarter.
         assert any(0.5 < share <= 0.8 for share in later)
@@ -199,12 +227,12 @@ def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
                 raise KeyboardInterrupt
             return outcome(here, setting, prompt)
 
-        study = open_study(chosen, folder)
+        study = open_study(chosen.search, folder)
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
-                list(search(study, here, chosen, PROMPTS, evaluate))
-            study = open_study(chosen, folder)
-        list(search(study, here, chosen, PROMPTS, evaluate))
+                list(run_search(study, here, chosen, evaluate))
+            study = open_study(chosen.search, folder)
+        list(run_search(study, here, chosen, evaluate))
         results.append(points(study))
     assert results[0] == results[1] == results[2]
 
@@ -217,16 +245,20 @@ def test_hopeless_trials_stop_after_the_first_prompts(tmp_path) -> None:
     def evaluate(setting: dict, prompt: Prompt) -> Outcome:
         asked.append(prompt.key)
         good = outcome(here, setting, prompt)
-        return Outcome(**{**vars(good), "kl": 1.0})
+        return dataclasses.replace(good, losses={"kl": 1.0, "score_drop": 0.0})
 
-    found = list(search(open_study(chosen, tmp_path), here, chosen, PROMPTS, evaluate))
+    found = list(run_search(open_study(chosen.search, tmp_path), here, chosen, evaluate))
     assert found == [None] * 6
     assert asked == [PROMPTS[0].key] * 6
 
 
 def point(kl: float, time: float, name: str = "search", share: float = 0.5) -> Point:
     return Point(
-        name, {"prefill": (1.0,), "decode": (1.0,)}, kl, time, {"prefill": share, "decode": share}
+        name,
+        {"prefill": (1.0,), "decode": (1.0,)},
+        {"kl": kl, "score_drop": 0.0},
+        time,
+        {"prefill": share, "decode": share},
     )
 
 
@@ -237,23 +269,42 @@ def test_the_front_and_the_candidates() -> None:
         point(0.02, 0.5),
         point(0.005, 0.8),
     )
-    assert front([slow, good, wild, beaten]) == [wild, good, slow]
-    chosen = config()
-    assert candidates([slow, good, wild, beaten], chosen) == [good, slow]
+    limits = config().budget.limits
+    assert front([slow, good, wild, beaten], limits) == [wild, good, slow]
+    assert candidates([slow, good, wild, beaten], limits, attempts=3) == [good, slow]
     single = [point(0.006, 0.7, "uniform"), point(0.003, 0.8, "uniform")]
-    assert uniform_candidates([slow, *single, point(0.05, 0.1, "uniform")], chosen) == single
-    assert uniform_candidates([slow], chosen) == []
+    beyond = point(0.05, 0.1, "uniform")
+    assert uniform_candidates([slow, *single, beyond], limits, attempts=3) == single
+    assert uniform_candidates([slow], limits, attempts=3) == []
 
 
 def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
+    limits = config().budget.limits
     with pytest.raises(
-        WorkFailed, match=r"no trial skips tiles in every phase within the budget.*none skips"
+        WorkFailed, match=r"no trial skips tiles in every phase within the budget: none skips"
     ):
-        candidates([point(0.0, 1.0, share=0.0)], config())
+        candidates([point(0.0, 1.0, share=0.0)], limits, attempts=3)
     with pytest.raises(
-        WorkFailed, match=r"smallest loss of one that skips is 0.5 nats/token, the budget is 0.01"
+        WorkFailed,
+        match=r"nearest one that skips has KL 0.500 nats/token, .* 0.007 .*raise `budget.kl`",
     ):
-        candidates([point(0.5, 0.7)], config())
+        candidates([point(0.5, 0.7)], limits, attempts=3)
+    dropping = dataclasses.replace(point(0.001, 0.7), losses={"kl": 0.001, "score_drop": 6.0})
+    with pytest.raises(
+        WorkFailed,
+        match=r"has score drop 6.00 points, .* 1.4 .*raise `budget.score_drop`",
+    ):
+        candidates([dropping], limits, attempts=3)
+
+
+def test_a_drop_of_the_score_counts_as_much_as_kl() -> None:
+    """Faster points that spend too much of either budget are not chosen."""
+    limits = {"kl": 0.01, "score_drop": 2.0}
+    slow, fast = point(0.001, 0.9), point(0.001, 0.5)
+    fast = dataclasses.replace(fast, losses={"kl": 0.001, "score_drop": 1.8})
+    assert fast.share(limits) == pytest.approx(0.9)
+    assert candidates([slow, fast], limits, attempts=1) == [slow]
+    assert candidates([slow, fast], {"kl": 0.01}, attempts=1) == [fast]
 
 
 def test_loss_power_is_what_the_loss_model_uses() -> None:

@@ -343,9 +343,9 @@ def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
         losses.append(
             measure.compare(one, section.thresholds_for(one, config, setting), prompt, dense)
         )
-    assert losses[0].kl < 1e-7
-    assert losses[0].score == losses[0].dense_score
-    assert 1e-7 < losses[1].kl < losses[2].kl
+    assert losses[0].losses["kl"] < 1e-7
+    assert losses[0].losses["score_drop"] == 0.0
+    assert 1e-7 < losses[1].losses["kl"] < losses[2].losses["kl"]
     assert SimpleNamespace(**vars(losses[2])).skipped["prefill"] != [0, 0, 0]
 
 

@@ -1,0 +1,104 @@
+"""The losses: what skipping costs a model against its own dense run, one number per prompt.
+
+A loss is an entry in `LOSSES` and a budget of the same name in `schema.BudgetConfig`; search, proof
+and report go through the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from calibrate.prompts.build import Prompt
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One way to compare a prompt's sparse run with its dense run.
+
+    Attributes:
+        title: its name in sentences and tables.
+        unit: of its values.
+        compare: loss of one prompt, from the logits of the dense and the sparse run
+            [continuation + 1, vocabulary] and the prompt.
+        format: how a value is printed.
+        least: the smallest possible value.
+        unseen: from `prompts.decode_tokens`, the value of one more prompt that a proof assumes, for a
+            loss that can be the same on all prompts seen and still not be on others; None: no such
+            prompt is assumed.
+    """
+
+    title: str
+    unit: str
+    compare: Callable[[torch.Tensor, torch.Tensor, Prompt], float]
+    format: str
+    least: float
+    unseen: Callable[[int], float] | None = None
+
+    @property
+    def axis(self) -> str:
+        """Title of an axis."""
+        return f"loss: {self.title} [{self.unit}]"
+
+    def text(self, value: float | None) -> str:
+        """A value without its unit; a dash for none."""
+        return "–" if value is None else format(value, self.format)
+
+
+def kl_divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
+    """Mean KL(dense || sparse) over positions [nats/token], from logits [positions, vocabulary]."""
+    p = torch.log_softmax(dense.double(), dim=-1)
+    q = torch.log_softmax(sparse.double(), dim=-1)
+    # Rounding can leave -1e-17 where both are equal.
+    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)
+
+
+def score(logits: torch.Tensor, prompt: Prompt) -> float:
+    """Share of the continuation's tokens that the model ranks first [points, 0 to 100].
+
+    If the whole answer is ranked first, greedy generation gives exactly that answer.
+    """
+    reference = torch.tensor(prompt.continuation)
+    first = logits[:-1].argmax(-1)
+    return 100.0 * float((first == reference).double().mean())
+
+
+LOSSES = {
+    "kl": Loss(
+        title="KL",
+        unit="nats/token",
+        compare=lambda dense, sparse, _: kl_divergence(dense, sparse),
+        format="#.3g",
+        least=0.0,
+    ),
+    "score_drop": Loss(
+        title="score drop",
+        unit="points",
+        compare=lambda dense, sparse, prompt: score(dense, prompt) - score(sparse, prompt),
+        format=".2f",
+        least=-100.0,
+        # One token worse: a sample without any change still proves only so much.
+        unseen=lambda tokens: 100.0 / tokens,
+    ),
+}
+
+FINEST = "kl"
+"""The loss that responds to the smallest change, and always has a budget: the one that is measured
+layer by layer and predicted, and that tells a dense run's rounding from a leak."""
+
+
+def compared(dense: torch.Tensor, sparse: torch.Tensor, prompt: Prompt) -> dict[str, float]:
+    """Every loss of one prompt, from the logits of both runs [continuation + 1, vocabulary]."""
+    return {name: loss.compare(dense, sparse, prompt) for name, loss in LOSSES.items()}
+
+
+def largest_share(losses: Mapping[str, float], limits: Mapping[str, float]) -> float:
+    """The largest loss / budget of all losses that are known and have a budget; at most 1 is within."""
+    return max(losses[name] / limit for name, limit in limits.items() if name in losses)
+
+
+def text(losses: Mapping[str, float]) -> str:
+    """Losses for a progress line: `KL 0.00310, score drop 0.50`."""
+    return ", ".join(f"{LOSSES[name].title} {LOSSES[name].text(losses[name])}" for name in losses)

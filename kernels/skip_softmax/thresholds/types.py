@@ -1,4 +1,4 @@
-"""Words of a thresholds file: phases, tiles, numbers per phase, layer and head."""
+"""The sections of a thresholds file: model, tiles, numbers per phase, layer and head."""
 
 from __future__ import annotations
 
@@ -9,34 +9,52 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     model_validator,
 )
+
+from skip_softmax.thresholds.yaml_file import FileError, explained
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 def _no_boolean(value: Any) -> Any:
-    # Python counts `true` as 1, and so does pydantic.
+    # To Python, and so to pydantic, `true` is the number 1.
     if isinstance(value, bool):
         raise ValueError(f"must be a number, but got {str(value).lower()}")
     return value
 
 
+# threshold * kv_len [tokens]; 0 is dense.
 ScaleFactor = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
 PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_no_boolean)]
 PowerOfTwo = Annotated[int, Field(ge=16, le=512), BeforeValidator(_no_boolean)]
-Layer = Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
+LayerIndex = Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
 
 
 class Section(BaseModel):
-    """A section of the file: frozen, without unknown keys."""
+    """A section of the file: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __init__(self, **values: Any) -> None:
+        """Checks arguments as a file's keys are checked.
+
+        Raises:
+            FileError: an argument breaks a law; the message names it, the law and the value.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise FileError(explained(error, type(self), type(self).__name__)) from None
+
+    # Without this mark pydantic calls the constructor of a nested section too, and loses which key is wrong.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
 
 class ModelSection(Section):
-    """Which model the numbers hold for; heads and layers are checked before the file is used."""
+    """The model that the numbers were calibrated for; its shape is checked before the file is used."""
 
     name: str
     sha256: str
@@ -71,9 +89,9 @@ class PrefillGeometry(Section):
 class DecodeGeometry(Section):
     """Decode tile [tokens]: the query heads of one KV head vote together on `tile_kv` keys.
 
-    `running_max` says what a tile is compared with: `ascending` is every kept tile before it, in
-    ascending position; `seeded` is the first and the last visited tile, whatever order and splits
-    the kernel uses.
+    `running_max` says what a tile is compared with. `ascending`: every kept tile before it, in
+    ascending position. `seeded`: the first and the last visited tile, whatever the kernel's order and
+    splits.
     """
 
     tile_kv: PowerOfTwo
@@ -86,7 +104,7 @@ class DecodeGeometry(Section):
 
 
 class Geometry(Section):
-    """Tiles of both phases; a phase without tiles is dense."""
+    """Tiles of both phases, visited in `order`; a phase without tiles is dense."""
 
     prefill: PrefillGeometry | None = None
     decode: DecodeGeometry | None = None
@@ -94,31 +112,31 @@ class Geometry(Section):
 
 
 class MinKvLen(Section):
-    """Shortest KV length that may use the numbers [tokens]; shorter calls run dense."""
+    """Shortest KV length [tokens] that may skip, per phase; shorter calls run dense."""
 
     prefill: PositiveInt | None = None
     decode: PositiveInt | None = None
 
 
 class ScaleFactors(Section):
-    """One number per phase [tokens]; absent or 0 is dense."""
+    """One scale factor per phase, threshold * kv_len [tokens]; absent or 0 is dense."""
 
     prefill: ScaleFactor = 0.0
     decode: ScaleFactor = 0.0
 
 
 class LayerOverride(Section):
-    """Numbers of one layer: one for all heads, or one per query head (prefill) or KV head (decode)."""
+    """Scale factors of one layer: one number, or one per query head (prefill) or KV head (decode)."""
 
-    layer: Layer
+    layer: LayerIndex
     prefill: ScaleFactor | tuple[ScaleFactor, ...] | None = None
     decode: ScaleFactor | tuple[ScaleFactor, ...] | None = None
 
 
 class UncalibratedLayer(Section):
-    """A layer that was left dense because it could not be calibrated, and why."""
+    """A layer that is left dense because it could not be calibrated, and why."""
 
-    layer: Layer
+    layer: LayerIndex
     reason: str
 
 

@@ -1,6 +1,6 @@
 """YAML file -> pydantic model, with errors that name the file, the line, the key and the nearest known key.
 
-Both files of this project are read here: the thresholds file and the run config.
+The thresholds file and the run config are both read here.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class FileError(ValueError):
-    """A file that a user wrote or handed to us breaks a law; the message says which, where and the cure."""
+    """What a user wrote, in a file or as arguments, breaks a law; the message says which and the cure."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: YAML would silently keep the last one."""
+    """SafeLoader that refuses a repeated key: YAML would silently keep the last one."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        # YAML's patterns and tags let through what Python cannot build: 2024-13-45, 0b_, `!!bool x`.
+        # YAML's patterns and tags accept what Python cannot build: 2024-13-45, 0b_, `!!bool x`.
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError):
             value = repr(node.value[:60]) if isinstance(node.value, str) else "this"
             kind = node.tag.rpartition(":")[2]
-            problem = f"{value} is no {kind}; correct it, or put quotes around a text"
+            problem = f"{value} is not a valid {kind}; correct it, or quote it if it is text"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
-        # `!!set [a]` is no mapping; the base class refuses it, with its line.
+        # `!!set [a]` is not a mapping; the base class refuses it and names the line.
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=deep)
-            # YAML allows a list as a key; the base class refuses it, with its line.
+            # YAML allows a list as a key; the base class refuses it and names the line.
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -61,6 +61,7 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
 
     Raises:
         FileError: the file is missing, unreadable, not YAML, or not a mapping.
+        TypeError: `path` is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
@@ -69,7 +70,7 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileError(f"{path}: no such file; give the path of a YAML file") from None
+        raise FileError(f"{path}: no such file; pass the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
@@ -80,9 +81,9 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
         problem = getattr(error, "problem", None) or str(error)
         raise FileError(f"{path}{line}: not valid YAML: {problem}") from None
     except RecursionError:
-        raise FileError(f"{path}: lists or mappings are nested too deep; flatten them") from None
+        raise FileError(f"{path}: lists or mappings are nested too deeply; flatten them") from None
     if not isinstance(data, dict):
-        raise FileError(f"{path}: the file must be a YAML mapping, but it holds {_kind(data)}")
+        raise FileError(f"{path}: the file must be a YAML mapping, but it contains {_kind(data)}")
     return data, text
 
 
@@ -91,9 +92,9 @@ def parse(model: type[Model], data: Any, *, source: str, text: str | None = None
 
     Args:
         model: the pydantic class.
-        data: what the YAML held.
+        data: what the YAML contained.
         source: name for messages, usually the file's path.
-        text: the YAML text that `data` came from; gives line numbers.
+        text: the YAML text that `data` came from, for line numbers.
 
     Returns:
         The validated instance.
@@ -104,24 +105,31 @@ def parse(model: type[Model], data: Any, *, source: str, text: str | None = None
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_complaint(model, item, source, text) for item in _one_per_mistake(error.errors())]
-        raise FileError("\n".join(dict.fromkeys(lines))) from None
+        raise FileError(explained(error, model, source, text)) from None
+
+
+def explained(
+    error: ValidationError, model: type[BaseModel], source: str, text: str | None = None
+) -> str:
+    """One readable line per mistake; `model`, `source` and `text` are those of `parse`."""
+    lines = [_complaint(model, item, source, text) for item in _one_per_mistake(error.errors())]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file so that a reader sees the old one or the new one, never a part.
+    """Writes a text file so that a reader sees the old content or the new, never a part of it.
 
     Args:
         path: the target file; its folder must exist.
-        text: the whole content.
+        text: the new content.
 
     Raises:
-        OSError: the file cannot be written; it names the target.
+        OSError: the file cannot be written; the error names the target.
     """
     try:
         _replace(Path(path), text)
     except OSError as error:
-        # The user knows the target, not the hidden file that becomes it.
+        # The user knows the target, not the temporary file that becomes it.
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -132,7 +140,7 @@ def _replace(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a result should be as readable as any other file.
+        # mkstemp makes a private file; a result should be as readable as any other file.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
@@ -143,10 +151,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _one_per_mistake(items: list[Any]) -> list[Any]:
-    """Drops what pydantic adds to the real complaint.
+    """Drops the complaints that pydantic adds to the one that matters.
 
     A union complains once per member: about the whole value, and about the wrong part of it. A
-    misspelt required key is also a missing one.
+    misspelt required key is also reported as missing.
     """
     places = [tuple(_location(item)) for item in items]
     unknown = {
@@ -162,7 +170,7 @@ def _one_per_mistake(items: list[Any]) -> list[Any]:
         )
         if deeper or misspelt:
             continue
-        # Of several members, the one that took the value's type knows what is wrong with it.
+        # Of several members, the one that accepts the value's type knows what is wrong with it.
         if place not in kept or kept[place]["type"].endswith("_type"):
             kept[place] = item
     return list(kept.values())
@@ -170,9 +178,10 @@ def _one_per_mistake(items: list[Any]) -> list[Any]:
 
 def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None) -> str:
     location = _location(item)
-    key = ".".join(str(part) for part in location) or "(the whole file)"
+    key = ".".join(str(part) for part in location)
     line = _line_of(text, location) if text is not None else None
-    where = f"{source}:{line}: {key}" if line is not None else f"{source}: {key}"
+    where = f"{source}:{line}" if line is not None else source
+    where = f"{where}: {key}" if key else where
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -190,13 +199,13 @@ def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None)
 
 def _location(item: Any) -> list[Any]:
     location = list(item["loc"])
-    # An unknown key is the user's own word, whatever it looks like.
+    # An unknown key is the user's own word, even if it looks like a tag.
     last = [location.pop()] if item["type"] == "extra_forbidden" else []
     return [part for part in location if not _is_tag(part)] + last
 
 
 def _is_tag(part: Any) -> bool:
-    # Union members put their own names in the location ("float", "function-after[...]").
+    # Members of a union put their own names in the location ("float", "function-after[...]").
     return isinstance(part, str) and (
         part in {"float", "int", "bool", "str", "none"}
         or "[" in part
@@ -232,7 +241,7 @@ def _model_inside(annotation: Any) -> Any:
 
 
 def _line_of(text: str, location: list[Any]) -> int | None:
-    """Line (1-based) of the deepest node of `location` that the text really has."""
+    """Line (1-based) of the deepest node of `location` that the text contains."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     line = None
     for part in location:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from thresholds_files import GOOD, write
 
-from skip_softmax import Thresholds
-from skip_softmax.thresholds.yaml_file import FileError
+from skip_softmax import FileError, PrefillGeometry, Thresholds
 
 
 def test_load_save_load_gives_the_same(tmp_path: Path) -> None:
@@ -107,23 +107,35 @@ def test_a_missing_phase_and_an_uncalibrated_layer_are_dense(tmp_path: Path) -> 
             "thresholds.yaml:4: not valid YAML: key 'criterion' is given twice",
         ),
         ("criterion: max", "criterion: [", "not valid YAML"),
-        (GOOD, "just a sentence\n", "the file must be a YAML mapping, but it holds a str"),
-        (GOOD, "", "the file must be a YAML mapping, but it holds nothing"),
+        (GOOD, "just a sentence\n", "the file must be a YAML mapping, but it contains a str"),
+        (GOOD, "", "the file must be a YAML mapping, but it contains nothing"),
         ("criterion: max", "criterion: !!python/object/apply:os.system [true]", "not valid YAML"),
         (
             "criterion: max",
             "criterion: 2024-13-45",
-            "thresholds.yaml:3: not valid YAML: '2024-13-45' is no timestamp; .* quotes around a text",
+            "thresholds.yaml:3: not valid YAML: '2024-13-45' is not a valid timestamp; .* quote it",
         ),
-        ("criterion: max", "criterion: 0b_", "thresholds.yaml:3: .*'0b_' is no int; correct it"),
-        ("criterion: max", f"criterion: {'9' * 5000}", "thresholds.yaml:3: .*'9{60}' is no int"),
-        ("criterion: max", "criterion: !!bool x", "thresholds.yaml:3: .*'x' is no bool"),
-        ("criterion: max", "criterion: !!timestamp x", "thresholds.yaml:3: .*'x' is no timestamp"),
+        (
+            "criterion: max",
+            "criterion: 0b_",
+            "thresholds.yaml:3: .*'0b_' is not a valid int; correct it",
+        ),
+        (
+            "criterion: max",
+            f"criterion: {'9' * 5000}",
+            "thresholds.yaml:3: .*'9{60}' is not a valid int",
+        ),
+        ("criterion: max", "criterion: !!bool x", "thresholds.yaml:3: .*'x' is not a valid bool"),
+        (
+            "criterion: max",
+            "criterion: !!timestamp x",
+            "thresholds.yaml:3: .*'x' is not a valid timestamp",
+        ),
         ("criterion: max", "criterion: !!set [a]", "thresholds.yaml:3: .*expected a mapping"),
         (
             "criterion: max",
             "criterion: " + "[" * 3000,
-            "thresholds.yaml: .*nested too deep; flatten",
+            "thresholds.yaml: .*nested too deeply; flatten",
         ),
         ("prefill: 180.0", "prefill: true", "scale_factor.prefill: must be a number, but got true"),
         ("prefill: 0.0", "prefill: false", "layers.0.prefill: must be a number, but got false"),
@@ -144,8 +156,8 @@ def test_broken_files_are_refused_with_line_key_and_cure(
     ("fit", "message"),
     [
         ("null", "fit.prefill: input should be a valid dictionary, but got None"),
-        ("{}", "fit.prefill: must hold both `a` and `b`, or else `refused` .* got none of them"),
-        ("{a: 1.0}", "fit.prefill: must hold both `a` and `b`.* got `a`"),
+        ("{}", "fit.prefill: must contain both `a` and `b`, or else `refused` .* got none of them"),
+        ("{a: 1.0}", "fit.prefill: must contain both `a` and `b`.* got `a`"),
         ("{a: 1.0, b: 2.0, refused: why}", "or else `refused` .* got `a` and `b` and `refused`"),
         ("{a: 0, b: 2.0}", "fit.prefill.a: .*greater than 0, but got 0"),
         ("{a: -1, b: 2.0}", "fit.prefill.a: .*greater than 0, but got -1"),
@@ -202,10 +214,10 @@ def test_a_curve_that_nothing_can_be_read_from_is_refused(
         ("{imported: 3}", "evidence.imported: .*dictionary.* got 3"),
         (
             "{note: 2024-01-01}",
-            "evidence: must hold text, numbers, lists .*put quotes around a date",
+            "evidence: may contain text, numbers, lists .*put quotes around a date",
         ),
-        ("&all {note: *all}", "evidence: must hold text, .*Circular reference"),
-        ("{note: " + "[" * 300 + "]" * 300 + "}", "evidence: .*flatten what is nested too deep"),
+        ("&all {note: *all}", "evidence: may contain text, .*Circular reference"),
+        ("{note: " + "[" * 300 + "]" * 300 + "}", "evidence: .*flatten what is nested too deeply"),
     ],
 )
 def test_evidence_that_cannot_be_read_is_refused(
@@ -238,6 +250,56 @@ def test_a_file_that_cannot_be_written_is_called_by_its_own_name(tmp_path: Path)
     for target in (tmp_path / "missing" / "t.yaml", tmp_path):
         with pytest.raises(OSError, match=rf"'{target}'$"):
             loaded.save(target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scale_facto": {"prefill": 180.0}},
+            r"Thresholds: scale_facto: unknown key; did you mean `scale_factor`\?",
+        ),
+        (
+            {"scale_factor": {"prefill": -1}},
+            "Thresholds: scale_factor.prefill: .*greater than or equal to 0, but got -1",
+        ),
+        (
+            {"min_kv_len": {"prefill": 240, "decode": 512}},
+            "Thresholds: `min_kv_len.prefill > scale_factor` must hold, but got min_kv_len=240",
+        ),
+        ({"model": None}, "Thresholds: model: .* got None"),
+        (
+            {"layers": [{"layer": 0, "decode": [4.0, "x"]}]},
+            "Thresholds: layers.0.decode.1: .*number.* got 'x'",
+        ),
+    ],
+    ids=["unknown key", "value", "law", "section", "override"],
+)
+def test_wrong_arguments_are_refused_as_a_file_is(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    given = dict(Thresholds.load(write(tmp_path, GOOD)))
+    with pytest.raises(FileError, match=f"^{message}") as error:
+        Thresholds(**{**given, **changes})
+    assert "\n" not in str(error.value) and "pydantic" not in str(error.value)
+
+
+def test_missing_arguments_are_named_one_per_line() -> None:
+    message = "Thresholds: model: this key is required\nThresholds: geometry: this key is required"
+    with pytest.raises(FileError, match=f"^{message}$"):
+        Thresholds()  # type: ignore[call-arg]
+
+
+def test_a_section_alone_is_refused_too() -> None:
+    law = "PrefillGeometry: `tile_q` must be a power of two from 16 to 512, but got 48"
+    with pytest.raises(FileError, match=f"^{law}$"):
+        PrefillGeometry(tile_q=48, tile_kv=128)
+
+
+@pytest.mark.parametrize("path", [123, None, b"t.yaml"])
+def test_what_is_not_a_path_is_refused(path: Any) -> None:
+    with pytest.raises(TypeError, match=f'path of a YAML file, but got {path!r}; pass "thresholds'):
+        Thresholds.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

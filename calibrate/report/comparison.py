@@ -69,7 +69,7 @@ def compared_fronts(runs: Sequence[Findings]) -> go.Figure:
     for (name, colour, dash, symbol), found in zip(_RUNS, runs, strict=True):
         figure.add_scatter(
             x=[point["speedup"] for point in found["front"]],
-            y=[point["loss"] for point in found["front"]],
+            y=[point["losses"][FINEST] for point in found["front"]],
             mode="lines+markers",
             name=f"{name}: front",
             line={"color": colour, "dash": dash, "width": 1.6},

@@ -60,7 +60,10 @@ class Figures:
         drawn: dict[str, go.Figure] = {}
         if self._study is not None:
             drawn |= {"tradeoff": self.tradeoff(), "history": self.history()}
-            if len({trial["loss"] for trial in found["trials"]}) >= _TRIALS_FOR_IMPORTANCE:
+            if (
+                len({trial["losses"][FINEST] for trial in found["trials"]})
+                >= _TRIALS_FOR_IMPORTANCE
+            ):
                 drawn["importances"] = self.importances()
         if any(numbers["sensitivity"] for numbers in found["phases"].values()):
             drawn["sensitivity"] = self.sensitivity()
@@ -86,7 +89,8 @@ class Figures:
         )
         about: dict[tuple[float, float], list[str]] = {}
         for trial in found["trials"]:
-            about.setdefault((trial["speedup"], trial["loss"]), []).append(_trial_text(trial))
+            point = trial["speedup"], trial["losses"][FINEST]
+            about.setdefault(point, []).append(_trial_text(trial))
         markers: tuple[tuple[str, dict[str, Any]], ...] = (
             ("over the budget", {"color": MUTED, "symbol": "x-thin-open"}),
             ("within the budget", {"color": PAPER, "line": {"color": INK, "width": 1.2}}),
@@ -101,7 +105,7 @@ class Figures:
             trace.hovertemplate = "%{text}<extra></extra>"
         figure.add_scatter(
             x=[point["speedup"] for point in found["front"]],
-            y=[point["loss"] for point in found["front"]],
+            y=[point["losses"][FINEST] for point in found["front"]],
             mode="lines",
             line={"color": MUTED, "width": 1},
             hoverinfo="skip",
@@ -457,7 +461,7 @@ def add_chosen(figure: go.Figure, found: Findings, prefix: str = "", colour: str
         if trial["chosen"]:
             figure.add_scatter(
                 x=[trial["speedup"]],
-                y=[trial["loss"]],
+                y=[trial["losses"][FINEST]],
                 mode="markers",
                 name=f"{prefix}chosen",
                 marker={"symbol": "star-open", "size": 18, "color": colour, "line": {"width": 2}},
@@ -490,7 +494,7 @@ def _add_uniform(figure: go.Figure, found: Findings) -> None:
     rows = [trial for trial in found["trials"] if trial["name"] == "uniform"]
     figure.add_scatter(
         x=[row["speedup"] for row in rows],
-        y=[row["loss"] for row in rows],
+        y=[row["losses"][FINEST] for row in rows],
         mode="markers",
         name="one number per phase",
         marker={"symbol": "square-open", "size": 14, "color": INK, "line": {"width": 1.6}},
@@ -528,10 +532,12 @@ def _bound_text(loss: str, bound: dict[str, Any]) -> str:
 def _trial_text(trial: dict[str, Any]) -> str:
     shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in trial["sparsity"].items())
     kinds = {"uniform": "one number per phase", "analytic": "analytic start"}
-    loss = LOSSES[FINEST]
+    losses = (
+        f"{LOSSES[name].title} {LOSSES[name].text(value)} {LOSSES[name].unit}<br>"
+        for name, value in trial["losses"].items()
+    )
     return (
-        f"trial {trial['number']} ({kinds.get(trial['name'], 'search')})<br>"
-        f"{loss.title} {loss.text(trial['loss'])} {loss.unit}<br>"
+        f"trial {trial['number']} ({kinds.get(trial['name'], 'search')})<br>{''.join(losses)}"
         f"{trial['speedup']:.2f}× predicted<br>skips {shares}"
     )
 

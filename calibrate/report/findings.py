@@ -44,8 +44,8 @@ def findings(folder: Path, config: RunConfig) -> Findings:
     Returns:
         `name`, `folder`, `verdict`, `budget`, `trials`, `pruned`, `front`, `heldout` (the chosen setting,
         earlier candidates, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
-        `sparsity` and so on) and `provenance`. The `loss` of a trial or a layer is the KL; `losses` has
-        all of them by name.
+        `sparsity` and so on) and `provenance`. `losses` has every loss by its name in `LOSSES`; the `loss`
+        of a layer that skips alone is `FINEST`.
 
     Raises:
         UserError: the folder has no statistics, or a file in it is damaged.
@@ -200,7 +200,7 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
         {
             "number": trial.number,
             "name": point.name,
-            "loss": six(point.losses[FINEST]),
+            "losses": _rounded(point.losses),
             "relative_time": six(point.relative_time),
             "speedup": six(1 / point.relative_time),
             "sparsity": _rounded(point.sparsity),
@@ -209,7 +209,7 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
         for index, (trial, point) in enumerate(zip(complete, finished, strict=True))
     ]
     best = [
-        {"loss": six(point.losses[FINEST]), "speedup": six(1 / point.relative_time)}
+        {"losses": _rounded(point.losses), "speedup": six(1 / point.relative_time)}
         for point in front(finished, config.budget.limits)
     ]
     pruned = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))

@@ -250,14 +250,18 @@ def assessed(rows: Sequence[Row]) -> Table:
 
 
 def _trials(found: Findings) -> Table:
-    loss = LOSSES[FINEST]
     return Table(
         "All trials",
-        ("trial", f"{loss.title} [{loss.unit}]", "predicted speed-up", *_phase_columns(found)),
+        (
+            "trial",
+            *(f"{loss.title} [{loss.unit}]" for loss in LOSSES.values()),
+            "predicted speed-up",
+            *_phase_columns(found),
+        ),
         [
             [
                 f"{trial['number']} {trial['name']}{' (chosen)' if trial['chosen'] else ''}",
-                loss.text(trial["loss"]),
+                *(loss.text(trial["losses"].get(name)) for name, loss in LOSSES.items()),
                 speedup_text(trial["speedup"]),
                 *(percent_text(trial["sparsity"][phase]) for phase in found["phases"]),
             ]

@@ -21,7 +21,7 @@ def test_figures_draw_the_findings(page: Page, found: dict[str, Any]) -> None:
         for trace_ in figures["tradeoff"]["data"][:3]
         for x, y in zip(trace_["x"], trace_["y"], strict=True)
     }
-    assert drawn >= {(row["speedup"], row["loss"]) for row in found["trials"]}
+    assert drawn >= {(row["speedup"], row["losses"]["kl"]) for row in found["trials"]}
     chosen = next(row for row in found["trials"] if row["chosen"])
     assert trace("tradeoff", "chosen")["x"] == [chosen["speedup"]]
     assert trace("tradeoff", "chosen, held-out")["y"] == [
@@ -31,7 +31,7 @@ def test_figures_draw_the_findings(page: Page, found: dict[str, Any]) -> None:
         found["heldout"]["uniform"]["losses"]["kl"]["mean"]
     ]
     assert [y for trace_ in figures["history"]["data"] for y in trace_["y"]] == [
-        row["loss"] for row in found["trials"]
+        row["losses"]["kl"] for row in found["trials"]
     ]
     for phase in PHASES:
         numbers = found["phases"][phase]

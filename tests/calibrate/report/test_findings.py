@@ -24,8 +24,10 @@ from skip_softmax.meaning.histogram import edges
 def test_trials_are_the_study(run: pipeline.Run, found: dict[str, Any]) -> None:
     trials = run.study.get_trials(states=(TrialState.COMPLETE,))
     assert [row["number"] for row in found["trials"]] == [trial.number for trial in trials]
-    close([row["loss"] for row in found["trials"]], [losses_of(trial)["kl"] for trial in trials])
-    shares = [row["loss"] / run.config.budget.kl for row in found["trials"]]
+    for row, trial in zip(found["trials"], trials, strict=True):
+        assert row["losses"].keys() == losses_of(trial).keys() == {"kl", "score_drop"}
+        close([*row["losses"].values()], [*losses_of(trial).values()])
+    shares = [row["losses"]["kl"] / run.config.budget.kl for row in found["trials"]]
     close(shares, [trial.values[0] for trial in trials])
     close([row["speedup"] for row in found["trials"]], [1 / trial.values[1] for trial in trials])
     for phase in PHASES:
@@ -38,7 +40,7 @@ def test_trials_are_the_study(run: pipeline.Run, found: dict[str, Any]) -> None:
     assert trials[chosen].user_attrs["setting"] == winner
     for point in found["front"]:
         beaten = [
-            losses_of(t)["kl"] < point["loss"] * (1 - 1e-5)
+            losses_of(t)["kl"] < point["losses"]["kl"] * (1 - 1e-5)
             and 1 / t.values[1] > point["speedup"] * (1 + 1e-5)
             for t in trials
         ]

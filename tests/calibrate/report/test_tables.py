@@ -40,8 +40,11 @@ def test_text_and_tables_say_the_same(page: Page, run: pipeline.Run, smoke_run: 
     assert chosen[1:3] == [loss_text(row["kl"]["mean"]), loss_text(row["kl"]["upper"])]
     assert uniform[1] == loss_text(run.validation["baseline"]["kl"]["mean"])
     trials = run.study.get_trials(states=(TrialState.COMPLETE,))
-    shown = [cells[1:3] for cells in page.table("trial")]
-    assert shown == [[loss_text(losses_of(t)["kl"]), f"{1 / t.values[1]:.2f}×"] for t in trials]
+    shown = [cells[1:4] for cells in page.table("trial")]
+    assert shown == [
+        [loss_text(losses["kl"]), f"{losses['score_drop']:.2f}", f"{1 / trial.values[1]:.2f}×"]
+        for trial, losses in zip(trials, map(losses_of, trials), strict=True)
+    ]
     lengths = {cells[0]: cells[1:3] for cells in page.table("phase and length")}
     for phase in PHASES:
         for length, pair in row["by_length"][phase].items():

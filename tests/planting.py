@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import inputs
 import torch
@@ -16,7 +17,7 @@ import torch
 import skip_softmax as ss
 from skip_softmax.choose import Backend
 from skip_softmax.meaning import reference
-from skip_softmax.meaning.reference import Request
+from skip_softmax.meaning.call import Call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter has no bf16.
@@ -58,52 +59,60 @@ def plant(
     return Planted(q, k, v, scale_factor, (level < inputs.CUT).transpose(2, 3))
 
 
+def call_alone(
+    p: Planted, q_len: int, kv_len: int, *, tile_q: int | None, tile_kv: int, **about: Any
+) -> Call:
+    """The call of one request of so many tokens, as the reference takes it."""
+    (_, q_heads, _, head_dim), kv_heads = p.q.shape, p.k.shape[1]
+    return Call(
+        q_len, kv_len, q_heads, kv_heads, head_dim, head_dim, p.q.dtype, head_dim**-0.5, tile_q, tile_kv,
+        **about,
+    )  # fmt: skip
+
+
 def expected(
-    planted: Planted, request: Request, b: int = 0, scale_factor: float | None = None
+    planted: Planted, call: Call, b: int = 0, scale_factor: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The reference in float64: output, visited and skipped tiles of request `b`."""
     q, k, v = (x[b].double() for x in (planted.q, planted.k, planted.v))
     factor = planted.scale_factor if scale_factor is None else scale_factor
-    heads = k.shape[0] if request.decode else q.shape[0]
-    factors = torch.full((heads,), factor, dtype=torch.float64, device=q.device)
-    return reference.attend(q, k, v, request, q.shape[-1] ** -0.5, factors)
+    factors = torch.full((call.vote_heads,), factor, dtype=torch.float64, device=q.device)
+    return reference.attend(q, k, v, call, factors)
 
 
 def assert_accurate(
     out: torch.Tensor,
     planted: Planted,
-    request: Request,
+    call: Call,
     b: int = 0,
     scale_factor: float | None = None,
 ) -> None:
     """At most twice the error of PyTorch in the same dtype over the same kept keys, plus rounding."""
-    truth = expected(planted, request, b, scale_factor)[0]
+    truth = expected(planted, call, b, scale_factor)[0]
     factor = planted.scale_factor if scale_factor is None else scale_factor
     q, k, v = (
-        planted.q[b, :, : request.q_len],
-        planted.k[b, :, : request.kv_len],
-        planted.v[b, :, : request.kv_len],
+        planted.q[b, :, : call.q_len],
+        planted.k[b, :, : call.kv_len],
+        planted.v[b, :, : call.kv_len],
     )
     scale = q.shape[-1] ** -0.5
-    gaps = reference.gaps(q.double(), k.double(), request, scale)
-    lengths = torch.tensor([float(request.kv_len)], dtype=torch.float64, device=q.device)
-    if request.decode:
+    gaps = reference.gaps(q.double(), k.double(), call)
+    lengths = torch.tensor([float(call.kv_len)], dtype=torch.float64, device=q.device)
+    if call.decode:
         lengths = torch.arange(
-            request.kv_len - request.q_len + 1, request.kv_len + 1, device=q.device
+            call.kv_len - call.q_len + 1, call.kv_len + 1, device=q.device
         ).double()
     active = (factor > 0) & (factor < lengths)[None, :, None]
     skipped = active & (gaps < (math.log(factor or 1.0) - lengths.log())[None, :, None])
     per_row = skipped.repeat_interleave(q.shape[0] // skipped.shape[0], 0)
-    per_row = per_row.repeat_interleave(request.tile_q or 1, 1)[:, : request.q_len]
-    hidden = per_row.repeat_interleave(request.tile_kv, 2)[:, :, : request.kv_len]
-    position = (
-        torch.arange(request.q_len, device=q.device)[:, None] + request.kv_len - request.q_len
-    )
-    key = torch.arange(request.kv_len, device=q.device)
-    if request.causal:
+    per_row = per_row.repeat_interleave(call.tile_q or 1, 1)[:, : call.q_len]
+    hidden = per_row.repeat_interleave(call.tile_kv, 2)[:, :, : call.kv_len]
+    position = torch.arange(call.q_len, device=q.device)[:, None] + call.kv_len - call.q_len
+    key = torch.arange(call.kv_len, device=q.device)
+    if call.causal:
         hidden = hidden | (key > position)
-    if request.window is not None:
-        hidden = hidden | (key <= position - request.window)
+    if call.window is not None:
+        hidden = hidden | (key <= position - call.window)
     group = q.shape[0] // k.shape[0]
     scores = (q * scale) @ k.repeat_interleave(group, 0).transpose(1, 2)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -155,13 +164,15 @@ def check_prefill(
     for b in range(p.q.shape[0]):
         q_len = p.q.shape[2] if q_lens is None else q_lens[b]
         kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
-        request = Request(q_len, kv_len, 0, causal, window, tile_q, tile_kv)
-        _, visited, skipped = expected(p, request, b, factor)
+        call = call_alone(
+            p, q_len, kv_len, causal=causal, window=window, tile_q=tile_q, tile_kv=tile_kv
+        )
+        _, visited, skipped = expected(p, call, b, factor)
         assert stats.visited[b].tolist() == visited.tolist()
         assert stats.skipped[b].tolist() == skipped.tolist()
         assert (out[b, :, q_len:] == 0).all()
         if q_len and kv_len:
-            assert_accurate(out[b, :, :q_len], p, request, b, factor)
+            assert_accurate(out[b, :, :q_len], p, call, b, factor)
     return out, stats
 
 

@@ -1,48 +1,37 @@
-"""The public operations: validate, choose a backend, run.
+"""The public operations: check, choose, run.
 
 An explicit backend never falls back: it runs what was asked or says why it cannot.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
 
-from skip_softmax.choose import (
-    Backend,
-    choose_backend,
-    choose_prefill,
-    decode_kernel,
-    run_prefill,
-    statistics_kernel,
-)
+from skip_softmax.choose import Backend, Operation, choose
 from skip_softmax.meaning import reference
 from skip_softmax.meaning.call import (
+    Call,
     Lengths,
-    as_kernels_read,
-    check_block_table,
-    check_geometry,
+    Requests,
+    RunningMax,
+    ScaleFactor,
+    call_of,
     check_packed,
     check_pages,
-    check_qkv,
-    gather_pages,
+    check_table,
+    gathered,
     kernel_factors,
-    kernel_lengths,
-    lengths_of,
     scale_factors,
-    scale_of,
-    warn_if_known_meaningless,
-    warn_if_meaningless,
+    warn_if_dense,
 )
 from skip_softmax.meaning.counts import TileCounts
-from skip_softmax.meaning.histogram import BINS, TileHistogram
-from skip_softmax.meaning.reference import Request, RunningMax
+from skip_softmax.meaning.histogram import TileHistogram
 
 
 class _ForwardOnly(torch.autograd.Function):
-    """Passes an output on; who asks for its gradient is told that there is none."""
+    """Passes an output on; a backward pass through it is refused by name."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -51,7 +40,7 @@ class _ForwardOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         raise RuntimeError(
-            "skip-softmax attention has no backward, but a gradient through it was asked for; run it under "
+            "skip-softmax attention has no backward pass, but a gradient was requested; run it under "
             "torch.no_grad(), or train with the model's own attention"
         )
 
@@ -64,7 +53,7 @@ def _forward_only(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
 
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: float | torch.Tensor = ...,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: ScaleFactor = ...,
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
     tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
     kv_start: int = ..., return_stats: Literal[False] = ...,
@@ -73,7 +62,7 @@ def attention(
 
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: float | torch.Tensor = ...,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: ScaleFactor = ...,
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
     tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
     kv_start: int = ..., return_stats: Literal[True],
@@ -85,7 +74,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    scale_factor: float | torch.Tensor = 0.0,
+    scale_factor: ScaleFactor = 0.0,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
@@ -125,33 +114,11 @@ def attention(
         ValueError: shapes, lengths, geometry or scale factors break a law.
         NotImplementedError: the named backend cannot run this call.
     """
-    check_qkv(q, k, v)
-    check_geometry(tile_kv, window, tile_q)
-    scale = scale_of(scale, q)
-    chosen = choose_prefill(backend, q, k, v, window, tile_q, tile_kv, scale, kv_start)
-    if chosen != "reference":
-        factor, factors = kernel_factors(scale_factor, q.shape[1], q.device, "query")
-        warn_if_known_meaningless(factor, kv_lens, k.shape[2])
-        out, counts = run_prefill(
-            chosen, q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv,
-            kernel_lengths("q_lens", q_lens, q.shape[0], q.shape[2], q.device),
-            kernel_lengths("kv_lens", kv_lens, q.shape[0], k.shape[2], q.device),
-            None, None, q.shape[2], return_stats,
-        )  # fmt: skip
-        out = _forward_only(out, q, k, v)
-        return (out, TileCounts(counts[..., 0], counts[..., 1])) if return_stats else out
-    factors = scale_factors(scale_factor, q.shape[1], q.device, "query")
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    stats = TileCounts(
-        *(torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) for _ in range(2))
-    )
-    lengths = lengths_of(q_lens, kv_lens, q, k, kv_start)
-    warn_if_meaningless(factors.max().item(), [kv_len for _, kv_len in lengths])
-    for b, (q_len, kv_len) in enumerate(lengths):
-        request = Request(q_len, kv_len, kv_start, causal, window, tile_q, tile_kv)
-        out[b, :, :q_len], stats.visited[b], stats.skipped[b] = reference.attend(
-            q[b], k[b], v[b], request, scale, factors
-        )
+    call = call_of(
+        q, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal, kv_start=kv_start
+    )  # fmt: skip
+    requests = Requests(q_lens, kv_lens)
+    out, stats = _attend("prefill", backend, call, q, k, v, scale_factor, requests, return_stats)
     out = _forward_only(out, q, k, v)
     return (out, stats) if return_stats else out
 
@@ -160,7 +127,7 @@ def attention(
 def attention_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
-    scale_factor: float | torch.Tensor = ..., causal: bool = ..., scale: float | None = ...,
+    scale_factor: ScaleFactor = ..., causal: bool = ..., scale: float | None = ...,
     window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
@@ -170,7 +137,7 @@ def attention_varlen(
 def attention_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
-    scale_factor: float | torch.Tensor = ..., causal: bool = ..., scale: float | None = ...,
+    scale_factor: ScaleFactor = ..., causal: bool = ..., scale: float | None = ...,
     window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
@@ -185,7 +152,7 @@ def attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    scale_factor: float | torch.Tensor = 0.0,
+    scale_factor: ScaleFactor = 0.0,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
@@ -239,43 +206,22 @@ def attention_varlen(
     check_packed(cu_seqlens_q, q.shape[0], max_seqlen_q, "q")
     check_packed(cu_seqlens_k, k.shape[0], max_seqlen_k, "k")
     heads_first = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    check_qkv(*heads_first)
-    check_geometry(tile_kv, window, tile_q)
-    scale = scale_of(scale, q)
-    chosen = choose_prefill(backend, *heads_first, window, tile_q, tile_kv, scale, 0)
-    if chosen != "reference":
-        factor, factors = kernel_factors(scale_factor, q.shape[1], q.device, "query")
-        out, counts = run_prefill(
-            chosen, *heads_first, factor, factors, causal, scale, window, tile_q, tile_kv, None, None,
-            as_kernels_read(cu_seqlens_q, q.device), as_kernels_read(cu_seqlens_k, q.device), max_seqlen_q,
-            return_stats,
-        )  # fmt: skip
-        out = _forward_only(out[0].transpose(0, 1), q, k, v)
-        return (out, TileCounts(counts[..., 0], counts[..., 1])) if return_stats else out
-    out = q.new_zeros(*q.shape[:2], v.shape[-1])
-    starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
-    stats = []
-    for (q0, k0), (q1, k1) in pairwise(starts):
-        part, counted = attention(
-            *(x[:, :, i:j] for x, i, j in zip(heads_first, (q0, k0, k0), (q1, k1, k1), strict=True)),
-            scale_factor=scale_factor, causal=causal, scale=scale, window=window, tile_q=tile_q,
-            tile_kv=tile_kv, backend="reference", return_stats=True,
-        )  # fmt: skip
-        out[q0:q1] = part[0].transpose(0, 1)
-        stats.append(counted)
-    if not return_stats:
-        return out
-    empty = torch.zeros(0, q.shape[1], dtype=torch.int64, device=q.device)
-    return out, TileCounts(
-        torch.cat([empty, *(counted.visited for counted in stats)]),
-        torch.cat([empty, *(counted.skipped for counted in stats)]),
+    call = call_of(
+        *heads_first, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
+        q_len=max_seqlen_q, kv_len=max_seqlen_k,
+    )  # fmt: skip
+    requests = Requests(q_starts=cu_seqlens_q, kv_starts=cu_seqlens_k)
+    out, stats = _attend(
+        "prefill", backend, call, *heads_first, scale_factor, requests, return_stats
     )
+    out = _forward_only(out[0].transpose(0, 1), q, k, v)
+    return (out, stats) if return_stats else out
 
 
 @overload
 def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
-    scale_factor: float | torch.Tensor = ..., block_table: torch.Tensor | None = ...,
+    scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
     running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[False] = ...,
@@ -285,7 +231,7 @@ def decode_attention(
 @overload
 def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
-    scale_factor: float | torch.Tensor = ..., block_table: torch.Tensor | None = ...,
+    scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
     running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[True],
@@ -298,7 +244,7 @@ def decode_attention(
     v_cache: torch.Tensor,
     kv_lens: Lengths = None,
     *,
-    scale_factor: float | torch.Tensor = 0.0,
+    scale_factor: ScaleFactor = 0.0,
     block_table: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -311,9 +257,8 @@ def decode_attention(
     """Decode attention: one or a few new tokens per request against its cache, skipping KV tiles.
 
     The query heads of one KV head vote together, for each query token alone. Token t of T sees
-    kv_len - T + t + 1 keys, and that is the length behind its threshold: sending tokens one by one
-    or in
-    a short run gives the same result.
+    kv_len - T + t + 1 keys, and that is the length behind its threshold: sending tokens one by one or in a
+    short run gives the same result.
 
     Args:
         q: queries [B, Hq, D], or [B, Hq, T, D] for runs of T tokens.
@@ -340,46 +285,54 @@ def decode_attention(
     """
     run = q if q.dim() == 4 else q[:, :, None]
     if block_table is not None:
-        check_block_table(block_table, kv_lens, q.shape[0], kv_start)
-    check_geometry(tile_kv, window, None)
-    scale = scale_of(scale, q)
-    page = 0 if block_table is None else k_cache.shape[2]
-    check_qkv(run, k_cache, v_cache, paged=block_table is not None)
-
-    def why_not() -> str | None:
-        reason: str | None = decode_kernel().why_not(run, v_cache, tile_kv, scale, kv_start, page)
-        return reason
-
-    if choose_backend(backend, q, {"triton": why_not}) == "triton":
-        factor, factors = kernel_factors(scale_factor, k_cache.shape[1], q.device, "KV")
-        capacity = page * block_table.shape[1] if block_table is not None else k_cache.shape[2]
-        warn_if_known_meaningless(factor, kv_lens, capacity, tokens=run.shape[2])
-        out, counts = decode_kernel().decode(
-            run, k_cache, v_cache, kernel_lengths("kv_lens", kv_lens, q.shape[0], capacity, q.device),
-            None if block_table is None else as_kernels_read(block_table, q.device),
-            factor, factors, scale, window, tile_kv, running_max == "seeded", 0, return_stats,
-        )  # fmt: skip
-        out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
-        return (out, TileCounts(counts[..., 0], counts[..., 1])) if return_stats else out
-    keys, values = k_cache, v_cache
-    if block_table is not None:
-        keys, values = (gather_pages(cache, block_table) for cache in (k_cache, v_cache))
-    kv_heads, tokens = keys.shape[1], run.shape[2]
-    factors = scale_factors(scale_factor, kv_heads, q.device, "KV")
-    out = q.new_zeros(*run.shape[:3], values.shape[-1])
-    shape = (q.shape[0], kv_heads)
-    stats = TileCounts(*(torch.zeros(shape, dtype=torch.int64, device=q.device) for _ in range(2)))
-    lengths = lengths_of(None, kv_lens, run, keys, kv_start)
-    if block_table is not None:
-        check_pages(block_table, lengths, window, k_cache)
-    warn_if_meaningless(factors.max().item(), [kv_len - tokens + 1 for _, kv_len in lengths])
-    for b, (_, kv_len) in enumerate(lengths):
-        request = Request(tokens, kv_len, kv_start, True, window, None, tile_kv, running_max)
-        out[b], stats.visited[b], stats.skipped[b] = reference.attend(
-            run[b], keys[b], values[b], request, scale, factors
-        )
+        check_table(block_table, kv_lens, q.shape[0], kv_start)
+    call = call_of(
+        run, k_cache, v_cache, tile_q=None, tile_kv=tile_kv, scale=scale, window=window, kv_start=kv_start,
+        running_max=running_max, table=block_table,
+    )  # fmt: skip
+    requests = Requests(kv_lens=kv_lens, table=block_table)
+    out, stats = _attend(
+        "decode", backend, call, run, k_cache, v_cache, scale_factor, requests, return_stats
+    )
     out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
     return (out, stats) if return_stats else out
+
+
+def _attend(
+    operation: Operation,
+    backend: Backend,
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_factor: ScaleFactor,
+    requests: Requests,
+    return_stats: bool,
+) -> tuple[torch.Tensor, TileCounts]:
+    """Chooses who runs the call, and runs it; a kernel counts no tiles unless they are asked for."""
+    room = choose(operation, backend, call, q.device)
+    if room is not None:
+        factor, factors = kernel_factors(scale_factor, call, q.device)
+        if factor and requests.q_starts is None and not torch.compiler.is_compiling():
+            # Lengths on the device are not read: that would wait for it.
+            if requests.kv_lens is None:
+                warn_if_dense(factor, call, [call.kv_len])
+            elif not isinstance(requests.kv_lens, torch.Tensor):
+                warn_if_dense(factor, call, requests.kv_lens)
+        there = requests.as_kernels_read(call, q)
+        out, counts = room.run(call, q, k, v, factor, factors, there, return_stats)
+        return out, TileCounts(counts[..., 0], counts[..., 1])
+    per_head = scale_factors(scale_factor, call, q.device)
+    if requests.table is not None:
+        pages = k.shape[0]
+        k, v = gathered(k, requests.table), gathered(v, requests.table)
+    each = list(requests.each(call, q.shape[0]))
+    calls = [alone for *_, alone in each]
+    if requests.table is not None:
+        check_pages(requests.table, calls, pages)
+    warn_if_dense(per_head.max().item(), call, [alone.kv_len for alone in calls])
+    out, counts = reference.run(q, k, v, each, per_head)
+    return out, TileCounts(counts[..., 0], counts[..., 1])
 
 
 def tile_gaps(
@@ -417,15 +370,15 @@ def tile_gaps(
     Raises:
         ValueError: shapes, lengths or geometry break a law.
     """
-    check_qkv(q, k, k)
-    check_geometry(tile_kv, window, tile_q)
-    choose_backend(backend, q, {"triton": lambda: "tile_gaps has no kernel; `tile_statistics` has"})
-    tiles = (-(-q.shape[2] // tile_q), -(-k.shape[2] // tile_kv))
+    call = call_of(
+        q, k, k, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal
+    )
+    choose("gaps", backend, call, q.device, stacklevel=3)
+    tiles = (-(-call.q_len // tile_q), -(-call.kv_len // tile_kv))
     result = torch.full((*q.shape[:2], *tiles), -torch.inf, device=q.device, dtype=torch.float32)
     result = result.double() if q.dtype == torch.float64 else result
-    for b, (q_len, kv_len) in enumerate(lengths_of(q_lens, kv_lens, q, k, 0)):
-        request = Request(q_len, kv_len, 0, causal, window, tile_q, tile_kv)
-        gaps = reference.gaps(q[b], k[b], request, scale_of(scale, q))
+    for b, _, _, alone in Requests(q_lens, kv_lens).each(call, q.shape[0]):
+        gaps = reference.gaps(q[b], k[b], alone)
         result[b, :, : gaps.shape[1], : gaps.shape[2]] = gaps
     return result
 
@@ -467,38 +420,10 @@ def tile_statistics(
     Raises:
         ValueError: shapes or geometry break a law.
     """
-    check_qkv(q, k, v)
-    check_geometry(tile_kv, window, None if decode else tile_q)
-    scale = scale_of(scale, q)
-
-    def why_not() -> str | None:
-        rows = None if decode else tile_q
-        reason: str | None = statistics_kernel().why_not(q, v, rows, tile_kv, scale, kv_start)
-        return reason
-
-    if choose_backend(backend, q, {"triton": why_not}) == "triton":
-        out, histogram = statistics_kernel().statistics(
-            q, k, v, decode=decode, causal=causal, scale=scale, window=window, tile_q=tile_q,
-            tile_kv=tile_kv,
-            seeded=running_max == "seeded",
-        )  # fmt: skip
-        return _forward_only(out, q, k, v), histogram
-    kv_len = kv_start + k.shape[2]
-    request = Request(
-        q.shape[2],
-        kv_len,
-        kv_start,
-        causal,
-        window,
-        None if decode else tile_q,
-        tile_kv,
-        running_max,
-    )
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    heads = k.shape[1] if decode else q.shape[1]
-    counts = torch.zeros(heads, BINS, dtype=torch.int64, device=q.device)
-    mass, rows = counts.double(), 0
-    for b, qkv in enumerate(zip(q, k, v, strict=True)):
-        out[b], one = reference.statistics(*qkv, request, scale)
-        counts, mass, rows = counts + one.counts, mass + one.mass, rows + one.rows
-    return _forward_only(out, q, k, v), TileHistogram(counts, mass, rows)
+    call = call_of(
+        q, k, v, tile_q=None if decode else tile_q, tile_kv=tile_kv, scale=scale, window=window,
+        causal=causal, kv_start=kv_start, running_max=running_max,
+    )  # fmt: skip
+    room = choose("statistics", backend, call, q.device, stacklevel=3)
+    out, histogram = (reference.batch_statistics if room is None else room.run)(call, q, k, v)
+    return _forward_only(out, q, k, v), histogram

@@ -1,145 +1,108 @@
-"""Which backend runs a call."""
+"""Which kernel runs a call: an ordered list per operation. The only file that imports kernels."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
-from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+    from skip_softmax.launch import Device
+    from skip_softmax.meaning.call import Call
 
 Backend = Literal["auto", "reference", "triton", "hopper"]
+Operation = Literal["prefill", "decode", "statistics", "gaps"]
+# Best first. A kernel's room is a file with two functions: `why_not(call, device)`, which needs neither a GPU
+# nor Triton, and `run(call, ...)`. Its folder's name is the backend's.
+KERNELS: dict[Operation, tuple[str, ...]] = {
+    "prefill": ("hopper.prefill", "triton.prefill"),
+    "decode": ("triton.decode",),
+    "statistics": ("triton.statistics",),
+    "gaps": (),
+}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
     """The reference runs a call on a GPU because the kernels cannot; said once per reason."""
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_warned: set[str] = set()
+def backends(operation: Operation) -> list[str]:
+    """The backends that have a kernel for an operation, best first."""
+    return [path.split(".")[0] for path in KERNELS[operation]]
 
 
-def prefill_kernel() -> ModuleType:
-    """Imported when a call needs it: triton loads slowly, and a CPU may have none."""
-    from skip_softmax.triton import prefill
-
-    return prefill
-
-
-def decode_kernel() -> ModuleType:
-    """See `prefill_kernel`."""
-    from skip_softmax.triton import decode
-
-    return decode
+def able(operation: Operation, call: Call, device: Device) -> list[str]:
+    """Which of them can run a call on a device, which need not be here; `auto` takes the first."""
+    return [
+        path.split(".")[0]
+        for path in KERNELS[operation]
+        if _room(path).why_not(call, device) is None
+    ]
 
 
-def hopper_kernel() -> ModuleType:
-    """See `prefill_kernel`."""
-    from skip_softmax.hopper import launch as hopper
-
-    return hopper
-
-
-def statistics_kernel() -> ModuleType:
-    """See `prefill_kernel`."""
-    from skip_softmax.triton import statistics as gaps
-
-    return gaps
-
-
-def choose_backend(
-    backend: Backend,
-    q: torch.Tensor,
-    kernels: dict[str, Callable[[], str | None]],
-    stacklevel: int = 3,
-) -> str:
-    """The backend that runs a call.
+def choose(
+    operation: Operation, backend: Backend, call: Call, of: torch.device, stacklevel: int = 4
+) -> ModuleType | None:
+    """The room that runs a call here; None: the reference does.
 
     Args:
-        backend: as asked.
-        q: queries; only their device matters.
-        kernels: the kernels of this operation, best first: each says why it cannot run the call, or None.
-        stacklevel: frames between the warning and who called the operation.
+        operation: what is asked.
+        backend: by whom.
+        call: of which shape.
+        of: where the tensors are.
+        stacklevel: frames between the warning and the caller of the operation.
+
+    Raises:
+        ValueError: there is no such backend.
+        NotImplementedError: the named backend cannot run this call.
     """
-    if backend not in ("auto", "reference", "triton", "hopper"):
-        raise ValueError(f"backend must be auto, reference, triton or hopper, but got {backend!r}")
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
-        return "reference"
-    if backend != "auto" and backend not in kernels:
+    from skip_softmax.launch import device_of
+
+    if backend not in get_args(Backend):
+        *names, last = get_args(Backend)
+        raise ValueError(f"backend must be {', '.join(names)} or {last}, but got {backend!r}")
+    if backend == "reference" or (backend == "auto" and of.type != "cuda"):
+        return None
+    if backend != "auto" and backend not in backends(operation):
+        others = " or ".join(map(repr, [*backends(operation), "reference"]))
         raise NotImplementedError(
-            f"backend={backend!r} has no such operation; use {' or '.join(kernels)}"
+            f"backend={backend!r} does not implement {operation}; use {others}"
         )
-    reason: str | None = None
-    for name, why_not in kernels.items():
-        if backend not in ("auto", name):
+    reason = f"no kernel implements {operation}"
+    for path in KERNELS[operation]:
+        if backend not in ("auto", path.split(".")[0]):
             continue
         if not _HAS_TRITON:
             reason = "triton is not installed; `pip install skip-softmax-calibrate[gpu]` brings it"
-        else:
-            reason = why_not()
-        if reason is None:
-            return name
+            continue
+        room = _room(path)
+        why_not = room.why_not(call, device_of(of))
+        if why_not is None:
+            return room
+        reason = why_not
     if backend != "auto":
         raise NotImplementedError(f"backend={backend!r} cannot run this call: {reason}")
     if reason not in _warned:
-        _warned.add(str(reason))
+        _warned.add(reason)
         warnings.warn(
-            f"the reference runs this call, slowly: {reason}",
+            f"falling back to the slow reference implementation: {reason}",
             FallbackWarning,
             stacklevel=stacklevel,
         )
-    return "reference"
+    return None
 
 
-def choose_prefill(
-    backend: Backend,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int | None,
-    tile_q: int,
-    tile_kv: int,
-    scale: float,
-    kv_start: int,
-) -> str:
-    """The backend that runs a prefill call; the Hopper kernel comes first."""
-    return choose_backend(
-        backend,
-        q,
-        {
-            "hopper": lambda: hopper_kernel().why_not(
-                q, k, v, tile_q, tile_kv, window, scale, kv_start
-            ),
-            "triton": lambda: prefill_kernel().why_not(q, v, tile_q, tile_kv, scale, kv_start),
-        },
-        stacklevel=4,
-    )
+def _room(path: str) -> ModuleType:
+    # Statements: torch.compile follows no other import.
+    import skip_softmax.hopper.prefill
+    import skip_softmax.triton.decode
+    import skip_softmax.triton.prefill
+    import skip_softmax.triton.statistics  # noqa: F401
 
-
-def run_prefill(
-    chosen: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    factor: float,
-    factors: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    tile_q: int,
-    tile_kv: int,
-    *lengths_and_stats: torch.Tensor | int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a kernel that `choose_prefill` chose; arguments and results are those of `prefill.prefill`."""
-    if chosen == "hopper":
-        # Window and geometry are those it accepted.
-        out, counts = hopper_kernel().hopper(
-            q, k, v, factor, factors, causal, scale, *lengths_and_stats
-        )
-    else:
-        out, counts = prefill_kernel().prefill(
-            q, k, v, factor, factors, causal, scale, window, tile_q, tile_kv, *lengths_and_stats
-        )
-    return out, counts
+    return sys.modules[f"skip_softmax.{path}"]

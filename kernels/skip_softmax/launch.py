@@ -1,4 +1,7 @@
-"""What every kernel's host code says: limits of a call, the device, descriptors, outputs."""
+"""What all kernels say on the host: the device, limits of a call, descriptors, outputs.
+
+Neither this file nor a kernel's room loads Triton before a kernel runs: `why_not` answers on any machine.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +10,99 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import triton
-from triton.runtime.errors import OutOfResources
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from skip_softmax.meaning.call import Call
 
 LOG2E = math.log2(math.e)
 MOST_TILE_BYTES = 2**16  # of keys or queries; shared memory holds several tiles
 # 3.6 crashes on products inside a branch when it compiles for sm_100.
-KNOWS_BLACKWELL = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
+KNOWS_BLACKWELL = (3, 7)
 # Triton reads it when a kernel is decorated, so it cannot change later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not_here(q: torch.Tensor, v: torch.Tensor, scale: float, kv_start: int) -> str | None:
-    """What every kernel asks of a call: why it cannot run, or None."""
-    if not q.is_cuda and not INTERPRETED:
+@dataclass(frozen=True)
+class Device:
+    """What kernels must know of a device; `device_of` asks a real one.
+
+    Attributes:
+        major: compute capability, 9 for sm_90.
+        shared: shared memory of one program [bytes].
+        processors: multiprocessors.
+        on_cpu: no GPU: Triton's interpreter, or nothing.
+        triton: the Triton that compiles for it.
+    """
+
+    major: int
+    shared: int = 232448
+    processors: int = 132
+    on_cpu: bool = False
+    triton: tuple[int, ...] = (3, 9)
+
+
+def device_of(of: torch.device) -> Device:
+    """The device of tensors; Triton's interpreter stands for an sm_90 with few processors."""
+    return Device(9, processors=8, on_cpu=True) if of.type == "cpu" else _gpu(of)
+
+
+@functools.cache
+def _gpu(of: torch.device) -> Device:
+    import triton
+
+    properties = torch.cuda.get_device_properties(of)
+    return Device(
+        properties.major,
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
+        triton=tuple(int(n) for n in triton.__version__.split(".")[:2]),
+    )
+
+
+def why_not_here(call: Call, device: Device) -> str | None:
+    """What every kernel asks: why it cannot run a call on a device, or None."""
+    if device.on_cpu and not INTERPRETED:
         return (
             "tensors on the CPU run only in Triton's interpreter; "
             "set TRITON_INTERPRET=1 before importing triton"
         )
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {q.dtype} is not fp16, bf16 or fp32"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"head_dim {max(q.shape[-1], v.shape[-1])} is above 256"
-    if not scale > 0:  # NaN included
-        return f"scale {scale} is not above 0"
-    if kv_start:
-        return f"kv_start {kv_start} is not 0 (a cache that dropped its first keys)"
+    if call.criterion != "max":
+        return f"criterion {call.criterion} is not max"
+    if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {call.dtype} is not fp16, bf16 or fp32"
+    if max(call.head_dim, call.value_dim) > 256:
+        return f"head_dim {max(call.head_dim, call.value_dim)} is above 256"
+    if not call.scale > 0:  # NaN included
+        return f"scale {call.scale} is not above 0"
+    if call.kv_start:
+        return f"kv_start {call.kv_start} is not 0 (a cache that dropped its first keys)"
     return None
 
 
-def why_too_large(
-    q: torch.Tensor, v: torch.Tensor, tokens: int, most: int = MOST_TILE_BYTES
-) -> str | None:
+def why_too_large(call: Call, tokens: int, most: int = MOST_TILE_BYTES) -> str | None:
     """Whether the tile of so many tokens has more bytes than shared memory can do with."""
-    columns = width(max(q.shape[-1], v.shape[-1]))
-    size = tokens * columns * q.element_size()
+    columns = width(max(call.head_dim, call.value_dim))
+    size = tokens * columns * call.dtype.itemsize
     if size > most:
         return (
-            f"{tokens} x {columns} numbers of {q.dtype} at once are {size // 1024} KiB, which is more than "
-            f"{most // 1024}"
+            f"{tokens} x {columns} numbers of {call.dtype} at once are {size // 1024} KiB, which is more "
+            f"than {most // 1024}"
         )
     return None
 
 
-def why_not_blackwell(q: torch.Tensor) -> str | None:
-    """Whether this Triton fails on the device; see KNOWS_BLACKWELL."""
-    if q.is_cuda and device(q.device)[0] >= 10 and not KNOWS_BLACKWELL:
-        return (
-            f"Triton {triton.__version__} fails to compile this kernel for Blackwell; install 3.9"
-        )
+def why_not_blackwell(device: Device) -> str | None:
+    """Whether the device's Triton fails on it; see KNOWS_BLACKWELL."""
+    if device.major >= 10 and device.triton < KNOWS_BLACKWELL:
+        version = ".".join(map(str, device.triton))
+        return f"Triton {version} fails to compile this kernel for Blackwell; install 3.9"
     return None
-
-
-@functools.cache
-def device(of: torch.device) -> tuple[int, int]:
-    """Major compute capability and shared memory per program [bytes]."""
-    if of.type != "cuda":
-        return 9, 232448
-    properties = torch.cuda.get_device_properties(of)
-    return properties.major, properties.shared_memory_per_block_optin
 
 
 @contextmanager
@@ -78,13 +112,16 @@ def launching_on(x: torch.Tensor) -> Iterator[None]:
     Raises:
         NotImplementedError: the kernel needs more of the device than it has.
     """
+    from triton.runtime.errors import OutOfResources
+
     try:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             yield
     except OutOfResources as error:
+        unit = "bytes of " if error.name == "shared memory" else ""
         raise NotImplementedError(
-            f"a kernel must fit the GPU, but these tiles need {error.required} of its {error.limit} units of "
-            f"{error.name}; take smaller tiles, 16-bit tensors or backend='reference'"
+            f"a kernel must fit the GPU, but these tiles need {error.required} {unit}{error.name} and it has "
+            f"{error.limit}; take smaller tiles, 16-bit tensors or backend='reference'"
         ) from None
 
 
@@ -138,6 +175,8 @@ def descriptor_fits(x: torch.Tensor) -> bool:
 
 def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """The matrix view of `descriptor_fits`; rows beyond the tensor read as zero."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     row = x.stride(2)
     last = sum((n - 1) * stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
     return TensorDescriptor(x, [last // row + 1, row], [row, 1], block)

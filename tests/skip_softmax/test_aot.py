@@ -29,11 +29,16 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from skip_softmax import launch
-from skip_softmax.hopper import launch as hopper
+from skip_softmax.hopper import prefill as hopper
+from skip_softmax.hopper.prefill_kernel import _hopper
 from skip_softmax.meaning import histogram
-from skip_softmax.triton import decode, prefill, statistics
+from skip_softmax.triton import decode, prefill
+from skip_softmax.triton.decode_kernel import _combine, _decode
+from skip_softmax.triton.prefill_kernel import _prefill
+from skip_softmax.triton.statistics_kernel import _statistics
 
 D, TILE = 128, 128
+KNOWS_BLACKWELL = tuple(map(int, triton.__version__.split(".")[:2])) >= launch.KNOWS_BLACKWELL
 
 
 def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSource):
@@ -51,7 +56,7 @@ def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSou
     log = Path(os.environ["TRITON_CACHE_DIR"], f"{compiled.hash}.log")
     if not log.exists():
         tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
-        new = arch >= 100 or launch.KNOWS_BLACKWELL
+        new = arch >= 100 or KNOWS_BLACKWELL
         tool = os.path.join(tools, "ptxas-blackwell" if new else "ptxas")
         name = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}[arch]
         command = [tool, "-v", "--gpu-name", name, "-", "-o", os.devnull]
@@ -76,7 +81,7 @@ def tile_type(on, rows, columns):
 
 
 def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False):
-    config = prefill.choose_for(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE)
+    config = prefill.choose(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE)
     number = "*fp32" if single else "*bf16"
     kv = number if single else tile_type(config.tma, TILE, head_dim)
     types = {"q": number, "k": kv, "v": kv, "out": number, "stats": "*i64", "factor": "fp32",
@@ -94,7 +99,7 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
     )
     if not packed:
         constants.update(q_starts=None, kv_starts=None)
-    return compile(prefill._prefill, types, constants, arch, config.warps, config.registers)
+    return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
 def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
@@ -117,13 +122,13 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
     )
     if not page:
         constants["table"] = None
-    return compile(decode._decode, types, constants, arch, config.warps)
+    return compile(_decode, types, constants, arch, config.warps)
 
 
 def combine_case(arch):
     types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32"}
     constants = dict(TOKENS=1, GROUP=16, HEAD_DIM_V=D, WIDTH_V=D, BLOCK=64, EARLY=arch >= 90)
-    return compile(decode._combine, types, constants, arch, 4)
+    return compile(_combine, types, constants, arch, 4)
 
 
 def statistics_case(arch, in_decode):
@@ -142,7 +147,7 @@ def statistics_case(arch, in_decode):
         PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
         STAGES=3 if tma else 2,
     )
-    return compile(statistics._statistics, types, constants, arch, 8)
+    return compile(_statistics, types, constants, arch, 8)
 
 
 def hopper_case(head_dim, armed, lengths="", causal=True):
@@ -165,7 +170,7 @@ def hopper_case(head_dim, armed, lengths="", causal=True):
             constants[name] = None
     if not lengths:
         constants["factors"] = None
-    return compile(hopper._hopper, types, constants, 90, 4, source=GluonASTSource)
+    return compile(_hopper, types, constants, 90, 4, source=GluonASTSource)
 
 
 arch = int(sys.argv[1])
@@ -183,7 +188,7 @@ cases = {
     "decode fp32": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True),
     "combine": lambda: combine_case(arch),
 }
-if arch < 100 or launch.KNOWS_BLACKWELL:
+if arch < 100 or KNOWS_BLACKWELL:
     cases |= {
         "prefill 128": lambda: prefill_case(arch, 128, True),
         "prefill 128 dense": lambda: prefill_case(arch, 128, False),

@@ -17,7 +17,7 @@ from planting import DEVICE, DTYPES, Planted, paged, plant
 import skip_softmax as ss
 
 pytest.importorskip("triton")
-from skip_softmax.hopper import launch as hopper
+from skip_softmax.hopper import prefill as hopper
 
 pytestmark = pytest.mark.slow
 

@@ -1,13 +1,19 @@
-"""What a call may hold: shapes, lengths, scale factors. Errors state the law, the value and the cure."""
+"""One attention call as data, and the laws that it obeys. Errors state the law, the value and the cure."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 
+from skip_softmax.meaning.criterion import Criterion, has_threshold
+
+RunningMax = Literal["ascending", "seeded"]
 Lengths = torch.Tensor | Sequence[int] | None
 
 
@@ -15,23 +21,116 @@ class DenseCallWarning(UserWarning):
     """A call ran dense because its threshold would be 1 or more, which has no meaning."""
 
 
-def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool = False) -> None:
-    """Shapes, heads and dtypes agree; `paged`: keys and values are pages."""
+@dataclass(frozen=True)
+class Call:
+    """What is computed, without the tensors: enough to say which kernel can do it, and to do it.
+
+    Attributes:
+        q_len: query rows of a request, of the longest where they differ [tokens].
+        kv_len: its KV length, from position 0 on [tokens]; the last query row is position kv_len - 1.
+        q_heads: query heads, a multiple of `kv_heads`.
+        kv_heads: KV heads.
+        head_dim: columns of queries and keys.
+        value_dim: columns of values.
+        dtype: of all three.
+        scale: factor of the scores.
+        tile_q: query rows per vote; None: decode, where the heads of a KV head vote for each query token
+            alone.
+        tile_kv: keys per tile.
+        causal: whether a row sees no key after its own position.
+        window: a row sees only its own position and the `window - 1` before it; None: no window.
+        kv_start: absolute position of the first key that the key tensor holds (a sliding cache drops keys).
+        running_max: decode only, what a tile is compared with (`DecodeGeometry`).
+        criterion: what a tile is judged by.
+        page: rows of a page of the cache; 0: keys and values are contiguous.
+        places: shape and strides of q, k and v; empty: dense tensors.
+    """
+
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    scale: float
+    tile_q: int | None
+    tile_kv: int
+    causal: bool = True
+    window: int | None = None
+    kv_start: int = 0
+    running_max: RunningMax = "ascending"
+    criterion: Criterion = "max"
+    page: int = 0
+    places: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, tile in (("tile_q", self.tile_q), ("tile_kv", self.tile_kv)):
+            if tile is not None and (tile < 1 or tile & (tile - 1)):
+                raise ValueError(f"`{name}` must be a power of two, but got {tile}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"`window` must be at least 1, but got {self.window}; pass None for no window"
+            )
+        if self.running_max not in get_args(RunningMax):
+            raise ValueError(
+                f"`running_max` must be ascending or seeded, but got {self.running_max!r}"
+            )
+
+    @property
+    def decode(self) -> bool:
+        """Whether this is a decode call."""
+        return self.tile_q is None
+
+    @property
+    def seeded(self) -> bool:
+        """Whether tiles are compared with the first and the last visited tile."""
+        return self.decode and self.running_max == "seeded"
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def vote_heads(self) -> int:
+        """Heads that vote apart from each other: query heads in prefill, KV heads in decode."""
+        return self.kv_heads if self.decode else self.q_heads
+
+
+def call_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    tile_q: int | None,
+    tile_kv: int,
+    scale: float | None,
+    window: int | None,
+    causal: bool = True,
+    kv_start: int = 0,
+    running_max: RunningMax = "ascending",
+    table: torch.Tensor | None = None,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+) -> Call:
+    """The call that tensors [batch, heads, tokens, head_dim] make; with a `table`, k and v are pages.
+
+    The lengths are the tensors', unless packed requests give them.
+
+    Raises:
+        ValueError: they do not fit together, or geometry breaks a law.
+    """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            "q, k and v must be [batch, heads, tokens, head_dim], but got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    batch_agrees = paged or q.shape[0] == k.shape[0]
+        raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], {_got(q, k, v)}")
+    batch_agrees = table is not None or q.shape[0] == k.shape[0]
     if k.shape[:3] != v.shape[:3] or not batch_agrees or q.shape[3] != k.shape[3]:
         raise ValueError(
-            "q, k and v must agree in batch and head_dim, k and v also in heads and tokens, but got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            "q, k and v must agree in batch and head_dim, k and v also in heads and tokens, "
+            + _got(q, k, v)
         )
     if not k.shape[1] or not q.shape[1] or not q.shape[3]:
-        raise ValueError(
-            f"heads and head_dim must be above 0, but got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
+        raise ValueError(f"heads and head_dim must be above 0, {_got(q, k, v)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"query heads must be a multiple of KV heads, but got {q.shape[1]} and {k.shape[1]}"
@@ -40,127 +139,61 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool = F
         raise ValueError(
             f"q, k and v must share one floating dtype, but got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    page = 0 if table is None else k.shape[2]
+    if kv_len is None:
+        kv_len = kv_start + k.shape[2] if table is None else page * table.shape[1]
+    return Call(
+        q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
+        q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
+        kv_start, running_max, page=page, places=tuple((x.shape, x.stride()) for x in (q, k, v)),
+    )  # fmt: skip
 
 
-def check_geometry(tile_kv: int, window: int | None, tile_q: int | None) -> None:
-    """Tiles are powers of two, and a window holds a key."""
-    for name, tile in (("tile_q", tile_q), ("tile_kv", tile_kv)):
-        if tile is not None and (tile < 1 or tile & (tile - 1)):
-            raise ValueError(f"`{name}` must be a power of two, but got {tile}")
-    if window is not None and window < 1:
-        raise ValueError(f"`window >= 1` must hold, but got {window}; pass None for no window")
+def _got(*tensors: torch.Tensor) -> str:
+    return f"but got {', '.join(str(tuple(x.shape)) for x in tensors)}"
 
 
-def scale_factors(
-    value: float | torch.Tensor, heads: int, device: torch.device, kind: str
-) -> torch.Tensor:
-    """One number per head, float64 [heads], each finite and not below 0."""
-    factors = torch.as_tensor(value, dtype=torch.float64, device=device)
-    _check_one_per_head(factors, heads, kind)
-    if not bool(torch.isfinite(factors).all()) or bool((factors < 0).any()):
-        raise _no_scale_factor(value)
-    return factors.expand(heads)
+@dataclass(frozen=True)
+class Requests:
+    """Where the requests of a call lie in its tensors.
 
+    Attributes:
+        q_lens: valid query rows of each [requests], right-padded; None: all.
+        kv_lens: KV length of each [requests]; None: all.
+        q_starts: packed requests: where the queries of each start, and the end [requests + 1]; else None.
+        kv_starts: the same for keys.
+        table: page numbers [requests, pages], or None.
+    """
 
-def _no_scale_factor(value: object) -> ValueError:
-    return ValueError(f"`scale_factor >= 0` and finite must hold, but got {value}; 0 means dense")
+    q_lens: Lengths = None
+    kv_lens: Lengths = None
+    q_starts: torch.Tensor | None = None
+    kv_starts: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
-
-def kernel_factors(
-    value: float | torch.Tensor, heads: int, device: torch.device, kind: str
-) -> tuple[float, torch.Tensor | None]:
-    """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is, without a wait."""
-    # Without tensors: every layer passes here in every step.
-    if isinstance(value, int | float):
-        if not (math.isfinite(value) and value >= 0):
-            raise _no_scale_factor(value)
-        return float(value), None
-    if not isinstance(value, torch.Tensor):
-        value = torch.as_tensor(value)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        value = scale_factors(value, heads, device, kind)
-    else:
-        _check_one_per_head(value, heads, kind)
-    return 0.0, value.to(device, torch.float32).expand(heads).contiguous()
-
-
-def _check_one_per_head(factors: torch.Tensor, heads: int, kind: str) -> None:
-    if factors.shape not in ((), (heads,)):
-        raise ValueError(
-            f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head), "
-            f"but got shape {tuple(factors.shape)}"
+    def as_kernels_read(self, call: Call, q: torch.Tensor) -> Requests:
+        """On q's device, int32, one number behind the other; numbers of the host are checked."""
+        return Requests(
+            _kernel_lengths("q_lens", self.q_lens, q, call.q_len),
+            _kernel_lengths("kv_lens", self.kv_lens, q, call.kv_len),
+            *(
+                None if x is None else x.to(q.device, torch.int32).contiguous()
+                for x in (self.q_starts, self.kv_starts, self.table)
+            ),
         )
 
-
-def kernel_lengths(
-    name: str, lengths: Lengths, batch: int, most: int, device: torch.device
-) -> torch.Tensor | None:
-    """int32 [batch] on the device; the host's numbers are checked, the kernel clamps the device's."""
-    if lengths is None:
-        return None
-    if not isinstance(lengths, torch.Tensor) or (
-        lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):
-        values = _on_the_host(name, lengths, batch, most)
-        return torch.tensor(values, dtype=torch.int32, device=device)
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"`{name}` must hold {batch} numbers, but got shape {tuple(lengths.shape)}"
-        )
-    return as_kernels_read(lengths, device)
-
-
-def as_kernels_read(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Lengths, starts and page numbers as kernels read them: int32, one behind the other."""
-    return x.to(device, torch.int32).contiguous()
-
-
-def lengths_of(
-    q_lens: Lengths, kv_lens: Lengths, q: torch.Tensor, k: torch.Tensor, kv_start: int
-) -> list[tuple[int, int]]:
-    """Query and KV length of each request, from what the caller gave or the shapes say."""
-    batch, most_q, most_kv = q.shape[0], q.shape[2], kv_start + k.shape[2]
-    queries = [most_q] * batch if q_lens is None else _on_the_host("q_lens", q_lens, batch, most_q)
-    keys = (
-        [most_kv] * batch if kv_lens is None else _on_the_host("kv_lens", kv_lens, batch, most_kv)
-    )
-    return list(zip(queries, keys, strict=True))
-
-
-def _on_the_host(
-    name: str, lengths: torch.Tensor | Sequence[int], batch: int, most: int
-) -> list[int]:
-    values = [int(n) for n in lengths]
-    if len(values) != batch or any(not 0 <= n <= most for n in values):
-        raise ValueError(f"`{name}` must hold {batch} numbers from 0 to {most}, but got {values}")
-    return values
-
-
-def scale_of(scale: float | None, q: torch.Tensor) -> float:
-    """Factor of the scores: 1 / sqrt(head_dim) unless given."""
-    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-
-
-def warn_if_meaningless(largest: float, kv_lens: list[int], stacklevel: int = 3) -> None:
-    """Says that a call runs dense because its threshold would be 1 or more; without keys it just is empty."""
-    shortest = min((n for n in kv_lens if n > 0), default=math.inf)
-    if largest > 0 and largest >= shortest:
-        warnings.warn(
-            f"`scale_factor < kv_len` must hold, but got scale_factor={largest:g} with kv_len={shortest}; "
-            "such votes run dense. Lower the scale factor, or send short requests to dense attention",
-            DenseCallWarning,
-            stacklevel=stacklevel,
-        )
-
-
-def warn_if_known_meaningless(
-    factor: float, kv_lens: Lengths, capacity: int, tokens: int = 1
-) -> None:
-    """As `warn_if_meaningless`, from what the host knows."""
-    if factor == 0 or isinstance(kv_lens, torch.Tensor) or torch.compiler.is_compiling():
-        return
-    lengths = [capacity] if kv_lens is None else [int(n) for n in kv_lens]
-    warn_if_meaningless(factor, [n - tokens + 1 for n in lengths], stacklevel=4)
+    def each(self, call: Call, batch: int) -> Iterator[tuple[int, slice, slice, Call]]:
+        """Batch entry, query rows and keys in the tensors, and the call of every request by itself."""
+        if self.q_starts is not None and self.kv_starts is not None:
+            starts = zip(self.q_starts.tolist(), self.kv_starts.tolist(), strict=True)
+            for (q0, k0), (q1, k1) in pairwise(starts):
+                alone = replace(call, q_len=q1 - q0, kv_len=k1 - k0)
+                yield 0, slice(q0, q1), slice(k0, k1), alone
+            return
+        queries = _on_the_host("q_lens", self.q_lens, batch, call.q_len)
+        keys = _on_the_host("kv_lens", self.kv_lens, batch, call.kv_len)
+        for b, (q_len, kv_len) in enumerate(zip(queries, keys, strict=True)):
+            yield b, slice(q_len), slice(None), replace(call, q_len=q_len, kv_len=kv_len)
 
 
 def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> None:
@@ -175,44 +208,133 @@ def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> N
         )
 
 
-def check_block_table(
-    block_table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int
-) -> None:
+def check_table(table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int) -> None:
     """A block table is [batch, pages]; a paged cache comes with its lengths and its first keys."""
-    if (
-        block_table.dim() != 2
-        or block_table.shape[0] != batch
-        or block_table.dtype not in (torch.int32, torch.int64)
-    ):
+    integers = table.dtype in (torch.int32, torch.int64)
+    if table.dim() != 2 or table.shape[0] != batch or not integers:
         raise ValueError(
-            f"block_table must be int32 or int64 [{batch}, pages], but got {block_table.dtype} "
-            f"{tuple(block_table.shape)}"
+            f"block_table must be int32 or int64 [{batch}, pages], but got {table.dtype} "
+            f"{tuple(table.shape)}"
         )
     if kv_lens is None or kv_start:
         raise ValueError("a paged cache needs `kv_lens`, and `kv_start=0`")
 
 
-def check_pages(
-    block_table: torch.Tensor,
-    lengths: list[tuple[int, int]],
-    window: int | None,
-    k_cache: torch.Tensor,
-) -> None:
+def gathered(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """[pages, Hkv, page, D] -> [B, Hkv, tokens, D]; an entry that names no page gives zeros."""
+    named = (table >= 0) & (table < cache.shape[0])
+    pages = cache[torch.where(named, table, 0).long()]
+    pages = pages.masked_fill(~named[:, :, None, None, None], 0.0)
+    return pages.permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def check_pages(table: torch.Tensor, calls: Iterable[Call], pages: int) -> None:
     """Entries that a request's keys need name pages of the cache; the others may hold anything."""
-    pages, page = k_cache.shape[0], k_cache.shape[2]
-    for row, (tokens, kv_len) in zip(block_table.tolist(), lengths, strict=True):
-        first = 0 if window is None else max(kv_len - tokens + 1 - window, 0) // page
-        needed = row[first : -(-kv_len // page)]
+    for row, call in zip(table.tolist(), calls, strict=True):
+        first = 0
+        if call.window is not None:
+            first = max(call.kv_len - call.q_len + 1 - call.window, 0) // call.page
+        needed = row[first : -(-call.kv_len // call.page)]
         if any(not 0 <= number < pages for number in needed):
             raise ValueError(
-                f"block_table must name pages from 0 to {pages - 1} for a request's {kv_len} keys, but "
-                f"got {needed}"
+                f"block_table must name pages from 0 to {pages - 1} for a request's {call.kv_len} keys, "
+                f"but got {needed}"
             )
 
 
-def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-    """[pages, Hkv, page_size, D] -> [B, Hkv, tokens, D]; an entry that names no page gives zeros."""
-    named = (block_table >= 0) & (block_table < cache.shape[0])
-    pages = cache[torch.where(named, block_table, 0).long()]
-    pages = pages.masked_fill(~named[:, :, None, None, None], 0.0)
-    return pages.permute(0, 2, 1, 3, 4).flatten(2, 3)
+def _kernel_lengths(name: str, lengths: Lengths, q: torch.Tensor, most: int) -> torch.Tensor | None:
+    """int32 [batch] on q's device; the host's numbers are checked, the kernel clamps the device's."""
+    if lengths is None:
+        return None
+    if isinstance(lengths, torch.Tensor) and (
+        lengths.device.type != "cpu" or torch.compiler.is_compiling()
+    ):
+        if lengths.shape != (q.shape[0],):
+            raise ValueError(
+                f"`{name}` must be {q.shape[0]} numbers, but got shape {tuple(lengths.shape)}"
+            )
+        return lengths.to(q.device, torch.int32).contiguous()
+    values = _on_the_host(name, lengths, q.shape[0], most)
+    return torch.tensor(values, dtype=torch.int32, device=q.device)
+
+
+def _on_the_host(name: str, lengths: Lengths, batch: int, most: int) -> list[int]:
+    if lengths is None:
+        return [most] * batch
+    if isinstance(lengths, int | float | str):
+        raise TypeError(
+            f"`{name}` must be a list or a tensor with a length per request, but got {lengths!r}; "
+            f"pass [{lengths}]"
+        )
+    values = [int(n) for n in lengths]
+    if len(values) != batch or any(not 0 <= n <= most for n in values):
+        raise ValueError(f"`{name}` must be {batch} numbers from 0 to {most}, but got {values}")
+    return values
+
+
+ScaleFactor = float | Sequence[float] | torch.Tensor
+
+
+def scale_factors(value: ScaleFactor, call: Call, device: torch.device) -> torch.Tensor:
+    """One number per head that votes, float64 [heads], each finite and not below 0."""
+    factors = _checked_shape(value, call).to(device, torch.float64)
+    if not bool(torch.isfinite(factors).all()) or bool((factors < 0).any()):
+        raise _no_scale_factor(value)
+    return factors.expand(call.vote_heads)
+
+
+def kernel_factors(
+    value: ScaleFactor, call: Call, device: torch.device
+) -> tuple[float, torch.Tensor | None]:
+    """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is: no wait."""
+    # Without tensors: every layer passes here in every step.
+    if isinstance(value, int | float):
+        if not (math.isfinite(value) and value >= 0):
+            raise _no_scale_factor(value)
+        return float(value), None
+    if isinstance(value, torch.Tensor) and (
+        value.device.type != "cpu" or torch.compiler.is_compiling()
+    ):
+        factors = _checked_shape(value, call)
+    else:
+        factors = scale_factors(value, call, device)
+    return 0.0, factors.to(device, torch.float32).expand(call.vote_heads).contiguous()
+
+
+def _checked_shape(value: ScaleFactor, call: Call) -> torch.Tensor:
+    kind, heads = "KV" if call.decode else "query", call.vote_heads
+    law = f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head)"
+    try:
+        # A tensor of the device stays there as it is.
+        factors = value if isinstance(value, torch.Tensor) else torch.tensor(value).double()
+    except (TypeError, ValueError):
+        raise TypeError(f"{law}, but got {value!r}; 0 means dense") from None
+    if factors.shape not in ((), (heads,)):
+        raise ValueError(f"{law}, but got shape {tuple(factors.shape)}")
+    return factors
+
+
+def _no_scale_factor(value: object) -> ValueError:
+    return ValueError(
+        f"`scale_factor` must be finite and at least 0, but got {value}; 0 means dense"
+    )
+
+
+def warn_if_dense(largest: float, call: Call, kv_lens: Iterable[int]) -> None:
+    """Says that requests run dense because their threshold would be 1 or more.
+
+    Args:
+        largest: scale factor of any head [tokens].
+        call: who votes; the first token of a decode run sees the fewest keys.
+        kv_lens: KV length of each request; one without keys is empty, not dense.
+    """
+    before = call.q_len - 1 if call.decode else 0
+    shortest = min((n - before for n in kv_lens if n > before), default=math.inf)
+    if largest > 0 and not has_threshold(largest, shortest):
+        warnings.warn(
+            f"`scale_factor` must be below `kv_len`, but got scale_factor={largest:g} with "
+            f"kv_len={shortest}; these calls run dense. Lower the scale factor, or send short requests to "
+            "dense attention",
+            DenseCallWarning,
+            stacklevel=4,
+        )

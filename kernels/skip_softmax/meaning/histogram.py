@@ -1,14 +1,13 @@
 """Bins of log2(critical scale factor): the sufficient statistic that answers every threshold at once.
 
-A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)`. Bin 0
-holds what lies below `LOW`, the last bin ("never") what no threshold below 1 can skip: gap >= 0,
-and first tiles. Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are
-exact at bin edges.
+A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)` (`criterion.py`).
+Bin 0 counts the tiles below `LOW`, the last bin ("never") those that no threshold below 1 can skip: gap >= 0,
+and first tiles. Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are exact at bin
+edges.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ PER_OCTAVE = 8
 EDGES = (HIGH - LOW) * PER_OCTAVE + 1
 BINS = EDGES + 1
 NEVER = BINS - 1
-LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -46,23 +44,8 @@ def edges() -> torch.Tensor:
     return torch.exp2(LOW + torch.arange(EDGES, dtype=torch.float64) / PER_OCTAVE)
 
 
-def critical_log2(gap: torch.Tensor, kv_len: torch.Tensor | int) -> torch.Tensor:
-    """log2 of the critical scale factor, in float64 so that a bin edge means the same everywhere.
-
-    Args:
-        gap: tile gaps [nats].
-        kv_len: KV length of the call [tokens], broadcast against `gap`.
-
-    Returns:
-        log2(kv_len * exp(gap)), +inf for tiles that no threshold below 1 can skip.
-    """
-    length = torch.as_tensor(kv_len, dtype=torch.float64, device=gap.device)
-    critical = torch.log2(length) + gap.double() * LOG2E
-    return torch.where(gap >= 0, torch.inf, critical)
-
-
 def bin_index(critical: torch.Tensor) -> torch.Tensor:
-    """Bin of each tile, int64, from `critical_log2`."""
+    """Bin of each tile, int64, from `criterion.critical_log2`."""
     index = torch.floor((critical - LOW) * PER_OCTAVE) + 1
     return torch.where(
         torch.isinf(critical) & (critical > 0), NEVER, index.clamp(0, NEVER - 1)

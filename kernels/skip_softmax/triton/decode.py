@@ -1,23 +1,6 @@
-"""Decode attention that skips KV tiles, in Triton: a few query tokens per request, split over the keys.
+"""The Triton kernel of decode on the host: which calls it can run, how a shape is computed, the launch.
 
-A program owns one KV head of one request and a range of its KV tiles. All query heads of that KV head vote
-together, each query token alone. K is read always; V is read only after the decision, which is what saves
-memory traffic:
-
-    for each tile j of the range:
-        s, top   = q k_j^T, its row maxima
-        bits     = the tokens that keep the tile
-        if bits: p, l, acc, with v_j loaded here
-
-Loaded there, the whole latency of v_j lies open in every kept tile. With `ahead` the load stands outside
-the `if` and is masked by `bits` (a skipped tile makes no traffic): Triton's pipeliner then decides
-`stages - 1` tiles before it computes p and acc, and v_j is under way meanwhile. The seed tiles (below) are
-the first steps of the same loop then. Decisions and the order of sums are the same in both.
-
-What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
-`seeded`: the row maximum over the first and the last visited tile, which every program computes for
-itself and which are never skipped. `ascending`: the running maximum over all earlier tiles, which only a
-program that walks them all knows, so it runs with a single split.
+The kernel itself is in `decode_kernel.py`, and loads Triton.
 """
 
 from __future__ import annotations
@@ -25,14 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from skip_softmax.launch import (
     LOG2E,
     MOST_TILE_BYTES,
+    Device,
     cdiv,
-    device,
+    device_of,
     launching_on,
     next_power_of_2,
     precision,
@@ -40,14 +22,7 @@ from skip_softmax.launch import (
     why_too_large,
     width,
 )
-from skip_softmax.triton.primitives import (
-    count_bits,
-    keeps,
-    kept_votes,
-    log2_threshold,
-    online_softmax,
-    visible,
-)
+from skip_softmax.meaning.call import Call, Requests
 
 MOST_TOKENS = 16  # query tokens per request
 
@@ -87,324 +62,41 @@ SMALL_BYTES = 2**14  # the same, of a small tile
 MANY_TILES = 64  # tiles per processor
 
 
-@triton.jit
-def _in_use(keys, begin, limit, WINDOWED: tl.constexpr):
-    in_use = keys < limit
-    if WINDOWED:
-        in_use = in_use & (keys >= begin)
-    return in_use
-
-
-@triton.jit
-def _page_of(
-    table, start, begin, limit, TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr
-):
-    """Page number of each key of a tile, or of all where a page holds the tile; a contiguous cache has none.
-
-    k and v share it: asked for again under the mask of v, it would wait for the decision.
-    """
-    if PAGE == 0:
-        return 0
-    elif PAGE >= TILE_KV:
-        return tl.load(table + start // PAGE).to(tl.int64)
-    else:
-        keys = start + tl.arange(0, TILE_KV)
-        in_use = _in_use(keys, begin, limit, WINDOWED)
-        return tl.load(table + keys // PAGE, mask=in_use, other=0).to(tl.int64)
-
-
-@triton.jit
-def _load_keys(
-    x, offset, stride_page, stride, page, start, begin, limit, TILE_KV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Keys (or values) `start` to `start + TILE_KV` of one request and head; zero from `limit` on.
-
-    Those below `begin` are in no token's window: their pages may be gone.
-    """
-    keys = start + tl.arange(0, TILE_KV)
-    columns = tl.arange(0, WIDTH)
-    held = _in_use(keys, begin, limit, WINDOWED)[:, None]
-    if WIDTH != HEAD_DIM:
-        held = held & (columns < HEAD_DIM)[None, :]
-    if PAGE == 0:
-        rows = offset + start.to(tl.int64) * stride + tl.arange(0, TILE_KV) * stride
-    else:
-        rows = offset + page * stride_page + (keys % PAGE) * stride
-    return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
-
-
-@triton.jit(do_not_specialize=["kv_len", "window"])
-def _decode(
-    q, k, v, out, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, stride_qb,
-    stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
-    stride_oh, stride_ot, stride_table, TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
-    SEEDED: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    if EARLY:
-        # `_combine` may take its place on the device already; it waits there for these programs.
-        tl.extra.cuda.gdc_launch_dependents()
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    batch = tl.program_id(2)
-    if kv_lens is not None:
-        kv_len = tl.minimum(tl.load(kv_lens + batch), kv_len)
-
-    # Row r is head r % GROUP of token r // GROUP; each token sees its own number of keys.
-    row = tl.arange(0, ROWS)
-    token = row // GROUP
-    length = kv_len - (TOKENS - 1) + token
-    valid = (row < TOKENS * GROUP) & (length > 0)
-    ballot = tl.where(valid, 1 << tl.minimum(token, TOKENS), 0)
-    position = length - 1
-    if WINDOWED:
-        first_tile = tl.maximum(length - window, 0) // TILE_KV
-        begin = tl.maximum(kv_len - (TOKENS - 1) - window, 0)
-        low = begin // TILE_KV
-        low_last = tl.maximum(kv_len - window, 0) // TILE_KV
-    else:
-        first_tile = tl.zeros([ROWS], tl.int32)
-        begin = 0
-        low = 0
-        low_last = 0
-    last_tile = position // TILE_KV
-    high = tl.cdiv(kv_len, TILE_KV)
-
-    columns = tl.arange(0, WIDTH)
-    q_rows = (
-        batch.to(tl.int64) * stride_qb
-        + (kv_head * GROUP + row % GROUP).to(tl.int64) * stride_qh
-        + token.to(tl.int64) * stride_qt
-    )
-    q_tile = tl.load(
-        q + q_rows[:, None] + columns[None, :],
-        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    k_offset = kv_head.to(tl.int64) * stride_kh
-    v_offset = kv_head.to(tl.int64) * stride_vh
-    if PAGE == 0:
-        k_offset += batch.to(tl.int64) * stride_kb
-        v_offset += batch.to(tl.int64) * stride_vb
-    else:
-        table += batch.to(tl.int64) * stride_table
-
-    firsts = 0
-    high_first = 0
-    count = 0
-    seed = tl.full([ROWS], float("-inf"), tl.float32)
-    if ARMED:
-        if factors is not None:
-            factor = tl.load(factors + kv_head)
-        threshold = log2_threshold(factor, length)
-        if SEEDED:
-            # The tiles that are some token's first, then those that are some token's last.
-            high_first = tl.maximum(kv_len - TOKENS, 0) // TILE_KV
-            firsts = low_last + 1 - low
-            count = tl.where(
-                tl.max(tl.where(valid, threshold, float("-inf")), 0) > float("-inf"),
-                firsts + high - high_first,
-                0,
-            )
-            if not AHEAD:
-                for i in tl.range(0, count, num_stages=2):
-                    tile = tl.where(i < firsts, low + i, high_first + i - firsts)
-                    start = tile * TILE_KV
-                    page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
-                    keys = _load_keys(
-                        k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM,
-                        WIDTH, PAGE, WINDOWED,
-                    )  # fmt: skip
-                    scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-                    seen = visible(
-                        position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
-                    )
-                    seen = seen & ((tile == first_tile) | (tile == last_tile))[:, None]
-                    seed = tl.maximum(
-                        seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale
-                    )
-
-    tiles = tl.maximum(high - low, 0)
-    first = low + (tiles * split) // tl.num_programs(0)
-    last = low + (tiles * (split + 1)) // tl.num_programs(0)
-    acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    kept = 0
-    if AHEAD:
-        for i in tl.range(0, count + last - first, num_stages=STAGES):
-            tile = first + i - count
-            if ARMED and SEEDED:
-                end = tl.where(i < firsts, low + i, high_first + i - firsts)
-                tile = tl.where(i < count, end, tile)
-            start = tile * TILE_KV
-            page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
-            keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
-                PAGE, WINDOWED,
-            )  # fmt: skip
-            scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-            seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
-            scores = tl.where(seen, scores, float("-inf"))
-            tile_max = tl.max(scores, 1) * scale
-            if ARMED:
-                if SEEDED:
-                    ends = ((tile == first_tile) | (tile == last_tile)) & (tile_max > float("-inf"))
-                    seed = tl.maximum(seed, tl.where(ends, tile_max, float("-inf")))
-                    bits = kept_votes(keeps(tile_max, seed, threshold) | ends, ballot)
-                    bits = tl.where(i < count, 0, bits)
-                else:
-                    bits = kept_votes(keeps(tile_max, m, threshold), ballot)
-                if STATS:
-                    kept += count_bits(bits, TOKENS)
-                absent = (bits & ballot) == 0
-                m_new = tl.where(absent, m, tl.maximum(m, tile_max))
-                limit = tl.where(bits != 0, kv_len, 0)
-            else:
-                bits = 1
-                absent = ballot == 0
-                m_new = tl.maximum(m, tile_max)
-                limit = kv_len
-            values = _load_keys(
-                v, v_offset, stride_vb, stride_vs, page, start, begin, limit, TILE_KV, HEAD_DIM_V,
-                WIDTH_V, PAGE, WINDOWED,
-            )  # fmt: skip
-            if bits != 0:
-                weights, l, acc = online_softmax(
-                    scores, scale, m, m_new, absent, l, acc, True, True
-                )
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-            m = m_new
-    else:
-        for tile in tl.range(first, last, num_stages=STAGES):
-            start = tile * TILE_KV
-            page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
-            keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
-                PAGE, WINDOWED,
-            )  # fmt: skip
-            if not ARMED:
-                values = _load_keys(
-                    v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
-                    WIDTH_V, PAGE, WINDOWED,
-                )  # fmt: skip
-            scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-            seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
-            scores = tl.where(seen, scores, float("-inf"))
-            tile_max = tl.max(scores, 1) * scale
-            if ARMED:
-                if SEEDED:
-                    objects = keeps(tile_max, seed, threshold)
-                    objects = objects | ((tile == first_tile) | (tile == last_tile)) & (
-                        tile_max > float("-inf")
-                    )
-                else:
-                    objects = keeps(tile_max, m, threshold)
-                bits = kept_votes(objects, ballot)
-                if STATS:
-                    kept += count_bits(bits, TOKENS)
-                if bits != 0:
-                    absent = (bits & ballot) == 0
-                    # A split's own running maximum may lie below a tile that its token skips.
-                    m_new = tl.where(absent, m, tl.maximum(m, tile_max))
-                    values = _load_keys(
-                        v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
-                        WIDTH_V, PAGE, WINDOWED,
-                    )  # fmt: skip
-                    weights, l, acc = online_softmax(
-                        scores, scale, m, m_new, absent, l, acc, True, True
-                    )
-                    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-                    m = m_new
-            else:
-                m_new = tl.maximum(m, tile_max)
-                weights, l, acc = online_softmax(
-                    scores, scale, m, m_new, ballot == 0, l, acc, True, True
-                )
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-                m = m_new
-
-    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    columns = tl.arange(0, WIDTH_V)
-    written = (row < TOKENS * GROUP)[:, None] & (columns < HEAD_DIM_V)[None, :]
-    if SPLIT:
-        slot = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
-        rows = slot.to(tl.int64) * (TOKENS * GROUP) + row
-        tl.store(lse + rows, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)
-        tl.store(out + rows[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
-    else:
-        rows = batch.to(tl.int64) * stride_ob + token * stride_ot
-        rows += (kv_head * GROUP + row % GROUP) * stride_oh
-        tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=written)
-    if STATS:
-        seen_tiles = tl.where(valid & (row % GROUP == 0), last_tile - first_tile + 1, 0)
-        visited = tl.where(split == 0, tl.sum(seen_tiles, 0), 0)
-        slot = stats + (batch * tl.num_programs(1) + kv_head) * 2
-        tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
-        if ARMED:
-            tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _combine(
-    parts, lse, out, splits, stride_ob, stride_oh, stride_ot, TOKENS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Joins the splits of one row by their log-sum-exp."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    blocks: tl.constexpr = (HEAD_DIM_V + WIDTH_V - 1) // WIDTH_V
-    row = tl.program_id(0) // blocks
-    kv_head = tl.program_id(1)
-    batch = tl.program_id(2)
-    base = (batch * tl.num_programs(1) + kv_head).to(tl.int64) * splits
-    columns = tl.program_id(0) % blocks * WIDTH_V + tl.arange(0, WIDTH_V)
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([WIDTH_V], tl.float32)
-    for first in tl.range(0, splits, BLOCK):
-        split = first + tl.arange(0, BLOCK)
-        rows = (base + split) * (TOKENS * GROUP) + row
-        part_lse = tl.load(lse + rows, mask=split < splits, other=float("-inf"))
-        part = tl.load(
-            parts + rows[:, None] * HEAD_DIM_V + columns[None, :],
-            mask=(split < splits)[:, None] & (columns < HEAD_DIM_V)[None, :],
-            other=0.0,
-        )
-        new_top = tl.maximum(top, tl.max(part_lse, 0))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(part_lse - safe)
-        alpha = tl.exp2(top - safe)
-        total = total * alpha + tl.sum(weights, 0)
-        acc = acc * alpha + tl.sum(weights[:, None] * part, 0)
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    where = batch.to(tl.int64) * stride_ob + row // GROUP * stride_ot
-    where += (kv_head * GROUP + row % GROUP) * stride_oh
-    tl.store(out + where + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM_V)
-
-
-def why_not(
-    q: torch.Tensor, v: torch.Tensor, tile_kv: int, scale: float, kv_start: int, page: int
-) -> str | None:
-    """Why these kernels cannot run a call, or None when they can; q is [B, Hq, T, D]."""
-    if q.shape[2] > MOST_TOKENS:
-        return f"{q.shape[2]} query tokens are more than {MOST_TOKENS}"
-    rows = q.shape[2] * q.shape[1] // v.shape[1]
+def why_not(call: Call, device: Device) -> str | None:
+    """Why this kernel cannot run a call on a device, or None when it can."""
+    if call.q_len > MOST_TOKENS:
+        return f"{call.q_len} query tokens are more than {MOST_TOKENS}"
+    rows = call.q_len * call.group
     if rows > 128:
         return f"{rows} rows per KV head (tokens x query heads) are more than 128"
-    if not 16 <= tile_kv <= 256:
-        return f"tile_kv {tile_kv} is not between 16 and 256"
-    if page and (page < 16 or page & (page - 1)):
-        return f"page size {page} is not a power of two from 16"
-    reason = why_not_here(q, v, scale, kv_start) or why_too_large(q, v, tile_kv)
-    if reason is None and q.dtype == torch.float32 and rows > 32:
+    if not 16 <= call.tile_kv <= 256:
+        return f"tile_kv {call.tile_kv} is not between 16 and 256"
+    if call.page and (call.page < 16 or call.page & (call.page - 1)):
+        return f"page size {call.page} is not a power of two from 16"
+    reason = why_not_here(call, device) or why_too_large(call, call.tile_kv)
+    if reason is None and call.dtype == torch.float32 and rows > 32:
         # Then shared memory holds the parts of the queries too (wgmma).
-        reason = why_too_large(q, v, next_power_of_2(rows) + tile_kv, most=MOST_TILE_BYTES * 3 // 2)
+        reason = why_too_large(
+            call, next_power_of_2(rows) + call.tile_kv, most=MOST_TILE_BYTES * 3 // 2
+        )
     return reason
+
+
+def run(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
+    requests: Requests,
+    stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a call that `why_not` accepts; see `decode`."""
+    return decode(
+        q, k, v, requests.kv_lens, requests.table, factor, factors, call.scale, call.window, call.tile_kv,
+        call.seeded, 0, stats,
+    )  # fmt: skip
 
 
 def choose(
@@ -497,6 +189,8 @@ def decode(
     Returns:
         Output [B, Hq, T, Dv]; visited and skipped tiles, int64 [B, Hkv, 2], empty without `stats`.
     """
+    from skip_softmax.triton.decode_kernel import _combine, _decode
+
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, _ = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
@@ -506,9 +200,7 @@ def decode(
     if not out.numel():
         return out, counts
     capacity = k.shape[2] if table is None else table.shape[1] * k.shape[2]
-    processors = (
-        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    )
+    on = device_of(q.device)
     rows = max(16, next_power_of_2(tokens * group))
     # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
     # the running maximum of the tile before.
@@ -517,18 +209,18 @@ def decode(
     can = rows < 64 and tile_bytes <= AHEAD_BYTES and (seeded or not armed)
     tiles = cdiv(capacity, tile_kv)
     config, chosen, stages = choose(
-        batch * kv_heads, tiles, processors, rows, tile_bytes, ahead=can, paged=table is not None
+        batch * kv_heads, tiles, on.processors, rows, tile_bytes, ahead=can, paged=table is not None
     )
     if not config.ahead:
-        single, shared = q.dtype == torch.float32, device(q.device)[1]
-        stages = stages_that_fit(stages, k_bytes, v_bytes, rows, single, armed, shared)
+        single = q.dtype == torch.float32
+        stages = stages_that_fit(stages, k_bytes, v_bytes, rows, single, armed, on.shared)
     splits = 1 if armed and not seeded else splits or chosen
     shape = (batch, kv_heads, splits, tokens * group)
     parts = torch.empty(
         (*shape, v.shape[-1]) if splits > 1 else (0,), dtype=torch.float32, device=q.device
     )
     lse = torch.empty(shape if splits > 1 else (0,), dtype=torch.float32, device=q.device)
-    early = splits > 1 and q.is_cuda and device(q.device)[0] >= 9
+    early = splits > 1 and not on.on_cpu and on.major >= 9
     with launching_on(q):
         _decode[(splits, kv_heads, batch)](
             q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,

@@ -1,27 +1,19 @@
-"""Dense attention that also counts its tiles by critical scale factor, in Triton and in one pass.
+"""The Triton kernel of tile statistics on the host: which calls it can run, and the launch.
 
-A program walks the tiles of some rows as dense attention does, and notes two numbers per row and tile:
-the gap, and log2 of the tile's softmax weight. What a tile weighs is known only once the row's sum is,
-at the end of the walk; then the program reads its notes back, joins the rows of each vote, and adds the
-votes to the histogram. The notes of one program fill tiles x rows numbers, and only as many programs run
-as the device holds at once, each taking rows again and again: memory grows with kv_len, never with its
-square.
-
-Weights are added as integers (units of 2^-40), so that a histogram does not depend on the order of its sums.
+The kernel itself is in `statistics_kernel.py`, and loads Triton.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from skip_softmax.launch import (
-    INTERPRETED,
     LOG2E,
+    Device,
     cdiv,
     descriptor,
     descriptor_fits,
+    device_of,
     launching_on,
     next_power_of_2,
     precision,
@@ -30,314 +22,54 @@ from skip_softmax.launch import (
     width,
 )
 from skip_softmax.meaning import histogram
+from skip_softmax.meaning.call import Call
 from skip_softmax.meaning.histogram import TileHistogram
-from skip_softmax.triton.primitives import load_tile, online_softmax, place_of, visible
 
 MASS_UNIT = 2.0**-40
 
 
-@triton.jit
-def _observe(
-    first, last, acc, l, m, before, q, k, v, k_offset, v_offset, k_place, v_place, k_stride, v_stride,
-    position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, NOTE_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr, TMA: tl.constexpr,
-    TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Dense attention over key blocks `first` to `last`, noting each row's gap and weight of each."""
-    for block in tl.range(first, last, num_stages=STAGES):
-        start = block * BLOCK_N
-        keys = load_tile(
-            k, k_offset, k_place, k_stride, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH, TMA, MASKED, False,
-        )  # fmt: skip
-        values = load_tile(
-            v, v_offset, v_place, v_stride, start, kv_len, BLOCK_N, HEAD_DIM_V, WIDTH_V, TMA_V, MASKED,
-            True,
-        )  # fmt: skip
-        scores = tl.dot(q, keys.T, input_precision=PRECISION)
-        if MASKED:
-            seen = visible(
-                position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED
-            )
-            scores = tl.where(seen, scores, float("-inf"))
-        top = tl.max(scores, 1) * scale
-        tile = block // PARTS
-        if SEEDED:
-            gap = tl.where((tile == row_first) | (tile == row_last), float("inf"), top - seed)
-        else:
-            # All parts of a tile are compared with the running maximum before its first part.
-            before = tl.where(block % PARTS == 0, m, before)
-            gap = top - before
-        if MASKED:
-            gap = tl.where(top == float("-inf"), float("-inf"), gap)
-        m_new = tl.maximum(m, top)
-        weights, l, acc = online_softmax(scores, scale, m, m_new, m, l, acc, MASKED, False)
-        inside = tl.sum(weights, 1)
-        tl.store(gaps + note + block * NOTE_ROWS, gap)
-        tl.store(weights_log2 + note + block * NOTE_ROWS, m_new + tl.log2(inside))
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-        m = m_new
-    return acc, l, m, before
+def why_not(call: Call, device: Device) -> str | None:
+    """Why this kernel cannot run a call on a device, or None when it can."""
+    if not 16 <= call.tile_kv <= 512:
+        return f"tile_kv {call.tile_kv} is not between 16 and 512"
+    if call.tile_q is not None and call.tile_q > 512:
+        return f"tile_q {call.tile_q} is above 512"
+    if call.decode and call.group > 64:
+        return f"{call.group} query heads per KV head are more than 64"
+    return why_not_here(call, device) or why_not_blackwell(device)
 
 
-@triton.jit
-def _tally(
-    counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window,
-    Q_GROUP: tl.constexpr, PACK: tl.constexpr, NOTE_ROWS: tl.constexpr, VOTE_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
-    BINS: tl.constexpr,
-):  # fmt: skip
-    """Adds the tiles `low` to `high` of one item's rows to the histogram."""
-    VOTES: tl.constexpr = NOTE_ROWS // VOTE_ROWS
-    rows = tl.arange(0, NOTE_ROWS)
-    token = token0 + rows // PACK
-    position = token + (kv_len - q_len)
-    valid = (token < q_len) & (rows % PACK < Q_GROUP)
-    first_key = tl.zeros([NOTE_ROWS], tl.int32)
-    last_key = first_key + kv_len - 1
-    if WINDOWED:
-        first_key = tl.maximum(position - window + 1, 0)
-    if CAUSAL:
-        last_key = tl.minimum(last_key, position)
-    lse = tl.load(row_lse + rows)
-
-    length = tl.zeros([VOTES], tl.float32) + kv_len
-    if DECODE:  # a token's own length
-        length = (token0 + tl.arange(0, VOTES) * VOTE_ROWS // PACK + (kv_len - q_len) + 1).to(
-            tl.float32
-        )
-    length_log2 = tl.log2(tl.maximum(length, 1.0))
-
-    for tile0 in tl.range(low, high, CHUNK):
-        block = tile0 * PARTS + tl.arange(0, CHUNK * PARTS)
-        seen = (block < high * PARTS)[:, None] & valid[None, :]
-        seen = seen & ((block * BLOCK_N)[:, None] <= last_key[None, :])
-        seen = seen & ((block * BLOCK_N + BLOCK_N)[:, None] > first_key[None, :])
-        note = block[:, None] * NOTE_ROWS + rows[None, :]
-        gap = tl.load(gaps + note, mask=seen, other=float("-inf"))
-        weight_log2 = tl.load(weights_log2 + note, mask=seen, other=float("-inf"))
-        weight = tl.exp2(weight_log2 - lse[None, :])
-        gap = tl.max(tl.max(tl.reshape(gap, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
-        weight = tl.sum(tl.sum(tl.reshape(weight, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
-
-        critical = length_log2[None, :] + tl.minimum(gap, 0.0)
-        edge = tl.floor((tl.maximum(critical, LOW - 1.0) - LOW) * PER_OCTAVE) + 1.0
-        index = tl.minimum(tl.maximum(edge, 0.0), BINS - 2.0).to(tl.int32)
-        index = tl.where(gap >= 0.0, BINS - 1, index)
-        visited = gap > float("-inf")
-        # Units of 2^-40.
-        units = (weight.to(tl.float64) * 1099511627776.0).to(tl.int64)
-        tl.atomic_add(
-            counts + index, tl.full([CHUNK, VOTES], 1, tl.int64), mask=visited, sem="relaxed"
-        )
-        tl.atomic_add(mass + index, units, mask=visited, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["q_len", "kv_len", "window", "items", "blocks", "note_blocks"])
-def _statistics(
-    q, k, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, items,
-    blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
-    stride_vh, stride_vs, stride_ob, stride_oh, stride_os, HEADS: tl.constexpr, Q_GROUP: tl.constexpr,
-    KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, SUBS: tl.constexpr,
-    VOTE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SEEDED: tl.constexpr, DECODE: tl.constexpr,
-    LOW: tl.constexpr, PER_OCTAVE: tl.constexpr, BINS: tl.constexpr, TMA: tl.constexpr,
-    TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    NOTE_ROWS: tl.constexpr = BLOCK_M * SUBS  # rows of one item
-    TOKENS: tl.constexpr = BLOCK_M // PACK  # query tokens of one block
-    TILE_KV: tl.constexpr = BLOCK_N * PARTS
-    note_base = tl.program_id(0).to(tl.int64) * note_blocks * NOTE_ROWS
-    lse_base = tl.program_id(0) * NOTE_ROWS
-    offset = kv_len - q_len
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        # The longest rows of a causal call come first, so that no program ends late.
-        head = item % HEADS
-        batch = (item // HEADS) // blocks
-        item_block = blocks - 1 - (item // HEADS) % blocks
-        item_low = 0
-        item_high = 0
-        for sub in range(SUBS):
-            local = tl.arange(0, BLOCK_M)
-            token0 = (item_block * SUBS + sub) * TOKENS
-            token = token0 + local // PACK
-            valid = (token < q_len) & (local % PACK < Q_GROUP)
-            position = token + offset
-            q_head = head * Q_GROUP + local % PACK
-            q_row = batch.to(tl.int64) * stride_qb + q_head.to(tl.int64) * stride_qh
-            q_row += token.to(tl.int64) * stride_qs
-            columns = tl.arange(0, WIDTH)
-            q_tile = tl.load(
-                q + q_row[:, None] + columns[None, :],
-                mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
-                other=0.0,
-            )
-            k_offset = batch.to(tl.int64) * stride_kb + (head // KV_GROUP).to(tl.int64) * stride_kh
-            v_offset = batch.to(tl.int64) * stride_vb + (head // KV_GROUP).to(tl.int64) * stride_vh
-
-            k_place = place_of(k_offset, stride_ks)
-            v_place = place_of(v_offset, stride_vs)
-
-            # Key blocks [low, high) are visited; of them [low_full, high_full) are seen whole by every row.
-            end = tl.minimum(token0 + TOKENS, q_len)
-            low = 0
-            low_full = 0
-            keys_end = kv_len
-            keys_whole = kv_len
-            row_first = tl.zeros([BLOCK_M], tl.int32)
-            if WINDOWED:
-                low = tl.maximum(offset + token0 - window + 1, 0) // TILE_KV * PARTS
-                low_full = tl.cdiv(tl.maximum(offset + token0 + TOKENS - window, 0), BLOCK_N)
-                row_first = tl.maximum(position - window + 1, 0) // TILE_KV
-            if CAUSAL:
-                keys_end = tl.minimum(keys_end, tl.maximum(offset + end, 0))
-                keys_whole = tl.minimum(keys_whole, tl.maximum(offset + token0 + 1, 0))
-            high = tl.cdiv(tl.where(end > token0, keys_end, 0), TILE_KV) * PARTS
-            low_full = tl.minimum(tl.maximum(low_full, low), tl.maximum(high, low))
-            high_full = tl.maximum(tl.minimum(keys_whole // BLOCK_N, high), low_full)
-            if sub == 0:
-                item_low = low
-            item_high = tl.maximum(item_high, high)
-
-            row_last = position // TILE_KV
-            seed = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            if SEEDED:
-                # The tiles that are some token's first, then those that are some token's last.
-                firsts = (
-                    tl.minimum(tl.max(tl.where(valid, row_first, 0), 0) * PARTS + PARTS, high) - low
-                )
-                high_first = tl.maximum(offset + token0, 0) // TILE_KV * PARTS
-                for i in tl.range(0, tl.where(end > token0, firsts + high - high_first, 0)):
-                    block = tl.where(i < firsts, low + i, high_first + i - firsts)
-                    start = block * BLOCK_N
-                    keys = load_tile(
-                        k, k_offset, k_place, stride_ks, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH, TMA,
-                        True, False,
-                    )  # fmt: skip
-                    scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
-                    seen = visible(
-                        position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED
-                    )
-                    edge = (block // PARTS == row_first) | (block // PARTS == row_last)
-                    scores = tl.where(seen & edge[:, None], scores, float("-inf"))
-                    seed = tl.maximum(seed, tl.max(scores, 1) * scale)
-                # A row without keys must not make numbers that are none.
-                seed = tl.where(seed == float("-inf"), 0.0, seed)
-
-            acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            before = m
-            note = note_base + sub * BLOCK_M + local
-            if WINDOWED:
-                acc, l, m, before = _observe(
-                    low, low_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place,
-                    v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
-                    seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N,
-                    PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
-                )  # fmt: skip
-            acc, l, m, before = _observe(
-                low_full, high_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place,
-                v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
-                seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS,
-                NOTE_ROWS, CAUSAL, WINDOWED, False, SEEDED, TMA, TMA_V, PRECISION, STAGES,
-            )  # fmt: skip
-            acc, l, m, before = _observe(
-                high_full, high, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-                stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale, seed, gaps,
-                weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS, NOTE_ROWS,
-                CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
-            )  # fmt: skip
-            total = tl.where(l == 0.0, 1.0, l)
-            acc = acc / total[:, None]
-            columns = tl.arange(0, WIDTH_V)
-            o_row = batch.to(tl.int64) * stride_ob + q_head.to(tl.int64) * stride_oh
-            o_row += token.to(tl.int64) * stride_os
-            tl.store(
-                out + o_row[:, None] + columns[None, :],
-                acc.to(out.dtype.element_ty),
-                mask=valid[:, None] & (columns < HEAD_DIM_V)[None, :],
-            )
-            tl.store(
-                row_lse + lse_base + sub * BLOCK_M + local,
-                # A row that saw no key weighs nothing, like padding.
-                tl.where(valid & (l > 0.0), m + tl.log2(total), float("inf")),
-            )
-        # Notes were written by other threads of this program.
-        tl.debug_barrier()
-        _tally(
-            counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,
-            row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_block * SUBS * TOKENS,
-            q_len, kv_len, window, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS, CHUNK, CAUSAL,
-            WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
-        )  # fmt: skip
-        tl.debug_barrier()
-
-
-def why_not(
-    q: torch.Tensor, v: torch.Tensor, tile_q: int | None, tile_kv: int, scale: float, kv_start: int
-) -> str | None:
-    """Why this kernel cannot run a call, or None when it can; tile_q is None in decode."""
-    if not 16 <= tile_kv <= 512:
-        return f"tile_kv {tile_kv} is not between 16 and 512"
-    if tile_q is not None and tile_q > 512:
-        return f"tile_q {tile_q} is above 512"
-    if tile_q is None and q.shape[1] // v.shape[1] > 64:
-        return f"{q.shape[1] // v.shape[1]} query heads per KV head are more than 64"
-    return why_not_here(q, v, scale, kv_start) or why_not_blackwell(q)
-
-
-def statistics(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    decode: bool,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    tile_q: int,
-    tile_kv: int,
-    seeded: bool,
+def run(
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, TileHistogram]:
     """Dense attention of a batch, and its tiles by critical scale factor.
 
     Args:
+        call: one that `why_not` accepts.
         q: queries [B, Hq, Sq, D].
         k: keys [B, Hkv, Skv, D].
         v: values [B, Hkv, Skv, Dv].
-        decode: the heads of a KV head vote, for each query token alone.
-        causal: a row sees no key after its own position.
-        scale: factor of the scores.
-        window: sliding window [tokens], or None.
-        tile_q: query rows per vote, in prefill.
-        tile_kv: keys per tile.
-        seeded: in decode, a tile is compared with the first and the last visited tile.
 
     Returns:
         Output [B, Hq, Sq, Dv] and the histogram, summed over the batch.
     """
+    from skip_softmax.triton.statistics_kernel import _statistics
+
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    batch, q_heads, q_len, _ = q.shape
-    kv_len, group = k.shape[2], q_heads // k.shape[1]
-    heads = k.shape[1] if decode else q_heads
-    pack = next_power_of_2(group) if decode else 1
+    batch, q_len, kv_len, tile_kv = q.shape[0], call.q_len, call.kv_len, call.tile_kv
+    heads, group = call.vote_heads, call.group
+    pack = next_power_of_2(group) if call.decode else 1
     single, wide = q.dtype == torch.float32, max(q.shape[-1], v.shape[-1]) > 128
     small = single or wide
     block_m = 64 if small else 128
     # What shared memory holds beside the queries.
     block_n = min(tile_kv, 32 if single and wide else 64 if small else 128)
-    vote_rows = pack if decode else tile_q
+    vote_rows = call.tile_q or pack
     subs = max(1, vote_rows // block_m)
     blocks = cdiv(q_len, block_m // pack * subs)
     items = batch * heads * blocks
-    processors = (
-        torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
-    )
-    programs = max(1, min(items, processors))
+    on = device_of(q.device)
+    programs = max(1, min(items, 2 if on.on_cpu else on.processors))
 
     out = (
         torch.zeros_like(q)
@@ -352,24 +84,24 @@ def statistics(
     )
     row_lse = torch.empty(programs, block_m * subs, dtype=torch.float32, device=q.device)
     if items and kv_len:
-        modern = INTERPRETED or torch.cuda.get_device_capability(q.device)[0] >= 9
-        tma, tma_v = modern and descriptor_fits(k), modern and descriptor_fits(v)
+        tma, tma_v = (on.major >= 9 and descriptor_fits(x) for x in (k, v))
         with launching_on(q):
             _statistics[(programs,)](
                 q,
                 descriptor(k, [block_n, width(k.shape[-1])]) if tma else k,
                 descriptor(v, [block_n, width(v.shape[-1])]) if tma_v else v,
                 out, counts, mass, notes[0], notes[1], row_lse,
-                scale * LOG2E, q_len, kv_len, window or 0, items, blocks, note_blocks,
+                call.scale * LOG2E, q_len, kv_len, call.window or 0, items, blocks, note_blocks,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                HEADS=heads, Q_GROUP=group if decode else 1, KV_GROUP=1 if decode else group, PACK=pack,
+                HEADS=heads, Q_GROUP=group if call.decode else 1, KV_GROUP=1 if call.decode else group,
+                PACK=pack,
                 HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
                 WIDTH_V=width(v.shape[-1]),
                 BLOCK_M=block_m, SUBS=subs, VOTE_ROWS=vote_rows, BLOCK_N=block_n, PARTS=tile_kv // block_n,
-                CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=causal, WINDOWED=window is not None,
-                SEEDED=decode and seeded, DECODE=decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
+                CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=call.causal, WINDOWED=call.window is not None,
+                SEEDED=call.seeded, DECODE=call.decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
                 BINS=histogram.BINS, TMA=tma, TMA_V=tma_v, PRECISION=precision(q.dtype, block_n),
                 STAGES=1 if single and wide else 2 if small else 3, num_warps=8,
             )  # fmt: skip
-    rows = batch * q_len * (group if decode else 1)
+    rows = batch * q_len * (group if call.decode else 1)
     return out, TileHistogram(counts, mass.double() * MASS_UNIT, rows)

@@ -11,8 +11,10 @@ from planting import Planted, check_decisions_near_the_threshold, check_prefill,
 import skip_softmax as ss
 
 pytest.importorskip("triton")
-from skip_softmax.hopper import launch as hopper
-from skip_softmax.triton import prefill
+from skip_softmax.hopper import prefill as hopper
+from skip_softmax.hopper import prefill_kernel
+from skip_softmax.launch import Device
+from skip_softmax.meaning.call import call_of
 
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -20,6 +22,7 @@ on_hopper = pytest.mark.skipif(
 )
 DTYPES = [torch.bfloat16, torch.float16]
 ROWS = 64
+SM_90 = Device(9)
 
 
 def planted(**shape: Any) -> Planted:
@@ -229,7 +232,7 @@ def test_lengths_and_thresholds_recompile_nothing() -> None:
     p = planted(heads=4, q_len=1100, kv_len=1100)
 
     def compiled() -> int:
-        return sum(len(cache[0]) for cache in hopper._hopper.device_caches.values())
+        return sum(len(cache[0]) for cache in prefill_kernel._hopper.device_caches.values())
 
     def call(q_len: int, kv_len: int, factor: float):
         ss.attention(
@@ -286,13 +289,14 @@ def refusal(
     head_dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     value_dim: int | None = None,
+    device: Device = SM_90,
     **change: Any,
 ) -> str | None:
-    """What the kernel says of a call on a device that it knows."""
-    shape = {"tile_q": 64, "tile_kv": 128, "window": None, "scale": 0.1, "kv_start": 0, **change}
+    """What the kernel says of a call, on a device that need not be here."""
+    about = {"tile_q": 64, "tile_kv": 128, "window": None, "scale": 0.1, **change}
     q = torch.zeros(1, 2, 64, head_dim, dtype=dtype) if q is None else q
     v = torch.zeros(1, 2, 64, value_dim or head_dim, dtype=dtype)
-    return hopper.why_not(q, q, v, **shape)
+    return hopper.why_not(call_of(q, q, v, **about), device)
 
 
 @pytest.mark.parametrize(
@@ -309,19 +313,18 @@ def refusal(
         ({"q": torch.zeros(1, 2, 64, 256, dtype=torch.bfloat16)[..., ::2]}, "strides"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_refused_by_name(
-    change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hopper, "_on_sm_90", lambda q: None)
-    monkeypatch.setattr(prefill, "INTERPRETED", True)
+def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     assert refusal() is None
     assert words in refusal(**change)
 
 
-def test_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "on the CPU" in refusal()
+def test_another_device_is_refused() -> None:
+    assert "on the CPU" in refusal(device=Device(9, on_cpu=True))
+    assert "compute capability 8.x, not 9.0" in refusal(device=Device(8))
     q = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="on the CPU"):
         ss.attention(q, q, q, backend="hopper")
-    with pytest.raises(NotImplementedError, match="'hopper' has no such operation; use triton"):
+    with pytest.raises(
+        NotImplementedError, match="'hopper' does not implement decode; use 'triton'"
+    ):
         ss.decode_attention(q[:, :, 0], q, q, backend="hopper")

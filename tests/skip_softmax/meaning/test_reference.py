@@ -10,6 +10,8 @@ import torch
 from planting import graded
 
 import skip_softmax as ss
+from skip_softmax.meaning import reference
+from skip_softmax.meaning.call import Call
 
 
 def loop(
@@ -359,12 +361,12 @@ def test_tile_gaps_are_the_loops() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale_factor": -1.0}, "`scale_factor >= 0` and finite must hold, but got -1.0"),
-        ({"scale_factor": math.nan}, "`scale_factor >= 0` and finite must hold, but got nan"),
+        ({"scale_factor": -1.0}, "`scale_factor` must be finite and at least 0, but got -1.0"),
+        ({"scale_factor": math.nan}, "`scale_factor` must be finite and at least 0, but got nan"),
         ({"scale_factor": torch.ones(3)}, r"a number or a tensor \[4\] \(one per query head\)"),
         ({"tile_q": 48}, "`tile_q` must be a power of two, but got 48"),
-        ({"window": 0}, "`window >= 1` must hold, but got 0"),
-        ({"kv_lens": [201]}, r"`kv_lens` must hold 1 numbers from 0 to 200, but got \[201\]"),
+        ({"window": 0}, "`window` must be at least 1, but got 0"),
+        ({"kv_lens": [201]}, r"`kv_lens` must be 1 numbers from 0 to 200, but got \[201\]"),
         ({"backend": "fast"}, "backend must be auto, reference, triton or hopper, but got 'fast'"),
     ],
 )
@@ -389,11 +391,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("length", [1500, 3000, 6000])
 def test_memory_grows_with_the_length_and_not_with_its_square(length: int) -> None:
     """Scores held at once stay within a fixed number, or one row of tiles where even that is more."""
-    from skip_softmax.meaning import reference
-
     q, k, _ = graded(2, 1, length, length, dim=4, dtype=torch.float32)
-    request = reference.Request(length, length, 0, True, None, 64, 128)
-    held = [block.scores.numel() for block in reference.blocks(q[0], k[0], request, 0.5)]
+    call = Call(length, length, 2, 1, 4, 4, torch.float32, 0.5, 64, 128)
+    held = [block.scores.numel() for block in reference.blocks(q[0], k[0], call)]
     assert max(held) <= max(reference._BLOCK_ELEMENTS, 2 * 64 * (length + 128)) * 1.1
     assert sum(held) >= length * length, "every pair was looked at"
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from planting import DEVICE, DTYPES, assert_accurate, expected, paged, plant
+from planting import DEVICE, DTYPES, assert_accurate, call_alone, expected, paged, plant
 
 import skip_softmax as ss
-from skip_softmax.meaning.reference import Request
 
 pytest.importorskip("triton")
 from skip_softmax.triton import decode
@@ -41,12 +40,14 @@ def check(
     )  # fmt: skip
     for b in range(p.q.shape[0]):
         kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
-        request = Request(tokens, kv_len, 0, True, window, None, tile_kv, running_max)
-        _, visited, skipped = expected(p, request, b, factor)
+        call = call_alone(
+            p, tokens, kv_len, tile_q=None, tile_kv=tile_kv, window=window, running_max=running_max
+        )
+        _, visited, skipped = expected(p, call, b, factor)
         assert stats.visited[b].tolist() == visited.tolist()
         assert stats.skipped[b].tolist() == skipped.tolist()
         if kv_len:
-            assert_accurate(out[b], p, request, b, factor)
+            assert_accurate(out[b], p, call, b, factor)
     return out, stats
 
 
@@ -144,10 +145,11 @@ def test_decisions_do_not_depend_on_the_number_of_splits(splits):
     out, counts = decode.decode(
         p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, splits, True
     )
-    _, visited, skipped = expected(p, Request(2, 500, 0, True, None, None, 32, "seeded"))
+    call = call_alone(p, 2, 500, tile_q=None, tile_kv=32, running_max="seeded")
+    _, visited, skipped = expected(p, call)
     assert counts[0, :, 0].tolist() == visited.tolist()
     assert counts[0, :, 1].tolist() == skipped.tolist()
-    assert_accurate(out[0], p, Request(2, 500, 0, True, None, None, 32, "seeded"))
+    assert_accurate(out[0], p, call)
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -22,7 +22,8 @@ import skip_softmax as ss
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from skip_softmax.triton import prefill
+from skip_softmax import launch
+from skip_softmax.triton import prefill_kernel
 
 
 def check(p: Planted, *, tile_kv: int = 32, **call: Any) -> tuple[torch.Tensor, ss.TileCounts]:
@@ -182,7 +183,7 @@ def test_one_number_per_head() -> None:
 
 def test_a_threshold_of_one_is_dense_and_said() -> None:
     p = plant()
-    with pytest.warns(ss.DenseCallWarning, match=r"scale_factor < kv_len"):
+    with pytest.warns(ss.DenseCallWarning, match="`scale_factor` must be below `kv_len`"):
         _, stats = ss.attention(
             p.q, p.k, p.v, scale_factor=200.0, tile_kv=32, backend="triton", return_stats=True
         )
@@ -256,15 +257,15 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_refused_by_name(
 
             return launch
 
-    monkeypatch.setattr(prefill, "_prefill", Large())
+    monkeypatch.setattr(prefill_kernel, "_prefill", Large())
     p = plant(q_len=10, kv_len=20)
-    words = "need 262144 of its 166912 units of shared memory; take smaller tiles"
+    words = "need 262144 bytes of shared memory and it has 166912; take smaller tiles"
     with pytest.raises(NotImplementedError, match=words):
         ss.attention(p.q, p.k, p.v, backend="triton")
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     p = plant(device="cpu", q_len=10, kv_len=20)
     with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
         ss.attention(p.q, p.k, p.v, backend="triton")
@@ -341,7 +342,7 @@ def test_lengths_and_thresholds_recompile_nothing() -> None:
         )  # fmt: skip
 
     def compiled() -> int:
-        return sum(len(cache[0]) for cache in prefill._prefill.device_caches.values())
+        return sum(len(cache[0]) for cache in prefill_kernel._prefill.device_caches.values())
 
     call(1000, 1024, 3.0)
     before = compiled()
@@ -438,7 +439,7 @@ def test_who_asks_for_a_gradient_is_told_that_there_is_none(backend: str) -> Non
         ss.tile_statistics(q, p.k, p.v, **call)[0],
     ]
     for out in outputs:
-        with pytest.raises(RuntimeError, match="skip-softmax attention has no backward"):
+        with pytest.raises(RuntimeError, match="skip-softmax attention has no backward pass"):
             (out.sum() + q.sum()).backward()
     with torch.no_grad():
         assert torch.equal(outputs[0], ss.attention(q, p.k, p.v, scale_factor=1.0, **call))

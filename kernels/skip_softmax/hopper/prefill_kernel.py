@@ -1,0 +1,667 @@
+"""Prefill attention that skips KV tiles, for Hopper (sm_90), in Triton's Gluon (BLASST, arXiv 2512.12087).
+
+A program holds GROUPS consumer warpgroups of 64 query rows each, and one producer warp. The warpgroup is the
+voting group: it decides alone, by one barrier of its own, and takes its branch alone.
+
+    producer   item -> K ring (2 tiles) --------------------> consumers   s = q k^T
+                       V ring (3 tiles) <- "keeps" or "skips" --------    top = max s; any row keeps?
+                       V is fetched ahead while tiles are kept,           kept: p = exp2(s - m); acc += p v
+                       and on demand after a skipped one                  skipped: nothing
+
+While a warpgroup computes the softmax of one tile, the tensor cores run its own product p v of the tile
+before and the other warpgroups' products. A skipped tile costs its q k^T, 64 maxima per thread and one
+barrier, so that skipped tiles run back to back.
+
+What was tried, and what it gave, is in kernels/bench/hopper.md.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from skip_softmax.hopper.primitives import (
+    DECIDED,
+    ITEM_AT,
+    ITEM_FREE,
+    ITEM_THERE,
+    K_FREE,
+    KEEP_AT,
+    Q_FREE,
+    V_FREE,
+    _any,
+    _arrive,
+    _await,
+    _declare,
+    _init,
+    _meet,
+    _moved,
+    _read,
+    _uniform,
+    _write,
+)
+
+# Names that changed between Triton 3.6 and 3.9. No `from __future__ import annotations` in this file: an
+# aggregate needs the types of its fields, not their names.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
+
+K_STAGES = gl.constexpr(2)
+V_STAGES = gl.constexpr(3)
+ROWS = gl.constexpr(64)  # query rows of a warpgroup, which vote together
+
+
+# --- What every role knows --------------------------------------------------------------------------------
+
+
+@_aggregate
+class _Call:
+    """Lengths and constants of a call."""
+
+    q_len: gl.tensor
+    kv_len: gl.tensor
+    items: gl.tensor
+    group: gl.tensor
+    kv_heads: gl.tensor
+    blocks: gl.tensor
+    near: gl.tensor
+    q_lens: object  # tensors or None
+    kv_lens: object
+    q_starts: object
+    kv_starts: object
+    factors: object
+    GROUPS: gl.constexpr
+    D: gl.constexpr
+    TILE: gl.constexpr
+    CAUSAL: gl.constexpr
+    ARMED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,
+        factors, GROUPS, D, TILE, CAUSAL, ARMED,
+    ):  # fmt: skip
+        self.q_len = q_len
+        self.kv_len = kv_len
+        self.items = items
+        self.group = group
+        self.kv_heads = kv_heads
+        self.blocks = blocks
+        self.near = near
+        self.q_lens = gl.constexpr(None) if q_lens is None else q_lens
+        self.kv_lens = gl.constexpr(None) if kv_lens is None else kv_lens
+        self.q_starts = gl.constexpr(None) if q_starts is None else q_starts
+        self.kv_starts = gl.constexpr(None) if kv_starts is None else kv_starts
+        self.factors = gl.constexpr(None) if factors is None else factors
+        self.GROUPS = gl.constexpr(GROUPS)
+        self.D = gl.constexpr(D)
+        self.TILE = gl.constexpr(TILE)
+        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.ARMED = gl.constexpr(ARMED)
+
+
+@_aggregate
+class _Shared:
+    """Tiles in shared memory, and the barriers on which TMA reports that they are full."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, q_full, k_full, v_full):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.q_full = q_full
+        self.k_full = k_full
+        self.v_full = v_full
+
+
+@_aggregate
+class _Item:
+    """One block of rows of one query head."""
+
+    request: gl.tensor
+    head: gl.tensor
+    kv_head: gl.tensor
+    row: gl.tensor  # first row of the block
+    q_start: gl.tensor  # where the request's rows start in the tensors
+    kv_start: gl.tensor
+    q_len: gl.tensor
+    kv_len: gl.tensor
+    held: gl.tensor  # rows that the output holds, padding included
+
+    @gluon.constexpr_function
+    def __init__(self, request, head, kv_head, row, q_start, kv_start, q_len, kv_len, held):
+        self.request = request
+        self.head = head
+        self.kv_head = kv_head
+        self.row = row
+        self.q_start = q_start
+        self.kv_start = kv_start
+        self.q_len = q_len
+        self.kv_len = kv_len
+        self.held = held
+
+
+@gluon.jit
+def _item(number, c):
+    """The heads of a group share keys, so they come together; of `near` KV heads, long blocks come first."""
+    member = number % c.group
+    rest = number // c.group
+    pack = rest // (c.near * c.blocks)
+    rest = rest % (c.near * c.blocks)
+    block = c.blocks - 1 - rest // c.near
+    overall = pack * c.near + rest % c.near  # KV head, counted over all requests
+    kv_head = overall % c.kv_heads
+    request = overall // c.kv_heads
+    q_start = gl.to_tensor(0)
+    kv_start = gl.to_tensor(0)
+    q_len = c.q_len
+    kv_len = c.kv_len
+    held = c.q_len
+    if c.q_starts is not None:
+        q_start = _uniform(gl.load(c.q_starts + request))
+        kv_start = _uniform(gl.load(c.kv_starts + request))
+        q_len = _uniform(gl.load(c.q_starts + request + 1)) - q_start
+        kv_len = _uniform(gl.load(c.kv_starts + request + 1)) - kv_start
+        held = q_len
+    if c.q_lens is not None:
+        q_len = gl.minimum(_uniform(gl.load(c.q_lens + request)), q_len)
+    if c.kv_lens is not None:
+        kv_len = gl.minimum(_uniform(gl.load(c.kv_lens + request)), kv_len)
+    return _Item(
+        request, kv_head * c.group + member, kv_head, block * (ROWS * c.GROUPS), q_start, kv_start,
+        q_len, kv_len, held,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tiles(item, row, rows, c):
+    """Tiles that `rows` rows from `row` on visit, and how many of them every row sees whole."""
+    end = gl.minimum(row + rows, item.q_len)
+    seen = item.kv_len
+    whole = item.kv_len
+    if c.CAUSAL:
+        offset = item.kv_len - item.q_len
+        seen = gl.minimum(seen, gl.maximum(offset + end, 0))
+        whole = gl.minimum(whole, gl.maximum(offset + row + 1, 0))
+    visited = gl.where(end > row, (seen + c.TILE - 1) // c.TILE, 0)
+    return visited, gl.minimum(whole // c.TILE, visited)
+
+
+@gluon.jit
+def _tensor_batch(item, c):
+    """Packed requests lie in one batch entry."""
+    batch = item.request
+    if c.q_starts is not None:
+        batch = 0
+    return batch
+
+
+# --- Producer ---------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _fetch(source, batch, head, row, tiles, full, slot, BYTES: gl.constexpr):
+    mbarrier.expect(full.index(slot), BYTES)
+    _tma_load(source, [batch, head, row, 0], full.index(slot), tiles.index(slot))
+
+
+@gluon.jit
+def _settle(n, v, batch, head, row, fetched, s, c):
+    """Waits for all decisions on tile `n`, and fetches its values if they are wanted and not there.
+
+    Returns whether any warpgroup keeps the tile.
+    """
+    slot = n % V_STAGES
+    _await(DECIDED + slot, (n // V_STAGES) & 1)
+    keep = 0
+    for w in gl.static_range(c.GROUPS):
+        keep |= _read(KEEP_AT + 4 * (slot * c.GROUPS + w))
+    if fetched == 0:
+        if keep != 0:
+            _fetch(v, batch, head, row, s.v, s.v_full, slot, c.TILE * c.D * 2)
+        else:
+            mbarrier.arrive(s.v_full.index(slot), count=1)
+    return keep
+
+
+@gluon.jit
+def _give(number, turn):
+    """Tells the consumers the number of the next item; that of no item ends their loop (`_take`)."""
+    _await(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
+    _write(ITEM_AT + 4 * (turn % 2), number)
+    _arrive(ITEM_THERE + turn % 2)
+
+
+@gluon.jit
+def _produce(q, k, v, s, c, counter):
+    TILE_BYTES: gl.constexpr = c.TILE * c.D * 2
+    number = gl.program_id(0)
+    turn = 0
+    q_phase = 1
+    n = 0  # tiles so far, over all items
+    # The two tiles before, whose decisions are still to come; they may belong to the item before.
+    keep = 1
+    fetched1 = 0
+    fetched2 = 0
+    batch1 = 0
+    batch2 = 0
+    head1 = 0
+    head2 = 0
+    row1 = 0
+    row2 = 0
+    while number < c.items:
+        _give(number, turn)
+        turn += 1
+        item = _item(number, c)
+        # Sparsity varies between heads, so whoever is free takes the next item; asked for early.
+        following = c.items
+        if counter is not None:
+            following = gl.num_programs(0) + _uniform(gl.atomic_add(counter, 1, sem="relaxed"))
+        batch = _tensor_batch(item, c)
+        visited, shared = _tiles(item, item.row, ROWS * c.GROUPS, c)
+        for tile in range(visited):
+            key = item.kv_start + tile * c.TILE
+            k_slot = n % K_STAGES
+            v_slot = n % V_STAGES
+            v_phase = (n // V_STAGES) & 1 ^ 1
+            _await(K_FREE + k_slot, (n // K_STAGES) & 1 ^ 1)
+            if c.ARMED:
+                # A consumer that skips gives a slot back without having waited for its values.
+                _await(V_FREE + v_slot, v_phase)
+                mbarrier.wait(s.v_full.index(v_slot), v_phase)
+            _fetch(k, batch, item.kv_head, key, s.k, s.k_full, k_slot, TILE_BYTES)
+            if c.ARMED:
+                if n >= 2:
+                    keep = _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
+                # After a kept tile the next ones are likely to be kept: they are fetched ahead.
+                if (keep != 0) & (fetched1 == 0) & (n >= 1):
+                    _fetch(v, batch1, head1, row1, s.v, s.v_full, (n - 1) % V_STAGES, TILE_BYTES)
+                    fetched1 = 1
+                if keep != 0:
+                    _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
+                fetched2 = fetched1
+                batch2 = batch1
+                head2 = head1
+                row2 = row1
+                fetched1 = keep
+                batch1 = batch
+                head1 = item.kv_head
+                row1 = key
+            if tile == 0:
+                # Not before the keys: the last tiles of the item before may still wait to be settled.
+                for w in gl.static_range(c.GROUPS):
+                    _await(Q_FREE + w, q_phase)
+                    _fetch(
+                        q,
+                        batch,
+                        item.head,
+                        item.q_start + item.row + ROWS * w,
+                        s.q,
+                        s.q_full,
+                        w,
+                        ROWS * c.D * 2,
+                    )
+                q_phase ^= 1
+            if not c.ARMED:
+                _await(V_FREE + v_slot, v_phase)
+                _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
+            n += 1
+        number = following
+    _give(number, turn)
+    if c.ARMED:
+        if n >= 2:
+            _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
+        if n >= 1:
+            _settle(n - 1, v, batch1, head1, row1, fetched1, s, c)
+
+
+# --- Consumers --------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _take(turn):
+    """The number of the next item; that of no item ends the loop."""
+    _await(ITEM_THERE + turn % 2, (turn // 2) & 1)
+    number = _read(ITEM_AT + 4 * (turn % 2))
+    _arrive(ITEM_FREE + turn % 2)
+    return number
+
+
+@gluon.jit
+def _announce(keep, slot, W: gl.constexpr, c):
+    """Tells the producer; the values of a skipped tile are given back at once."""
+    _write(KEEP_AT + 4 * (slot * c.GROUPS + W), keep)
+    _arrive(DECIDED + slot)
+    if keep == 0:
+        _arrive(V_FREE + slot)
+
+
+@gluon.jit
+def _scores(queries, s, slot, c, S: gl.constexpr):
+    """Starts q k^T of the tile in a slot."""
+    keys = s.k.index(slot).reshape([c.TILE, c.D]).permute((1, 0))
+    zero = gl.zeros([ROWS, c.TILE], gl.float32, S)
+    return warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _product(weights, s, slot, acc, c):
+    """Starts acc + p v of the tile in a slot."""
+    values = s.v.index(slot).reshape([c.TILE, c.D])
+    return warpgroup_mma(weights, values, acc, is_async=True)
+
+
+@gluon.jit
+def _both(queries, weights, acc, s, k_slot, old, old_phase, c, S: gl.constexpr):
+    """Starts q k^T of one tile and p v of the tile before; the scores are finished, p v is under way."""
+    scores = _scores(queries, s, k_slot, c, S)
+    mbarrier.wait(s.v_full.index(old), old_phase)
+    flying = _product(weights, s, old, acc, c)
+    return warpgroup_mma_wait(1, deps=[scores]), flying
+
+
+@gluon.jit
+def _taken(scores, slot, tile, item, row, MASKED: gl.constexpr, c, S: gl.constexpr):
+    """Finished scores, -inf where a row does not see the key; the slot of the keys is given back."""
+    _arrive(K_FREE + slot)
+    if MASKED:
+        key = tile * c.TILE + gl.arange(0, c.TILE, gl.SliceLayout(0, S))
+        last = item.kv_len - 1
+        if c.CAUSAL:
+            position = row + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + (item.kv_len - item.q_len)
+            scores = gl.where(
+                key[None, :] <= gl.minimum(position, last)[:, None], scores, float("-inf")
+            )
+        else:
+            scores = gl.where((key <= last)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _tops(scores, scale, c):
+    """Row maxima as far as one thread sees them, [ROWS, 4]: enough to vote, without asking the neighbours."""
+    return gl.max(gl.max(gl.reshape(scores, [ROWS, c.TILE // 8, 4, 2]), 3), 1) * scale
+
+
+@gluon.jit
+def _vote(tops, m, bar, slot, MASKED: gl.constexpr, W: gl.constexpr, c):
+    """Whether the warpgroup keeps the tile: some valid row has exp(top - m) >= threshold."""
+    need = gl.convert_layout(m + bar, gl.SliceLayout(1, tops.type.layout))
+    objects = tops >= need[:, None]
+    if MASKED:
+        objects = objects & (tops > float("-inf"))
+    keep = _any(objects, W)
+    _announce(keep, slot, W, c)
+    return keep
+
+
+@gluon.jit
+def _soften(scores, tops, scale, m, l, MASKED: gl.constexpr, S: gl.constexpr):
+    """Unnormalised weights, the factor of what was summed before, and the new state."""
+    m_new = gl.maximum(m, gl.convert_layout(gl.max(tops, 1), gl.SliceLayout(1, S)))
+    top = m_new
+    if MASKED:
+        # A row without any key so far has top = -inf, and -inf minus -inf is no number.
+        top = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = gl.exp2(m - top)
+    p = gl.exp2(scores * scale - top[:, None])
+    return p, alpha, l * alpha + gl.sum(p, 1), m_new
+
+
+@gluon.jit
+def _rescaled(acc, alpha, O: gl.constexpr):
+    # Factors of 1 change no bit, and a row's maximum seldom moves.
+    if _moved(alpha) != 0:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+    return acc
+
+
+@gluon.jit
+def _finished(flying, slot, phase):
+    """Waits for p v.
+
+    The barrier was passed long ago: it keeps ptxas from moving the wait above the softmax.
+    """
+    _await(V_FREE + slot, phase ^ 1)
+    return warpgroup_mma_wait(0, deps=[flying])
+
+
+@gluon.jit
+def _walk(
+    first, last, queries, item, row, scale, bar, acc, l, m, weights, keep, kept, n, s, c,
+    W: gl.constexpr, MASKED: gl.constexpr, S: gl.constexpr, O: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """Tiles `first` to `last`; MASKED where some row does not see all of their keys.
+
+    `weights` are those of the last tile, if it was kept: their product with its values is still to be made.
+    """
+    for tile in range(first, last):
+        k_slot = n % K_STAGES
+        slot = n % V_STAGES
+        old = (n - 1) % V_STAGES
+        old_phase = ((n - 1) // V_STAGES) & 1
+        mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
+        if not c.ARMED:
+            scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
+            scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
+            p, alpha, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, MASKED, S)
+            acc = _finished(flying, old, old_phase)
+            _arrive(V_FREE + old)
+            acc = _rescaled(acc, alpha, O)
+            weights = gl.convert_layout(p.to(s.v.dtype), A)
+        elif keep != 0:
+            scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
+            scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
+            tops = _tops(scores, scale, c)
+            keep = _vote(tops, m, bar, slot, MASKED, W, c)
+            if keep != 0:
+                p, alpha, l, m = _soften(scores, tops, scale, m, l, MASKED, S)
+                acc = _finished(flying, old, old_phase)
+                acc = _rescaled(acc, alpha, O)
+                weights = gl.convert_layout(p.to(s.v.dtype), A)
+            else:
+                acc = warpgroup_mma_wait(0, deps=[flying])
+            _arrive(V_FREE + old)
+            kept += keep
+        else:
+            scores = _scores(queries, s, k_slot, c, S)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
+            tops = _tops(scores, scale, c)
+            keep = _vote(tops, m, bar, slot, MASKED, W, c)
+            if keep != 0:
+                p, alpha, l, m = _soften(scores, tops, scale, m, l, MASKED, S)
+                acc = _rescaled(acc, alpha, O)
+                weights = gl.convert_layout(p.to(s.v.dtype), A)
+            kept += keep
+        n += 1
+    return acc, l, m, weights, keep, kept, n
+
+
+@gluon.jit
+def _clean(values, held, W: gl.constexpr, c):
+    """Zeroes the rows of a tile that no request holds: a cache may hold anything there, NaN too.
+
+    Every warpgroup writes the whole tile, with the same bytes.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // c.D, c.D // 8], [4, 1], [1, 0])
+    tile = values.load(L)
+    inside = gl.arange(0, c.TILE, gl.SliceLayout(1, L)) < held
+    values.store(gl.where(inside[:, None], tile, 0.0))
+    fence_async_shared()
+    _meet(W)
+
+
+@gluon.jit
+def _consume(
+    W: gl.constexpr, out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c,
+    STATS: gl.constexpr,
+):  # fmt: skip
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.TILE, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    n = 0
+    q_phase = 0
+    turn = 0
+    number = _take(turn)
+    while number < c.items:
+        item = _item(number, c)
+        row = item.row + ROWS * W
+        visited, shared = _tiles(item, item.row, ROWS * c.GROUPS, c)
+        mine, whole = _tiles(item, row, ROWS, c)
+        # Dense, every warpgroup walks the block's tiles: those beyond its own are masked throughout.
+        last = mine if c.ARMED else visited
+        acc = gl.zeros([ROWS, c.D], gl.float32, O)
+        l = gl.full([ROWS], 0.0, gl.float32, ROW)
+        bar = gl.full([ROWS], 0.0, gl.float32, ROW)
+        kept = 0
+        if c.ARMED:
+            if c.factors is not None:
+                factor = gl.load(c.factors + item.head)
+            length = item.kv_len.to(gl.float32)
+            # 0 and a threshold of 1 or more are dense; so is NaN, which fails both comparisons.
+            active = (factor > 0.0) & (factor < length)
+            threshold = gl.where(
+                active, gl.log2(gl.where(active, factor, 1.0) / length), float("-inf")
+            )
+            # Padding rows never vote.
+            valid = row + gl.arange(0, ROWS, ROW) < item.q_len
+            bar = gl.where(valid, threshold, float("inf"))
+        if visited > 0:
+            mbarrier.wait(s.q_full.index(W), q_phase)
+            q_phase ^= 1
+        if last > 0:
+            queries = s.q.index(W).reshape([ROWS, c.D])
+            # The first tile is always kept.
+            k_slot = n % K_STAGES
+            mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
+            scores = warpgroup_mma_wait(0, deps=[_scores(queries, s, k_slot, c, S)])
+            scores = _taken(scores, k_slot, 0, item, row, True, c, S)
+            m = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+            p, unused, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, True, S)
+            weights = gl.convert_layout(p.to(s.v.dtype), A)
+            keep = 1
+            kept = 1
+            if c.ARMED:
+                _announce(keep, n % V_STAGES, W, c)
+            n += 1
+            acc, l, m, weights, keep, kept, n = _walk(
+                1, whole, queries, item, row, scale, bar, acc, l, m, weights, keep, kept, n, s, c,
+                W, False, S, O, A,
+            )  # fmt: skip
+            acc, l, m, weights, keep, kept, n = _walk(
+                gl.maximum(whole, 1), last, queries, item, row, scale, bar, acc, l, m, weights, keep, kept, n,
+                s, c, W, True, S, O, A,
+            )  # fmt: skip
+            _arrive(Q_FREE + W)
+            if keep != 0:
+                slot = (n - 1) % V_STAGES
+                mbarrier.wait(s.v_full.index(slot), ((n - 1) // V_STAGES) & 1)
+                if (c.kv_lens is not None) | (c.kv_starts is not None):
+                    held = item.kv_len - (last - 1) * c.TILE
+                    if held < c.TILE:
+                        _clean(s.v.index(slot).reshape([c.TILE, c.D]), held, W, c)
+                acc = warpgroup_mma_wait(0, deps=[_product(weights, s, slot, acc, c)])
+                _arrive(V_FREE + slot)
+        elif visited > 0:
+            _arrive(Q_FREE + W)
+        if c.ARMED:
+            for tile in range(last, visited):  # tiles of the other warpgroups only
+                mbarrier.wait(s.k_full.index(n % K_STAGES), (n // K_STAGES) & 1)
+                _arrive(K_FREE + n % K_STAGES)
+                _announce(0, n % V_STAGES, W, c)
+                n += 1
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, O))
+        columns = gl.arange(0, c.D, gl.SliceLayout(0, O))
+        # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.
+        inverse = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O))
+        acc = gl.where((rows < item.q_len)[:, None], acc * inverse[:, None], 0.0)
+        place = (
+            out
+            + _tensor_batch(item, c).to(gl.int64) * stride_ob
+            + item.head.to(gl.int64) * stride_oh
+            + (item.q_start + rows).to(gl.int64)[:, None] * stride_os
+            + columns[None, :]
+        )
+        gl.store(place, acc.to(s.v.dtype), mask=(rows < item.held)[:, None])
+        if STATS:
+            at = stats + (item.request * (c.group * c.kv_heads) + item.head) * 2
+            gl.atomic_add(at, mine.to(gl.int64), sem="relaxed")
+            if c.ARMED:
+                gl.atomic_add(at + 1, (mine - kept).to(gl.int64), sem="relaxed")
+        turn += 1
+        number = _take(turn)
+
+
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "items", "group", "kv_heads", "blocks", "near"])
+def _hopper(
+    q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale,
+    q_len, kv_len, items, group, kv_heads, blocks, near, stride_ob, stride_oh, stride_os,
+    GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
+    ARMED: gl.constexpr, STATS: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q.dtype
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    s = _Shared(
+        gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q.layout),
+        gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, TILE, D], k.layout),
+        gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, TILE, D], v.layout),
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER),
+    )
+    _declare()
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(s.q_full.index(i), count=1)
+        _init(Q_FREE + i, 4)
+    for i in gl.static_range(K_STAGES):
+        mbarrier.init(s.k_full.index(i), count=1)
+        _init(K_FREE + i, 4 * GROUPS)
+    for i in gl.static_range(V_STAGES):
+        mbarrier.init(s.v_full.index(i), count=1)
+        _init(V_FREE + i, 4 * GROUPS)
+        _init(DECIDED + i, 4 * GROUPS)
+    for i in gl.static_range(2):
+        _init(ITEM_THERE + i, 1)
+        _init(ITEM_FREE + i, 4 * GROUPS)
+    fence_async_shared()
+    c = _Call(
+        q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,
+        factors, GROUPS, D, TILE, CAUSAL, ARMED,
+    )  # fmt: skip
+    place = (out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0,) + place),
+                (_consume, (1,) + place),
+                (_produce, (q, k, v, s, c, counter)),
+            ],
+            [4, 1],
+            [HEAVY, LIGHT],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0,) + place),
+                (_consume, (1,) + place),
+                (_consume, (2,) + place),
+                (_produce, (q, k, v, s, c, counter)),
+            ],
+            [4, 4, 1],
+            [HEAVY, HEAVY, LIGHT],
+        )

@@ -1,0 +1,59 @@
+"""When a tile may be skipped: the one place that decides it in plain terms; the kernels say it in their own.
+
+A tile's gap is how far its largest row maximum stays below that row's running maximum before the tile
+(`reference.py`). The tile is skipped exactly when its critical scale factor, kv_len * exp(gap), is below the
+call's scale factor. The kernels ask it of each row: `keeps` in `triton/primitives.py`, `_vote` in
+`hopper/prefill_kernel.py`. A tile is skipped when no row of the vote keeps it.
+
+A call is *armed* when it may skip: some scale factor of it is above 0. Where the host knows that none is, the
+kernels run without the branch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+
+# What a tile is judged by. `max`: by its row maxima alone.
+Criterion = Literal["max"]
+
+
+def has_threshold(scale_factor: Any, kv_len: Any) -> Any:
+    """Whether anything may be skipped, of numbers or tensors.
+
+    0 is dense; a threshold of 1 or more has no meaning, and is dense too; so is NaN, which fails both
+    comparisons.
+    """
+    return (scale_factor > 0) & (scale_factor < kv_len)
+
+
+def critical_log2(gap: torch.Tensor, kv_len: torch.Tensor | int) -> torch.Tensor:
+    """log2 of the critical scale factor, in float64 so that a bin edge means the same everywhere.
+
+    Args:
+        gap: tile gaps [nats].
+        kv_len: KV length of the call [tokens], broadcast against `gap`.
+
+    Returns:
+        log2(kv_len * exp(gap)), +inf for tiles that no threshold below 1 can skip.
+    """
+    length = torch.as_tensor(kv_len, dtype=torch.float64, device=gap.device)
+    critical = torch.log2(length) + gap.double() * math.log2(math.e)
+    return torch.where(gap >= 0, torch.inf, critical)
+
+
+def skips(gap: torch.Tensor, scale_factor: torch.Tensor, kv_len: torch.Tensor) -> torch.Tensor:
+    """Which tiles are skipped.
+
+    Args:
+        gap: tile gaps [nats]; +inf at the first visited tile.
+        scale_factor: float64 [tokens], broadcast against `gap`.
+        kv_len: KV length of the call [tokens], the same.
+
+    Returns:
+        bool, in the shape of `gap`; a tile that is not visited (-inf) counts as skipped.
+    """
+    below = critical_log2(gap, kv_len) < torch.log2(scale_factor)
+    return below & has_threshold(scale_factor, kv_len)

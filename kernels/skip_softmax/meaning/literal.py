@@ -1,0 +1,43 @@
+"""Algorithm 1 of arXiv 2512.12087 to the letter, thresholds of 1 and more too, where our kernels run dense.
+
+Engines that guard nothing go on comparing a tile with the rows' maxima over the tiles kept so far, so they
+skip tiles that dominate: what is left is the first tile, and tiles that exceed all kept before them by
+ln(threshold). For measuring only; below a threshold of 1 it equals `reference.attend`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from skip_softmax.meaning import reference
+from skip_softmax.meaning.call import Call
+
+
+@reference.as_documented
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale_factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.attend`, but the running maximum skips tiles and the threshold has no limit."""
+    visited = torch.zeros(call.vote_heads, dtype=torch.int64, device=q.device)
+    skipped = torch.zeros_like(visited)
+    out = q.new_zeros(q.shape[0], call.q_len, v.shape[-1])
+    for block in reference.blocks(q, k, call):
+        # [vote_heads, votes, 1]; -inf is dense.
+        log_threshold = (scale_factor[:, None] / reference.vote_kv_lens(block, call)).log()[
+            ..., None
+        ]
+        tiles = reference.by_tile(block.scores, call)
+        running = tiles.new_full((*tiles.shape[:2], 1), -torch.inf)
+        started = torch.zeros_like(block.visited[:, :1])
+        for j in range(tiles.shape[2]):
+            top = tiles[:, :, j].amax(-1, keepdim=True)  # [q_heads, rows, 1]
+            seen = block.visited[:, j : j + 1]
+            skip = (reference.largest_gap(top, running, call) < log_threshold) & seen & started
+            started = started | seen
+            skipped += skip.sum(dim=(1, 2))
+            hidden = reference.per_row(skip, block, call)[..., 0]
+            tiles[:, :, j].masked_fill_(hidden, -torch.inf)
+            running = torch.where(hidden, running, torch.maximum(running, top))
+        visited += block.visited.sum()
+        out[:, block.rows] = reference.softmax_times_v(block, v, call)[0].to(out.dtype)
+    return out, visited, skipped

@@ -1,0 +1,260 @@
+"""Prefill attention that skips KV tiles, in Triton (BLASST, arXiv 2512.12087, Algorithm 1).
+
+A program owns BLOCK_M query rows of one head and walks the KV tiles in ascending order:
+
+    for each visited tile j:
+        s        = q k_j^T                                    # always
+        top[r]   = max over c of s[r, c]
+        bits     = the votes with a row r where top[r] >= m[r] + log2(scale_factor / kv_len)
+        if bits:                                              # a real branch on one scalar
+            p    = exp2(s - max(m, top)), 0 on rows whose vote is not in bits
+            acc, l, m  take p, and v_j                        # v_j is loaded here, not before
+
+The block may hold several votes of `tile_q` rows: the branch skips what all of them skip, and a row whose
+vote skips alone has its weights zeroed, so decisions are those of `tile_q` x `tile_kv` whatever BLOCK_M is.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skip_softmax.triton.primitives import (
+    keeps,
+    kept_votes,
+    load_tile,
+    log2_threshold,
+    online_softmax,
+    place_of,
+    private_votes,
+    visible,
+)
+
+
+@triton.jit
+def _walk(
+    first, last, acc, l, m, kept, busy, q, k, v, k_offset, v_offset, k_place, v_place, k_stride,
+    v_stride, position, ballot, kv_len, window, scale, threshold, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_KV: tl.constexpr,
+    VOTES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    ARMED: tl.constexpr, AHEAD: tl.constexpr, PRIVATE: tl.constexpr, TMA: tl.constexpr,
+    STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles `first` to `last`; MASKED where some row of the block does not see all of their keys.
+
+    Armed and not AHEAD jumps over a tile that every vote skips, and loads values after the decision.
+    AHEAD loads them in the pipeline, and gives the rows of a skipping vote zero weights: the same result.
+    """
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * TILE_KV
+        keys = load_tile(
+            k, k_offset, k_place, k_stride, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, TMA, MASKED, False,
+        )  # fmt: skip
+        if AHEAD:
+            values = load_tile(
+                v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA,
+                MASKED, True,
+            )  # fmt: skip
+        scores = tl.dot(q, keys.T, input_precision=PRECISION)
+        if MASKED:
+            seen = visible(
+                position, start + tl.arange(0, TILE_KV), kv_len, window, CAUSAL, WINDOWED
+            )
+            scores = tl.where(seen, scores, float("-inf"))
+        tile_max = tl.max(scores, 1) * scale
+        m_new = tl.maximum(m, tile_max)  # a skipped tile cannot raise it
+        if ARMED:
+            objects = keeps(tile_max, m, threshold)
+            if PRIVATE:
+                absent = private_votes(objects & (ballot != 0)) == 0
+            else:
+                bits = kept_votes(objects, ballot)
+                absent = (bits & ballot) == 0
+                busy += (bits != 0).to(tl.int32)
+            if STATS or PRIVATE:
+                kept += tl.where(absent, 0, 1)
+        else:
+            absent = ballot == 0
+        if ARMED and not AHEAD:
+            if bits != 0:
+                values = load_tile(
+                    v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA,
+                    MASKED, True,
+                )  # fmt: skip
+                weights, l, acc = online_softmax(
+                    scores, scale, m, m_new, absent, l, acc, MASKED, VOTES > 1
+                )
+                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        else:
+            weights, l, acc = online_softmax(scores, scale, m, m_new, absent, l, acc, MASKED, ARMED)
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        m = m_new
+    return acc, l, m, kept, busy
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "window"])
+def _prefill(
+    q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale, q_len, kv_len,
+    window, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+    stride_vs, stride_ob, stride_oh, stride_os, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    ARMED: tl.constexpr, TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr, PROBE: tl.constexpr,
+    SPAN: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    # The last rows of a causal call see most: they start first, so that no long program starts last.
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    batch = tl.program_id(2)
+    VOTES: tl.constexpr = BLOCK_M // TILE_Q
+
+    q_offset = head.to(tl.int64) * stride_qh
+    o_offset = head.to(tl.int64) * stride_oh
+    k_offset = (head // GROUP).to(tl.int64) * stride_kh
+    v_offset = (head // GROUP).to(tl.int64) * stride_vh
+    most_rows = q_len  # rows that the output holds, padding included
+    if q_starts is None:
+        q_offset += batch.to(tl.int64) * stride_qb
+        o_offset += batch.to(tl.int64) * stride_ob
+        k_offset += batch.to(tl.int64) * stride_kb
+        v_offset += batch.to(tl.int64) * stride_vb
+    else:  # packed requests, one after another
+        q_start = tl.load(q_starts + batch)
+        kv_start = tl.load(kv_starts + batch)
+        q_len = tl.load(q_starts + batch + 1) - q_start
+        kv_len = tl.load(kv_starts + batch + 1) - kv_start
+        most_rows = q_len
+        q_offset += q_start.to(tl.int64) * stride_qs
+        o_offset += q_start.to(tl.int64) * stride_os
+        k_offset += kv_start.to(tl.int64) * stride_ks
+        v_offset += kv_start.to(tl.int64) * stride_vs
+    if q_lens is not None:
+        q_len = tl.minimum(tl.load(q_lens + batch), q_len)
+    if kv_lens is not None:
+        kv_len = tl.minimum(tl.load(kv_lens + batch), kv_len)
+    k_place = place_of(k_offset, stride_ks)
+    v_place = place_of(v_offset, stride_vs)
+    row0 = block * BLOCK_M
+    if row0 >= most_rows:
+        return
+
+    rows = row0 + tl.arange(0, BLOCK_M)
+    position = rows + (kv_len - q_len)
+    valid = rows < q_len
+    vote = tl.arange(0, BLOCK_M) // TILE_Q
+    ballot = tl.where(valid, 1 << vote, 0)
+    columns = tl.arange(0, WIDTH)
+    q_tile = tl.load(
+        q + q_offset + rows.to(tl.int64)[:, None] * stride_qs + columns[None, :],
+        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+    if factors is not None:
+        factor = tl.load(factors + head)
+    threshold = log2_threshold(factor, kv_len)
+
+    # Tiles [low, high) are visited; of them [low_full, high_full) are seen whole by every row.
+    offset = kv_len - q_len
+    end = tl.minimum(row0 + BLOCK_M, q_len)
+    low = 0
+    low_full = 0
+    keys_end = kv_len
+    keys_whole = kv_len
+    if WINDOWED:
+        low = tl.maximum(offset + row0 - window + 1, 0) // TILE_KV
+        low_full = tl.cdiv(tl.maximum(offset + row0 + BLOCK_M - window, 0), TILE_KV)
+    if CAUSAL:
+        keys_end = tl.minimum(keys_end, tl.maximum(offset + end, 0))
+        keys_whole = tl.minimum(keys_whole, tl.maximum(offset + row0 + 1, 0))
+    high = tl.cdiv(tl.where(end > row0, keys_end, 0), TILE_KV)
+    low_full = tl.minimum(tl.maximum(low_full, low), tl.maximum(high, low))
+    high_full = tl.maximum(tl.minimum(keys_whole // TILE_KV, high), low_full)
+
+    acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    kept = tl.zeros([BLOCK_M], tl.int32)  # tiles that each row's vote kept
+    busy = 0  # tiles that some vote kept
+    # Armed, a tile is branched over unless a second way exists (see below).
+    EDGE_AHEAD: tl.constexpr = TWO_WAYS or not ARMED
+    EDGE_STAGES: tl.constexpr = STAGES if EDGE_AHEAD else SPARSE_STAGES
+    if WINDOWED:
+        acc, l, m, kept, busy = _walk(
+            low, low_full, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place, v_place,
+            stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
+            HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD,
+            PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+        )  # fmt: skip
+    if ARMED and TWO_WAYS:
+        # Two ways through the same tiles. Where nearly all are kept, values come ahead in the pipeline and
+        # the
+        # product overlaps the next tile; elsewhere values are loaded after the decision, or never. The last
+        # span's share of kept tiles chooses, so one launch suits every head and every part of a row.
+        stop = tl.minimum(low_full + PROBE, high_full)
+        sparse = True
+        tile = low_full
+        for _ in tl.range(0, tl.cdiv(tl.maximum(high_full - low_full - PROBE, 0), SPAN) + 1):
+            before = kept
+            busy = 0
+            if sparse:
+                acc, l, m, kept, busy = _walk(
+                    tile, stop, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
+                    v_place, stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold,
+                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, False,
+                    ARMED, False, False, TMA, STATS, PRECISION, SPARSE_STAGES,
+                )  # fmt: skip
+            else:
+                acc, l, m, kept, busy = _walk(
+                    tile, stop, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
+                    v_place, stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold,
+                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, False,
+                    ARMED, True, PRIVATE, TMA, STATS, PRECISION, STAGES,
+                )  # fmt: skip
+                if PRIVATE:
+                    busy = tl.max(kept - before, 0)
+            sparse = busy * 5 <= (stop - tile) * 4
+            tile = stop
+            stop = tl.minimum(stop + SPAN, high_full)
+    else:
+        acc, l, m, kept, busy = _walk(
+            low_full, high_full, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
+            v_place, stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
+            HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, False, ARMED, EDGE_AHEAD,
+            PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+        )  # fmt: skip
+    acc, l, m, kept, busy = _walk(
+        high_full, high, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place, v_place,
+        stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold, HEAD_DIM, HEAD_DIM_V,
+        WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD, PRIVATE, TMA, STATS,
+        PRECISION, EDGE_STAGES,
+    )  # fmt: skip
+
+    # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    acc = tl.where(valid[:, None], acc, 0.0)
+    columns = tl.arange(0, WIDTH_V)
+    inside = (rows < most_rows)[:, None] & (columns < HEAD_DIM_V)[None, :]
+    tl.store(
+        out + o_offset + rows.to(tl.int64)[:, None] * stride_os + columns[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=inside,
+    )
+    if STATS:
+        votes = tl.arange(0, VOTES)
+        vote_first = row0 + votes * TILE_Q
+        vote_end = tl.minimum(vote_first + TILE_Q, q_len)
+        upper = tl.zeros([VOTES], tl.int32) + kv_len
+        lower = tl.zeros([VOTES], tl.int32)
+        if CAUSAL:
+            upper = tl.minimum(upper, tl.maximum(offset + vote_end, 0))
+        if WINDOWED:
+            lower = tl.maximum(offset + vote_first - window + 1, 0) // TILE_KV
+        tiles = tl.maximum(tl.cdiv(upper, TILE_KV) - lower, 0)
+        visited = tl.sum(tl.where(vote_end > vote_first, tiles, 0), 0)
+        kept = tl.sum(tl.where(valid & (tl.arange(0, BLOCK_M) % TILE_Q == 0), kept, 0), 0)
+        slot = stats + (batch * tl.num_programs(0) + head) * 2
+        tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
+        if ARMED:
+            tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")

@@ -279,7 +279,7 @@ class _Work:
             self.config.cost,
             max(self.config.prompts.lengths),
             self.loaded.calibratable[0].head_dim,
-            self.config.geometry.prefill,
+            self.config.geometry,
         )
 
     @cached_property

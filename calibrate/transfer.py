@@ -15,8 +15,7 @@ from typing import Any
 from calibrate.engines.catalogue import find_engine
 from calibrate.errors import UserError, WorkFailed
 from calibrate.loss import losses
-from calibrate.loss.above_one import compare_unguarded
-from calibrate.loss.measure import Outcome, compare
+from calibrate.loss.measure import Outcome, compare, compare_unguarded
 from calibrate.model.config_json import identity_of
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.pipeline import Progress, Silent, _Work

@@ -13,6 +13,9 @@ from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from skip_softmax.huggingface.applied import applied
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.meaning import literal
+from skip_softmax.meaning.call import call_of
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
 
@@ -70,6 +73,37 @@ def compare(
         sparse = forward(loaded, prompt).float().cpu()
     visited = {phase: tiles[phase].visited.sum(1).tolist() for phase in PHASES}
     skipped = {phase: tiles[phase].skipped.sum(1).tolist() for phase in PHASES}
+    return outcome(prompt, dense, sparse, visited, skipped)
+
+
+def compare_unguarded(
+    loaded: LoadedModel, thresholds: Thresholds, prompt: Prompt, dense: torch.Tensor
+) -> Outcome:
+    """As `compare`, in an engine that knows neither `min_kv_len` nor a largest threshold (`literal`)."""
+    layers = len(loaded.layers)
+    visited: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
+    skipped: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
+
+    def handler(call: LayerCall) -> torch.Tensor:
+        tiles = getattr(thresholds.geometry, call.phase)
+        alone = call_of(
+            call.q, call.k, call.v, tile_q=getattr(tiles, "tile_q", None), tile_kv=tiles.tile_kv,
+            scale=call.scale, window=call.window, causal=call.causal, kv_start=call.kv_start,
+        )  # fmt: skip
+        factors = torch.tensor(
+            thresholds.per_head(call.layer, call.phase), dtype=torch.float64, device=call.q.device
+        )
+        outputs = []
+        for q, k, v in zip(call.q, call.k, call.v, strict=True):
+            out, seen, left_out = literal.attend(q, k, v, alone, factors)
+            visited[call.phase][call.layer] += int(seen.sum())
+            skipped[call.phase][call.layer] += int(left_out.sum())
+            outputs.append(out)
+        return torch.stack(outputs)
+
+    left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
+    with intercepted(loaded.model, handler, decode_from=len(prompt.ids), left_alone=left_alone):
+        sparse = forward(loaded, prompt).float().cpu()
     return outcome(prompt, dense, sparse, visited, skipped)
 
 

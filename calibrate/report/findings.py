@@ -319,7 +319,7 @@ def _speed(
     if thresholds is None:
         return None
     cost = load_curves(
-        config.cost, max(config.prompts.lengths), thresholds.model.head_dim, config.geometry.prefill
+        config.cost, max(config.prompts.lengths), thresholds.model.head_dim, config.geometry
     )
     curve = cost.curves[phase]
     share, time = np.asarray(curve.sparsity), np.asarray(curve.relative_time)

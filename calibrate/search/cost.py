@@ -13,12 +13,8 @@ from scipy.optimize import isotonic_regression
 
 from calibrate import bench
 from calibrate.errors import UserError
-from calibrate.schema import CostConfig
-from skip_softmax.thresholds.types import PHASES, Phase, PrefillGeometry
-
-# What `backend="auto"` gives to the Hopper kernel, where there is one.
-_HOPPER_HEAD_DIMS = (64, 128)
-_HOPPER_TILES = PrefillGeometry(tile_q=64, tile_kv=128)
+from calibrate.schema import CostConfig, GeometryConfig
+from skip_softmax.thresholds.types import PHASES, Phase
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Cost:
 
 
 def load_curves(
-    config: CostConfig, kv_len: int, head_dim: int, tiles: PrefillGeometry = _HOPPER_TILES
+    config: CostConfig, kv_len: int, head_dim: int, geometry: GeometryConfig | None = None
 ) -> Cost:
     """Picks the measurements nearest to what will be served.
 
@@ -86,7 +82,7 @@ def load_curves(
         config: which file and device.
         kv_len: typical KV length [tokens].
         head_dim: size of a head.
-        tiles: of prefill; they decide which kernel `backend="auto"` takes.
+        geometry: tiles of both phases, which decide what kernel `backend="auto"` takes; None: the defaults.
 
     Returns:
         One curve per phase.
@@ -105,7 +101,7 @@ def load_curves(
     backends: dict[Phase, str] = {}
     for phase in PHASES:
         mine = [row for row in rows if row["phase"] == phase]
-        backends[phase] = _backend(phase, mine, head_dim, tiles)
+        backends[phase] = _backend(phase, mine, head_dim, geometry or GeometryConfig())
         mine = [row for row in mine if row["backend"] == backends[phase]]
         if not mine:
             raise UserError(
@@ -126,12 +122,29 @@ def load_curves(
 
 
 def _backend(
-    phase: Phase, rows: list[dict[str, Any]], head_dim: int, tiles: PrefillGeometry
+    phase: Phase, rows: list[dict[str, Any]], head_dim: int, geometry: GeometryConfig
 ) -> str:
-    """The kernel that `backend="auto"` takes on the device of these rows, if it was measured there."""
-    measured = any(row["backend"] == "hopper" and row["head_dim"] == head_dim for row in rows)
-    suits = phase == "prefill" and head_dim in _HOPPER_HEAD_DIMS and tiles == _HOPPER_TILES
-    return "hopper" if suits and measured else "triton"
+    """The kernel that `backend="auto"` takes on the device of these rows, of those measured there."""
+    # Only now: with torch, which reading a config does not need.
+    import torch
+
+    from skip_softmax.choose import able, backends
+    from skip_softmax.launch import Device
+    from skip_softmax.meaning.call import Call
+
+    decode = phase == "decode"
+    call = Call(
+        q_len=1, kv_len=1, q_heads=1, kv_heads=1, head_dim=head_dim, value_dim=head_dim,
+        dtype=torch.bfloat16, scale=1.0, tile_q=None if decode else geometry.prefill.tile_q,
+        tile_kv=geometry.decode.tile_kv if decode else geometry.prefill.tile_kv,
+        running_max=geometry.decode.running_max,
+    )  # fmt: skip
+    measured = {row["backend"] for row in rows if row["head_dim"] == head_dim}
+    # Older rows do not name the architecture: only what ran on the device was measured there.
+    device = Device(max((int(row.get("capability", 9)) for row in rows), default=9))
+    # What no kernel can run was not measured either: the portable one, which comes last, is nearest.
+    suits = [name for name in able(phase, call, device) if name in measured]
+    return [*suits, backends(phase)[-1]][0]
 
 
 def _curve(rows: list[dict[str, Any]]) -> Curve:

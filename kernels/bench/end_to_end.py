@@ -240,7 +240,7 @@ def compared(
         )
     with ss.applied(loaded.model, thresholds, decode_from=len(prompt.ids)) as tiles:
         calibrated = kl_divergence(own, forward(loaded, prompt))
-    sparsity = {phase: rounded(tiles.sparsity(phase)) for phase in PHASES}
+    sparsity = {phase: rounded(tiles[phase].sparsity) for phase in PHASES}
     return {"kl_nothing_skipped": dense, "kl_calibrated": calibrated}, sparsity
 
 

@@ -23,9 +23,15 @@ from typing import Any
 if importlib.util.find_spec("skip_softmax") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-PHASES = ("prefill", "statistics", "decode")
+from skip_softmax.choose import KERNELS, backends
+
+PHASES = tuple(phase for phase in KERNELS if backends(phase))
 # What each backend has a kernel for.
-BACKENDS = {"triton": PHASES, "hopper": ("prefill",)}
+BACKENDS = {
+    name: [phase for phase in PHASES if name in backends(phase)]
+    for phase in PHASES
+    for name in reversed(backends(phase))
+}
 Row = dict[str, Any]
 
 
@@ -67,7 +73,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         _say("error: the gate is red, nothing is timed: " + "; ".join(wrong))
         return 1
     header = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability()[0], "torch": torch.__version__,
         "triton": triton.__version__, "commit": options.commit,
         "date": datetime.date.today().isoformat(), "dtype": options.dtype,
     }  # fmt: skip
@@ -197,7 +204,9 @@ def _measure(options: argparse.Namespace, dtype: Any) -> Iterator[Row]:
             if able.get("prefill"):
                 yield from timings.prefill_rows(length, head_dim, dtype, repeats, able["prefill"])
             if able.get("statistics"):
-                yield from timings.statistics_rows(length, head_dim, dtype, repeats)
+                yield from timings.statistics_rows(
+                    length, head_dim, dtype, repeats, able["statistics"]
+                )
 
 
 COLUMNS = (
@@ -291,7 +300,7 @@ def _label(row: Row) -> str:
 
 def _commit() -> str:
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed: a repository around it would be somebody else's
+    if not (root / ".git").exists():  # installed: a repository around it would be another project's
         return "unknown"
     try:
         return subprocess.run(

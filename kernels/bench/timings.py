@@ -18,6 +18,7 @@ import triton
 from inputs import Kind, planted
 
 import skip_softmax as ss
+from skip_softmax.choose import Backend, backends
 from skip_softmax.meaning import histogram
 
 HEADS, KV_HEADS = 64, 4
@@ -31,7 +32,7 @@ Row = dict[str, Any]
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def gate(dtype: torch.dtype, backend: str, q_len: int = 1000, kv_len: int = 1500) -> list[str]:
+def gate(dtype: torch.dtype, backend: Backend, q_len: int = 1000, kv_len: int = 1500) -> list[str]:
     """What a backend computes unlike the reference on this device; empty: green."""
     wrong = []
     for head_dim in (64, 128):
@@ -42,7 +43,7 @@ def gate(dtype: torch.dtype, backend: str, q_len: int = 1000, kv_len: int = 1500
             "prefill": partial(ss.attention, q, k, v, scale_factor=factor),
             "dense prefill": partial(ss.attention, q, k, v),
         }
-        if backend == "triton":
+        if backend in backends("decode"):
             calls["decode"] = partial(
                 ss.decode_attention, q[:, :, :2], k, v, scale_factor=factor, running_max="seeded"
             )
@@ -60,20 +61,22 @@ def gate(dtype: torch.dtype, backend: str, q_len: int = 1000, kv_len: int = 1500
             error = _relative_error(out, truth)
             if not error < 2 * torch.finfo(dtype).eps:
                 wrong.append(f"{backend} {name} head_dim {head_dim}: relative error {error:.2e}")
-        if backend == "triton":
-            wrong += _wrong_statistics(q, k, v)
+        if backend in backends("statistics"):
+            wrong += _wrong_statistics(q, k, v, backend)
     return wrong
 
 
-def _wrong_statistics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
-    found = ss.tile_statistics(q, k, v, backend="triton")[1]
+def _wrong_statistics(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Backend
+) -> list[str]:
+    found = ss.tile_statistics(q, k, v, backend=backend)[1]
     true = ss.tile_statistics(q, k, v, backend="reference")[1]
     moved = (found.counts.cumsum(1) - true.counts.cumsum(1)).abs().max().item()
     if moved <= 0.01 * true.counts.sum().item() and torch.allclose(
         found.mass.sum(1), true.mass.sum(1), rtol=1e-3
     ):
         return []
-    return [f"triton statistics head_dim {q.shape[-1]}: {moved} tiles moved"]
+    return [f"{backend} statistics head_dim {q.shape[-1]}: {moved} tiles moved"]
 
 
 def _relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
@@ -262,22 +265,27 @@ def factor_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparsity: floa
     return float(histogram.edges()[int((share - sparsity).abs().argmin())])
 
 
-def statistics_rows(length: int, head_dim: int, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
-    """The statistics kernel against cuDNN's dense time."""
+def statistics_rows(
+    length: int, head_dim: int, dtype: torch.dtype, repeats: int, backends: Sequence[str]
+) -> Iterator[Row]:
+    """The statistics kernels against cuDNN's dense time."""
     q, k, v, _ = planted(
         "blocks", 1, HEADS, KV_HEADS, length, length, head_dim, TILE_KV, 0.5, dtype, DEVICE
     )
-    call = partial(ss.tile_statistics, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV, backend="triton")
-    others = median_times({**sdpa_ready(q, k, v, causal=True), "triton": ready(call)}, repeats)
-    ms = others.pop("triton")
-    yield {
-        "backend": "triton", "phase": "statistics", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS,
-        "head_dim": head_dim, "q_len": length, "kv_len": length, "tile_q": TILE_Q, "tile_kv": TILE_KV,
-        "inputs": "blocks", "ms": ms, "tflops": 4 * HEADS * length * length / 2 * head_dim / ms / 1e9,
-        "times_cudnn": ms / others["cudnn"] if "cudnn" in others else None,
-        "speedup_to_cudnn": others["cudnn"] / ms if "cudnn" in others else None,
-        **_taken(repeats), **{f"{name}_ms": t for name, t in others.items()},
-    }  # fmt: skip
+    call = partial(ss.tile_statistics, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV)
+    calls = {name: ready(partial(call, backend=name)) for name in backends}
+    others = median_times({**sdpa_ready(q, k, v, causal=True), **calls}, repeats)
+    times = {name: others.pop(name) for name in backends}
+    for name, ms in times.items():
+        yield {
+            "backend": name, "phase": "statistics", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS,
+            "head_dim": head_dim, "q_len": length, "kv_len": length, "tile_q": TILE_Q, "tile_kv": TILE_KV,
+            "inputs": "blocks", "ms": ms,
+            "tflops": 4 * HEADS * length * length / 2 * head_dim / ms / 1e9,
+            "times_cudnn": ms / others["cudnn"] if "cudnn" in others else None,
+            "speedup_to_cudnn": others["cudnn"] / ms if "cudnn" in others else None,
+            **_taken(repeats), **{f"{name}_ms": t for name, t in others.items()},
+        }  # fmt: skip
 
 
 def copy_bandwidth() -> float:

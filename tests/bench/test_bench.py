@@ -440,51 +440,6 @@ def test_an_installation_without_the_folder_says_so(
         bench.folder()
 
 
-# What the cost model reads of it.
-
-
-@pytest.fixture
-def curves(tmp_path: Path) -> Callable[..., Any]:
-    """Writes rows of both backends and loads the curves that a head size and tiles get."""
-    rows = [
-        {"device": "Abacus", "phase": phase, "backend": backend, "head_dim": size, "kv_len": 4096,
-         "sparsity": share, "ms": ms - share, "dense_ms": 2.0}
-        for phase, backend, size, ms in (
-            ("prefill", "triton", 64, 2.0), ("prefill", "triton", 128, 2.2), ("prefill", "hopper", 128, 1.8),
-            ("prefill", "hopper", 96, 1.0), ("prefill", "cudnn", 64, 1.0), ("decode", "triton", 128, 2.0),
-        )
-        for share in (0.0, 0.5)
-    ]  # fmt: skip
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-
-    def load(head_dim: int, **tiles: int) -> Any:
-        more = {"tiles": th.PrefillGeometry(**tiles)} if tiles else {}
-        return cost.load_curves(
-            CostConfig(curves=str(file), device="Abacus"), 4096, head_dim, **more
-        )
-
-    return load
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "tiles", "backend", "at_zero"),
-    [
-        (128, {}, "hopper", 0.9),
-        (128, {"tile_q": 64, "tile_kv": 256}, "triton", 1.1),
-        (64, {}, "triton", 1.0),  # no such row of the other kernel
-        (96, {}, "triton", 1.0),  # `auto` does not take the other kernel there
-    ],
-)
-def test_prefill_costs_what_the_kernel_takes_that_auto_would_run(
-    curves: Callable[..., Any], head_dim: int, tiles: dict[str, int], backend: str, at_zero: float
-) -> None:
-    found = curves(head_dim, **tiles)
-    assert found.source["backend"] == {"prefill": backend, "decode": "triton"}
-    assert found.curves["prefill"].at(0.0) == pytest.approx(at_zero)
-    assert found.curves["decode"].at(0.0) == pytest.approx(1.0)
-
-
 # A whole model.
 
 

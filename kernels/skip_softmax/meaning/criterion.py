@@ -55,5 +55,5 @@ def skips(gap: torch.Tensor, scale_factor: torch.Tensor, kv_len: torch.Tensor) -
     Returns:
         bool, in the shape of `gap`; a tile that is not visited (-inf) counts as skipped.
     """
-    below = critical_log2(gap, kv_len) < torch.log2(scale_factor)
-    return below & has_threshold(scale_factor, kv_len)
+    below: torch.Tensor = critical_log2(gap, kv_len) < torch.log2(scale_factor)
+    return below.logical_and(has_threshold(scale_factor, kv_len))

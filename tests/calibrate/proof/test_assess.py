@@ -14,7 +14,6 @@ from engine_files import (
 )
 
 from calibrate.engines import read as importing
-from calibrate.loss.above_one import compare_unguarded
 from calibrate.proof.assess import as_served
 from skip_softmax.thresholds.file import Thresholds
 
@@ -94,7 +93,7 @@ def test_a_run_is_not_needed_beforehand(
 def test_below_1_the_engines_rule_is_ours_and_above_it_skips_what_dominates(
     smoke_run: Path, smoke_model: Path, tmp_path: Path
 ) -> None:
-    from calibrate.loss.measure import compare
+    from calibrate.loss.measure import compare, compare_unguarded
     from calibrate.model.load import load
     from calibrate.pipeline import Silent, _Work
     from calibrate.record.folder import open_run

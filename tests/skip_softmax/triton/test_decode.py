@@ -10,7 +10,7 @@ from planting import DEVICE, DTYPES, assert_accurate, call_alone, expected, page
 import skip_softmax as ss
 
 pytest.importorskip("triton")
-from skip_softmax.triton import decode
+from skip_softmax.triton import decode, decode_kernel
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "ahead"])
@@ -206,8 +206,8 @@ def test_v_is_loaded_ahead_where_that_compiles(change, ahead, monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **keywords: seen.append(keywords)
 
-    monkeypatch.setattr(decode, "_decode", Launched())
-    monkeypatch.setattr(decode, "_combine", Launched())
+    monkeypatch.setattr(decode_kernel, "_decode", Launched())
+    monkeypatch.setattr(decode_kernel, "_combine", Launched())
     shape = {k: v for k, v in change.items() if k in ("tokens", "heads", "tile_kv", "head_dim")}
     p = planted(**{"tile_kv": 32, "kv_len": 600, **shape})
     keywords = {"scale_factor": p.scale_factor, "running_max": "seeded", **change}

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ from conftest import ROOT
 from fresh_process import HEAVY, command, loaded_by
 
 import skip_softmax
-from calibrate.schema import load_config
+from calibrate.schema import Engine, Task, load_config
 from skip_softmax.thresholds import yaml_file
 
 PACKAGES = {"calibrate": ROOT / "calibrate", "skip_softmax": ROOT / "kernels" / "skip_softmax"}
@@ -529,3 +530,47 @@ def test_there_is_no_drawer_for_everything(package: str) -> None:
     drawers = {"utils", "util", "helpers", "common", "misc", "manager", "base", "core"}
     assert not drawers & {part for name in modules(package) for part in name.split(".")}
     assert (PACKAGES[package] / "py.typed").exists()
+
+
+# Places to touch: what is added is named where its likes are named, and nowhere else.
+
+SCHEMA = "calibrate/schema.py"  # lists engines and tasks, and the budget's defaults
+
+
+@cache
+def words(path: Path) -> frozenset[str]:
+    """Names and whole strings in a file's code; not its comments, nor words inside strings."""
+    found: set[str] = set()
+    for node in ast.walk(tree_of(path)):
+        for _, value in ast.iter_fields(node):
+            if isinstance(value, str):
+                found |= {value, *value.split(".")}
+    return frozenset(found)
+
+
+def places(name: str) -> set[str]:
+    """Files that type a name, tests left out."""
+    folders = [folder for folder in CODE if folder.name != "tests"]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    spellings = {name, name.replace("-", "_")}
+    return {path.relative_to(ROOT).as_posix() for path in paths if spellings & words(path)}
+
+
+# The bench times FlashInfer and its kernel of TensorRT-LLM; `import` reads TensorRT-LLM's numbers by default.
+@pytest.mark.parametrize(
+    "name", sorted({*get_args(Engine)} - {"native", "scalar", "scalar+ignore"})
+)
+def test_an_engine_is_its_room_one_line_of_the_catalogue_and_a_name_in_the_schema(
+    name: str,
+) -> None:
+    own = f"calibrate/engines/{name.replace('-', '_')}.py"
+    other = {
+        "trtllm": {"calibrate/cli.py", "calibrate/engines/read.py", "kernels/bench/timings.py"},
+        "flashinfer": {"kernels/bench/rivals.py", "kernels/bench/timings.py"},
+    }.get(name, set())
+    assert places(name) - other == {own, "calibrate/engines/catalogue.py", SCHEMA}
+
+
+@pytest.mark.parametrize("name", sorted({*get_args(Task)} - {"text", "file", "hub"}))
+def test_a_task_is_a_function_and_a_name_in_the_schema(name: str) -> None:
+    assert places(name) == {"calibrate/prompts/tasks.py", SCHEMA}

@@ -36,6 +36,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens of one request [1, count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (1, count), generator=generator)
+
+
 def model(family: str, sharpness: float = 1.0, **changes: Any) -> transformers.PreTrainedModel:
     """A randomly initialised model of a family; `sharpness` scales queries, so that attention is peaked."""
     sizes: dict[str, Any] = {

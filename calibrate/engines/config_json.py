@@ -8,10 +8,10 @@ import math
 import reprlib
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import skip_softmax
 from calibrate.engines.types import Foreign, Request, check_number
 from calibrate.errors import UserError
 from calibrate.model.config_json import KEY, ModelConfigFile, read_model_config
@@ -129,11 +129,7 @@ def _curve(request: Request, phase: Phase, factor: float) -> tuple[float, float,
 
 
 def _producer() -> dict[str, str]:
-    try:
-        version = metadata.version("skip-softmax-calibrate")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    return {"name": "skip-softmax-calibrate", "version": version}
+    return {"name": "skip-softmax-calibrate", "version": skip_softmax.__version__}
 
 
 def _merged(config: ModelConfigFile, section: Any, group: dict[str, Any]) -> dict[str, Any]:

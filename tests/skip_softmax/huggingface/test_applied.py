@@ -20,9 +20,7 @@ from calibrate.prompts.build import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
 from calibrate.statistics import capture
 from skip_softmax import Thresholds, applied
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
 from skip_softmax.huggingface.layers import Layer, inspect_layers
-from skip_softmax.huggingface.masks import MaskRecipe
 from skip_softmax.thresholds.types import (
     Geometry,
     LayerOverride,
@@ -55,25 +53,9 @@ def thresholds(found: list[Layer], factor: float, *, floor: int = 60, **changes:
     )
 
 
-def tokens(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(
-        2, tiny.VOCABULARY, (1, count), generator=torch.Generator().manual_seed(seed)
-    )
-
-
 def loaded(family: str, **changes: object) -> LoadedModel:
     model = tiny.model(family, SHARPNESS, **changes)
     return LoadedModel(model, None, family, "0", inspect_layers(model), 1024, "float32")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_found(family: str) -> None:
-    layers = inspect_layers(tiny.model(family))
-    assert [layer.index for layer in layers] == [0, 1, 2]
-    assert all(layer.reason is None for layer in layers)
-    assert {layer.kv_heads for layer in layers} == {4 if family in ("phi", "gpt2") else 2}
-    windows = {"gemma3": [48, None, 48], "mistral": [70, 70, 70]}.get(family, [None, None, None])
-    assert [layer.window for layer in layers] == windows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,8 +66,8 @@ def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
         "text",
         "calibration",
         150,
-        tuple(tokens(150)[0].tolist()),
-        tuple(tokens(9, 1)[0].tolist()),
+        tuple(tiny.tokens(150)[0].tolist()),
+        tuple(tiny.tokens(9, 1)[0].tolist()),
         False,
     )
     geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
@@ -105,7 +87,7 @@ def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
 def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
     """Teacher forcing in one call equals prefill plus one token at a time with a cache."""
     one = loaded(family)
-    prompt, steps = tokens(150), tokens(6, 1)
+    prompt, steps = tiny.tokens(150), tiny.tokens(6, 1)
     settings = thresholds(one.layers, 55.0)
     with torch.no_grad(), applied(one.model, settings, decode_from=150) as together:
         whole = one.model(torch.cat([prompt, steps], 1), use_cache=False).logits[0, 149:]
@@ -127,7 +109,7 @@ def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
 def test_batches_with_padding_equal_single_requests() -> None:
     one = loaded("llama")
     settings = thresholds(one.layers, 55.0)
-    long, short = tokens(150), tokens(97, 1)
+    long, short = tiny.tokens(150), tiny.tokens(97, 1)
     batch = torch.cat([long, torch.cat([torch.ones(1, 53, dtype=torch.long), short], 1)])
     mask = torch.ones_like(batch)
     mask[1, :53] = 0
@@ -147,7 +129,7 @@ def test_batches_with_padding_equal_single_requests() -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_uses_both_phases(cache: str) -> None:
     one = loaded("llama")
-    prompt = tokens(120)
+    prompt = tiny.tokens(120)
     arguments = {
         "max_new_tokens": 5,
         "min_new_tokens": 5,
@@ -165,7 +147,7 @@ def test_generate_uses_both_phases(cache: str) -> None:
 
 def test_chunked_prefill_is_prefill() -> None:
     one = loaded("llama")
-    prompt = tokens(160)
+    prompt = tiny.tokens(160)
     with torch.no_grad(), applied(one.model, thresholds(one.layers, 0.0)) as counts:
         first = one.model(prompt[:, :96], use_cache=True)
         chunked = one.model(prompt[:, 96:], past_key_values=first.past_key_values).logits[0, -1]
@@ -180,13 +162,13 @@ def test_calls_below_the_floor_run_dense() -> None:
         torch.no_grad(),
         applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=148) as counts,
     ):
-        one.model(tokens(156), use_cache=False)
+        one.model(tiny.tokens(156), use_cache=False)
     assert int(counts["prefill"].skipped.sum()) == 0
     with (
         torch.no_grad(),
         applied(one.model, thresholds(one.layers, 55.0, floor=151), decode_from=150) as tail,
     ):
-        one.model(tokens(156), use_cache=False)
+        one.model(tiny.tokens(156), use_cache=False)
     # Both runs decode positions 150 to 155 above the floor; the first also 148 and 149 below it.
     assert torch.equal(counts["decode"].skipped, tail["decode"].skipped)
     assert int(tail["decode"].skipped.sum()) > 0
@@ -198,7 +180,7 @@ def test_overrides_reach_their_layer_and_head_only() -> None:
     override = LayerOverride(layer=1, prefill=(0.0, 55.0, 0.0, 0.0))
     settings = thresholds(one.layers, 0.0, layers=(override,))
     with torch.no_grad(), applied(one.model, settings) as counts:
-        one.model(tokens(150), use_cache=False)
+        one.model(tiny.tokens(150), use_cache=False)
     skipped = counts["prefill"].skipped
     assert int(skipped[1, 1]) > 0
     assert int(skipped.sum()) == int(skipped[1, 1])
@@ -208,7 +190,7 @@ def test_soft_cap_layers_keep_their_own_attention_and_are_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = tiny.model("gemma2", SHARPNESS)
-    prompt = tokens(100)
+    prompt = tiny.tokens(100)
     with torch.no_grad():
         dense = model(prompt, use_cache=False).logits
     layers = inspect_layers(model)
@@ -227,7 +209,7 @@ def test_soft_cap_layers_keep_their_own_attention_and_are_named(
 
 def test_a_mask_of_the_users_own_is_left_alone() -> None:
     one = loaded("llama")
-    prompt = tokens(100)
+    prompt = tiny.tokens(100)
     mask = torch.ones(1, 1, 100, 100, dtype=torch.bool).tril()
     mask[..., 50:, :20] = False
     with torch.no_grad():
@@ -243,14 +225,14 @@ def test_everything_is_undone_after_an_exception() -> None:
     one = loaded("llama")
     before = one.model.config._attn_implementation
     with torch.no_grad():
-        dense = one.model(tokens(80), use_cache=False).logits
+        dense = one.model(tiny.tokens(80), use_cache=False).logits
         with (
             pytest.raises(RuntimeError, match="in the block"),
             applied(one.model, thresholds(one.layers, 55.0)),
         ):
             raise RuntimeError("in the block")
         assert one.model.config._attn_implementation == before
-        assert torch.equal(one.model(tokens(80), use_cache=False).logits, dense)
+        assert torch.equal(one.model(tiny.tokens(80), use_cache=False).logits, dense)
 
 
 def test_a_second_block_on_the_same_model_is_refused() -> None:
@@ -282,7 +264,7 @@ def test_a_file_may_be_given_by_its_path(tmp_path: Path) -> None:
     thresholds(one.layers, 55.0).save(path)
     for given in (path, str(path)):
         with torch.no_grad(), applied(one.model, given) as counts:
-            one.model(tokens(150), use_cache=False)
+            one.model(tiny.tokens(150), use_cache=False)
         assert counts.sparsity("prefill") > 0.01
     with (
         pytest.raises(TypeError, match="must be the path of a YAML file, but got 580"),
@@ -298,27 +280,11 @@ def test_two_models_can_run_at_once() -> None:
         applied(first.model, thresholds(first.layers, 55.0)) as a,
         applied(second.model, thresholds(second.layers, 0.0)) as b,
     ):
-        first.model(tokens(150), use_cache=False)
-        second.model(tokens(150), use_cache=False)
+        first.model(tiny.tokens(150), use_cache=False)
+        second.model(tiny.tokens(150), use_cache=False)
     assert int(a["prefill"].skipped.sum()) > 0
     assert int(b["prefill"].skipped.sum()) == 0
     assert int(b["prefill"].visited.sum()) > 0
-
-
-def test_handlers_see_absolute_positions() -> None:
-    one = loaded("gemma3")
-    seen: list[tuple[int, str, int, int]] = []
-
-    def handler(call: LayerCall) -> torch.Tensor:
-        seen.append((call.layer, call.phase, call.kv_start, call.kv_len))
-        return call.q.new_zeros(call.q.shape)
-
-    with torch.no_grad(), intercepted(one.model, handler):
-        out = one.model(tokens(100), use_cache=True)
-        one.model(tokens(1), past_key_values=out.past_key_values)
-    assert seen[:3] == [(i, "prefill", 0, 100) for i in range(3)]
-    # A sliding cache holds the last 47 keys and the new one; the full layer holds all.
-    assert seen[3:] == [(0, "decode", 53, 101), (1, "decode", 0, 101), (2, "decode", 53, 101)]
 
 
 def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
@@ -327,8 +293,8 @@ def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
         "text",
         "search",
         150,
-        tuple(tokens(150)[0].tolist()),
-        tuple(tokens(9, 1)[0].tolist()),
+        tuple(tiny.tokens(150)[0].tolist()),
+        tuple(tiny.tokens(9, 1)[0].tolist()),
         False,
     )
     config = RunConfig(
@@ -352,7 +318,7 @@ def test_loss_is_zero_without_skipping_and_grows_with_it() -> None:
 def test_layers_that_attend_in_chunks_are_found_out_by_their_first_long_prompt() -> None:
     one = loaded("llama4")
     assert all(layer.reason is None for layer in one.layers), "four tokens cannot tell"
-    ids, steps = tuple(tokens(150)[0].tolist()), tuple(tokens(9, 1)[0].tolist())
+    ids, steps = tuple(tiny.tokens(150)[0].tolist()), tuple(tiny.tokens(9, 1)[0].tolist())
     prompt = Prompt("text", "calibration", 150, ids, steps, False)
     geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16})
     statistics = capture.empty_statistics(one, geometry, [150])
@@ -368,7 +334,7 @@ def test_layers_left_alone_see_no_later_token_of_a_static_cache() -> None:
     model = tiny.model("llama", SHARPNESS)
     found = inspect_layers(model)
     left = tuple(UncalibratedLayer(layer=i, reason="test") for i in (0, 2))
-    prompt = tokens(60)
+    prompt = tiny.tokens(60)
 
     def in_chunks() -> torch.Tensor:
         cache = transformers.StaticCache(config=model.config, max_cache_len=128)
@@ -458,38 +424,9 @@ def test_layers_of_the_images_are_none_of_the_files() -> None:
     assert counts["prefill"].skipped.sum() == 0
 
 
-def test_windows_are_known_without_asking_the_mask() -> None:
-    model = tiny.model("gemma3")
-    asked = MaskRecipe._recognise
-    with torch.no_grad(), intercepted(model, lambda call: call.q):
-        MaskRecipe._recognise = None  # type: ignore[assignment, method-assign]
-        try:
-            model(tokens(100))
-        finally:
-            MaskRecipe._recognise = asked  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("window", [None, 30])
-def test_a_mask_that_differs_in_one_row_is_found_out(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("skip_softmax.huggingface.masks._ASKED_AT_ONCE", 1000)  # seven rows
-
-    def recipe(odd: int | None) -> MaskRecipe:
-        def mask(batch: Any, head: Any, row: Any, key: Any) -> torch.Tensor:
-            seen = (key <= row) | (row == odd if odd is not None else False)
-            return seen if window is None else seen & (key > row - window)
-
-        return MaskRecipe({"batch_size": 1, "q_length": 140, "mask_function": mask}, {})
-
-    assert recipe(None).causal(window) is True
-    for row in (0, 1, 69, 138):
-        assert recipe(row).causal(window) is None
-
-
 def test_one_odd_call_is_left_alone_and_the_next_is_not(caplog: pytest.LogCaptureFixture) -> None:
     one = loaded("llama")
-    prompt = tokens(100)
+    prompt = tiny.tokens(100)
     hole = torch.ones(1, 100, dtype=torch.long)
     hole[0, 40:45] = 0
     with torch.no_grad(), applied(one.model, thresholds(one.layers, 55.0)) as counts:
@@ -505,7 +442,7 @@ def test_one_odd_call_is_left_alone_and_the_next_is_not(caplog: pytest.LogCaptur
 
 def test_hooks_may_move_what_a_layer_is_given() -> None:
     one = loaded("llama")
-    prompt = tokens(100)
+    prompt = tiny.tokens(100)
 
     def moved(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
         copies = {
@@ -525,7 +462,7 @@ def test_models_that_share_a_config() -> None:
     first = tiny.model("llama", SHARPNESS)
     second = transformers.LlamaForCausalLM(first.config).eval()
     file = thresholds(inspect_layers(first), 55.0)
-    prompt = tokens(100)
+    prompt = tiny.tokens(100)
     with torch.no_grad():
         own = second(prompt).logits
         with applied(first, file):
@@ -553,24 +490,12 @@ def test_latent_attention_runs_the_file_that_was_made_for_it(tmp_path: Path) -> 
     assert {layer.head_dim for layer in found} == {24}
     config.save_pretrained(tmp_path)  # and what `import --model` reads says the same
     assert read_model_config(tmp_path).shape == (2, 4, 4, 24)
-    prompt = tokens(100)
+    prompt = tiny.tokens(100)
     with torch.no_grad():
         own = model(prompt).logits
         with applied(model, thresholds(found, 0.0)) as counts:
             torch.testing.assert_close(model(prompt).logits, own, rtol=1e-4, atol=1e-5)
     assert counts["prefill"].visited.sum() > 0
-
-
-def test_models_that_cannot_be_looked_into_are_refused_by_name() -> None:
-    sizes = {"vocab_size": 400, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
-    with pytest.raises(ValueError, match="GPTJForCausalLM computes attention itself"):
-        inspect_layers(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)).eval())
-    both = transformers.BartConfig(
-        vocab_size=400, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="must be decoder-only, but BartModel also has an encoder"):
-        inspect_layers(transformers.BartModel(both))
 
 
 def test_a_block_entered_in_inference_mode_counts_outside_of_it() -> None:
@@ -579,7 +504,7 @@ def test_a_block_entered_in_inference_mode_counts_outside_of_it() -> None:
         block = applied(one.model, thresholds(one.layers, 55.0))
         counts = block.__enter__()
     with torch.no_grad():
-        one.model(tokens(100))
+        one.model(tiny.tokens(100))
     block.__exit__(None, None, None)
     assert counts["prefill"].visited.sum() > 0
 
@@ -587,6 +512,6 @@ def test_a_block_entered_in_inference_mode_counts_outside_of_it() -> None:
 def test_training_through_a_block_is_refused_by_name() -> None:
     one = loaded("llama")
     with applied(one.model, thresholds(one.layers, 55.0)):
-        logits = one.model(tokens(100)).logits
+        logits = one.model(tiny.tokens(100)).logits
     with pytest.raises(RuntimeError, match="skip-softmax attention has no backward"):
         logits.sum().backward()

@@ -1,11 +1,12 @@
-"""One attention call of a layer as data, and what is cut out of it."""
+"""One attention call of a layer as data: where it stands, and what is cut out of it."""
 
 from __future__ import annotations
 
+import tiny
 import torch
 
 import skip_softmax as ss
-from skip_softmax.huggingface.intercept import LayerCall
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
 
 
 def call(rows: int, kv_start: int = 0) -> LayerCall:
@@ -48,3 +49,19 @@ def test_rows_one_after_another_are_the_whole_call() -> None:
 
     parts = [dense(whole.rows(start, start + 2)) for start in (0, 2, 4)]
     torch.testing.assert_close(torch.cat(parts, 2), dense(whole))
+
+
+def test_handlers_see_absolute_positions() -> None:
+    model = tiny.model("gemma3")
+    seen: list[tuple[int, str, int, int]] = []
+
+    def handler(call: LayerCall) -> torch.Tensor:
+        seen.append((call.layer, call.phase, call.kv_start, call.kv_len))
+        return call.q.new_zeros(call.q.shape)
+
+    with torch.no_grad(), intercepted(model, handler):
+        out = model(tiny.tokens(100), use_cache=True)
+        model(tiny.tokens(1), past_key_values=out.past_key_values)
+    assert seen[:3] == [(i, "prefill", 0, 100) for i in range(3)]
+    # A sliding cache holds the last 47 keys and the new one; the full layer holds all.
+    assert seen[3:] == [(0, "decode", 53, 101), (1, "decode", 0, 101), (2, "decode", 53, 101)]

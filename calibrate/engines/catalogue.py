@@ -123,7 +123,7 @@ def objections(
     group: int,
     *,
     trust_unpublished: bool = False,
-) -> list[Objection]:
+) -> Iterator[Objection]:
     """Why numbers of this geometry are not valid on a server.
 
     Args:
@@ -134,14 +134,52 @@ def objections(
         group: query heads per KV head.
         trust_unpublished: the user has compared tiles that are not published.
 
-    Returns:
-        One per reason; empty when the numbers are valid.
+    Yields:
+        One per reason; none when the numbers are valid.
     """
-    return [
-        objection
-        for phase in phases
-        for objection in _against(server, geometry, phase, head_dim, group, trust_unpublished)
-    ]
+    for phase in phases:
+        votes = server.phase(phase)
+        tiles = getattr(geometry, phase)
+        if isinstance(votes, Ignored):
+            yield Objection(
+                f"{server.name} silently ignores the {phase} number: {votes.why}", "phase"
+            )
+            continue
+        if votes.head_dims and head_dim not in votes.head_dims:
+            sizes = " or ".join(map(str, votes.head_dims))
+            yield Objection(
+                f"head_dim must be {sizes} for {phase} of {server.name}, but the model has {head_dim}"
+            )
+        keys = votes.keys(head_dim)
+        if not keys:
+            if not trust_unpublished:
+                yield Objection(
+                    f"the {phase} tiles of {server.name} are not published, so {_tiles(tiles)} cannot be checked",
+                    "compare",
+                )
+            continue
+        if tiles is None:
+            yield Objection(f"the file has no geometry.{phase}", "measure")
+            continue
+        wanted = " or ".join(f"{votes.tile_q}x{n}" if phase == "prefill" else str(n) for n in keys)
+        if tiles.tile_kv not in keys or (phase == "prefill" and tiles.tile_q != votes.tile_q):
+            yield Objection(
+                f"geometry.{phase} must be {wanted} for {server.name} at head_dim {head_dim}, "
+                f"but the numbers are for {_tiles(tiles)}",
+                "measure",
+            )
+        if phase == "decode" and tiles.running_max != "ascending":
+            yield Objection(
+                f"geometry.decode.running_max must be ascending for {server.name}, but the numbers are for "
+                f"{tiles.running_max}",
+                "measure",
+            )
+        if phase == "decode" and votes.voters == "head" and group > 1:
+            yield Objection(
+                f"in decode of {server.name} every query head votes alone, but the numbers are for the "
+                f"{group} query heads of a KV head voting together",
+                "phase",
+            )
 
 
 def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
@@ -162,56 +200,6 @@ def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
         kept = decode.tile_kv if decode is not None and decode.tile_kv in keys else keys[0]
         decode = DecodeGeometry(tile_kv=kept)
     return Geometry(prefill=prefill, decode=decode)
-
-
-def _against(
-    server: Server,
-    geometry: Geometry,
-    phase: Phase,
-    head_dim: int,
-    group: int,
-    trust_unpublished: bool,
-) -> Iterator[Objection]:
-    votes = server.phase(phase)
-    tiles = getattr(geometry, phase)
-    if isinstance(votes, Ignored):
-        yield Objection(f"{server.name} silently ignores the {phase} number: {votes.why}", "phase")
-        return
-    if votes.head_dims and head_dim not in votes.head_dims:
-        sizes = " or ".join(map(str, votes.head_dims))
-        yield Objection(
-            f"head_dim must be {sizes} for {phase} of {server.name}, but the model has {head_dim}"
-        )
-    keys = votes.keys(head_dim)
-    if not keys:
-        if not trust_unpublished:
-            yield Objection(
-                f"the {phase} tiles of {server.name} are not published, so {_tiles(tiles)} cannot be checked",
-                "compare",
-            )
-        return
-    if tiles is None:
-        yield Objection(f"the file has no geometry.{phase}", "measure")
-        return
-    wanted = " or ".join(f"{votes.tile_q}x{n}" if phase == "prefill" else str(n) for n in keys)
-    if tiles.tile_kv not in keys or (phase == "prefill" and tiles.tile_q != votes.tile_q):
-        yield Objection(
-            f"geometry.{phase} must be {wanted} for {server.name} at head_dim {head_dim}, "
-            f"but the numbers are for {_tiles(tiles)}",
-            "measure",
-        )
-    if phase == "decode" and tiles.running_max != "ascending":
-        yield Objection(
-            f"geometry.decode.running_max must be ascending for {server.name}, but the numbers are for "
-            f"{tiles.running_max}",
-            "measure",
-        )
-    if phase == "decode" and votes.voters == "head" and group > 1:
-        yield Objection(
-            f"in decode of {server.name} every query head votes alone, but the numbers are for the "
-            f"{group} query heads of a KV head voting together",
-            "phase",
-        )
 
 
 def _tiles(tiles: PrefillGeometry | DecodeGeometry | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from calibrate.engines.catalogue import objections, servers_for
+from calibrate.engines.catalogue import ENGINES, objections, servers_for
 from calibrate.engines.types import Engine, Server
 from calibrate.errors import UserError
 from calibrate.model.config_json import ModelConfigFile
@@ -111,9 +111,10 @@ def expressible(thresholds: Thresholds, engine: Engine, phases: Sequence[Phase] 
     chosen = tuple(phases or PHASES)
     uncalibrated = tuple(sorted(entry.layer for entry in thresholds.uncalibrated))
     if uncalibrated and engine.form == "scalar":
+        able = [known.name for known in ENGINES.values() if known.form == "scalar+ignore"]
         raise UserError(
             f"layers {list(uncalibrated)} cannot be calibrated and must stay dense, but {engine.title} skips "
-            "in every layer; use an engine with an ignore list (trtllm, modelopt) or native"
+            f"in every layer; use an engine with an ignore list ({', '.join(able)}) or native"
         )
     own = _as_one_number(thresholds, chosen, uncalibrated)
     lost: list[str] = []
@@ -169,14 +170,16 @@ def valid_servers(
     phases = tuple(numbers.scale_factor)
     valid, refused = [], []
     for server in servers_for(engine, gpu):
-        reasons = objections(
+        group = model.q_heads // model.kv_heads
+        against = objections(
             server,
             thresholds.geometry,
             phases,
             model.head_dim,
-            model.q_heads // model.kv_heads,
+            group,
             trust_unpublished=trust_geometry,
         )
+        reasons = list(against)
         refused += reasons
         if not reasons:
             valid.append(server)

@@ -96,14 +96,8 @@ def import_numbers(
                 f"{value} without; leave it out"
             )
     if path is not None:
-        found = read_artefact(
-            engine,
-            path,
-            target=target,
-            coefficients=None if coefficients is None else Path(coefficients),
-            at_length=at_length,
-            phases=chosen,
-        )
+        curve = None if coefficients is None else Path(coefficients)
+        found = read_artefact(engine, Source(path, chosen, target, curve, at_length))
     elif threshold is not None:
         found = from_threshold(threshold, at_length, chosen)
     else:
@@ -113,24 +107,12 @@ def import_numbers(
     return to_thresholds(found, section, engine, geometry, gpu, origin)
 
 
-def read_artefact(
-    engine: str,
-    path: Path,
-    *,
-    target: float | None = None,
-    coefficients: Path | None = None,
-    at_length: int | None = None,
-    phases: tuple[Phase, ...] = PHASES,
-) -> Foreign:
+def read_artefact(engine: str, source: Source) -> Foreign:
     """Reads an engine's own file.
 
     Args:
         engine: whose file it is.
-        path: the file.
-        target: sparsity at which a curve is read; None: the file's own, else 0.5.
-        coefficients: `config.json` (or its folder) for a TensorRT-LLM YAML that gives a target only.
-        at_length: KV length of a threshold [tokens], where the file does not state it.
-        phases: phases to read; the others stay dense.
+        source: the file; phases that it does not ask for stay dense.
 
     Returns:
         The numbers.
@@ -144,7 +126,8 @@ def read_artefact(
         raise UserError(f"--engine must be one of: {', '.join(readers)}; but got `{engine}`")
     read, numbers = readers[engine].read, readers[engine].numbers
     assert read is not None
-    found = read(Source(path, phases, target, coefficients, at_length))
+    path, phases = source.path, source.phases
+    found = read(source)
     factors = {phase: f for phase, f in found.scale_factor.items() if phase in phases}
     if not factors:
         # Dense must be said with a 0: a misspelt name or a foreign file would read as dense too.

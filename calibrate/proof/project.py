@@ -74,7 +74,7 @@ def tiles_for(
     options = [(server, geometry) for server in servers]
     options += [(server, geometry_of(server, head_dim, geometry)) for server in servers]
     for server, tiles in options:
-        reasons = objections(server, tiles, phases, head_dim, group, trust_unpublished=True)
+        reasons = list(objections(server, tiles, phases, head_dim, group, trust_unpublished=True))
         if not reasons:
             return tiles
         refused += reasons

@@ -23,6 +23,7 @@ from engine_files import (
 from calibrate.engines.catalogue import ENGINES
 from calibrate.engines.export import export
 from calibrate.engines.read import read_artefact
+from calibrate.engines.types import Source
 from calibrate.errors import UserError
 
 ABSOLUTE = {"vllm-omni", "tokenspeed"}
@@ -63,7 +64,9 @@ def test_numbers_come_back_or_their_loss_is_listed(engine: str, tmp_path: Path) 
         made.write(path)
         text = made.patch.after if engine == "modelopt" else made.text
         (tmp_path / "config.json").write_text(made.patch.after if made.patch else "{}")
-        found = read_artefact(engine, tmp_path / "config.json" if engine == "modelopt" else path)
+        found = read_artefact(
+            engine, Source(tmp_path / "config.json" if engine == "modelopt" else path)
+        )
         for phase in phases:
             same = math.isclose(found.scale_factor[phase], numbers[phase], rel_tol=1e-12)
             assert same or (engine == "tokenspeed" and "the smaller number is written" in lost), (
@@ -71,7 +74,9 @@ def test_numbers_come_back_or_their_loss_is_listed(engine: str, tmp_path: Path) 
                 text,
             )
         assert set(found.scale_factor) == set(phases)
-        ignored = read_artefact("modelopt", tmp_path / "config.json").ignore if made.patch else ()
+        ignored = (
+            read_artefact("modelopt", Source(tmp_path / "config.json")).ignore if made.patch else ()
+        )
         assert ignored == tuple(f"model.layers.{i}.self_attn" for i in dense)
         # What no artefact can hold is always listed.
         assert "min_kv_len" in lost and "geometry" in lost

@@ -19,6 +19,7 @@ from engine_files import (
 
 from calibrate.engines import read as importing
 from calibrate.engines.catalogue import ENGINES
+from calibrate.engines.types import Source
 from calibrate.errors import UserError
 from skip_softmax.thresholds.file import Thresholds
 
@@ -66,7 +67,7 @@ READ: dict[str, tuple[str, str, dict[str, float]]] = {
 def test_engines_files_are_read(name: str, tmp_path: Path) -> None:
     engine, text, expected = READ[name]
     (tmp_path / "file").write_text(text)
-    found = importing.read_artefact(engine, tmp_path / "file")
+    found = importing.read_artefact(engine, Source(tmp_path / "file"))
     assert found.scale_factor == pytest.approx(expected)
     assert any("dense" in note for note in found.notes) == (name == "zero")
 
@@ -95,7 +96,7 @@ def test_what_says_no_number_is_refused(
 ) -> None:
     (tmp_path / "file").write_text(text)
     with pytest.raises(UserError, match=message):
-        importing.read_artefact(engine, tmp_path / "file")
+        importing.read_artefact(engine, Source(tmp_path / "file"))
 
 
 # A misspelt name or a foreign file would read as dense, so it must not read at all.
@@ -275,7 +276,7 @@ def test_malformed_files_are_refused_without_a_traceback(
     (tmp_path / "file").write_text(TRTLLM + text if engine == "trtllm" else text)
     absolute = 1000 if ENGINES[engine].absolute else None
     with pytest.raises(UserError, match=message):
-        importing.read_artefact(engine, tmp_path / "file", at_length=absolute)
+        importing.read_artefact(engine, Source(tmp_path / "file", at_length=absolute))
 
 
 @pytest.mark.parametrize(

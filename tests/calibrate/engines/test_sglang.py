@@ -14,6 +14,7 @@ from engine_files import (
 
 from calibrate.engines import read as importing
 from calibrate.engines.export import export
+from calibrate.engines.types import Source
 from calibrate.errors import UserError
 
 
@@ -56,5 +57,5 @@ def test_variables_on_one_line_are_all_read(tmp_path: Path) -> None:
     names = [f"SGLANG_SKIP_SOFTMAX_{p}_THRESHOLD_SCALE_FACTOR" for p in ("PREFILL", "DECODE")]
     line = f"{names[0]}=5 {names[1]}='6'; python -m sglang.launch_server  # {names[0]}=7"
     (tmp_path / "run.sh").write_text(line)
-    found = importing.read_artefact("sglang", tmp_path / "run.sh")
+    found = importing.read_artefact("sglang", Source(tmp_path / "run.sh"))
     assert found.scale_factor == {"prefill": 5, "decode": 6}

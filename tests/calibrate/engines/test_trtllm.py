@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from calibrate.engines import read as importing
 from calibrate.engines.export import export
+from calibrate.engines.types import Source
 from calibrate.errors import UserError
 
 
@@ -99,10 +100,12 @@ def test_ignored_layers_match_exactly_themselves_in_every_reader(tmp_path: Path)
 
 def test_a_target_is_read_with_the_curve_of_the_config(tmp_path: Path) -> None:
     (tmp_path / "skip.yaml").write_text(TRTLLM + "  target_sparsity: {prefill: 0.5}\n")
-    found = importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=PUBLISHED)
+    found = importing.read_artefact(
+        "trtllm", Source(tmp_path / "skip.yaml", coefficients=PUBLISHED)
+    )
     assert found.scale_factor == pytest.approx({"prefill": 587.18}, rel=0.002)
     with pytest.raises(UserError, match="--coefficients"):
-        importing.read_artefact("trtllm", tmp_path / "skip.yaml")
+        importing.read_artefact("trtllm", Source(tmp_path / "skip.yaml"))
 
 
 def test_a_target_without_its_curve_is_refused(tmp_path: Path) -> None:
@@ -110,9 +113,11 @@ def test_a_target_without_its_curve_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config_json(threshold_scale_factor=factors))
     (tmp_path / "skip.yaml").write_text(TRTLLM + "  target_sparsity: {prefill: 0.1, decode: 0.1}\n")
     with pytest.raises(UserError, match=r"gives a target for decode, so .* must give a curve"):
-        importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=tmp_path)
+        importing.read_artefact("trtllm", Source(tmp_path / "skip.yaml", coefficients=tmp_path))
     with pytest.raises(UserError, match=r"^--coefficients: `.*none` is missing"):
-        importing.read_artefact("trtllm", tmp_path / "skip.yaml", coefficients=tmp_path / "none")
+        importing.read_artefact(
+            "trtllm", Source(tmp_path / "skip.yaml", coefficients=tmp_path / "none")
+        )
 
 
 def test_notes_say_what_was_read(call: Callable[..., Any], tmp_path: Path) -> None:
@@ -120,7 +125,7 @@ def test_notes_say_what_was_read(call: Callable[..., Any], tmp_path: Path) -> No
     (tmp_path / "c.json").write_text(config_json(threshold_scale_factor=curve, target_sparsity=0.9))
     (tmp_path / "skip.yaml").write_text(TRTLLM + "  target_sparsity: {prefill: 0.1}\n")
     found = importing.read_artefact(
-        "trtllm", tmp_path / "skip.yaml", coefficients=tmp_path / "c.json"
+        "trtllm", Source(tmp_path / "skip.yaml", coefficients=tmp_path / "c.json")
     )
     assert found.scale_factor == pytest.approx({"prefill": 10 * math.exp(0.2)})
     assert found.notes == ("prefill: 10 * exp(2 * 0.1)",)

@@ -154,7 +154,8 @@ def objections(
         if not keys:
             if not trust_unpublished:
                 yield Objection(
-                    f"the {phase} tiles of {server.name} are not published, so {_tiles(tiles)} cannot be checked",
+                    f"the {phase} tiles of {server.name} are not published, so {_tiles(tiles)} cannot be "
+                    "checked",
                     "compare",
                 )
             continue

@@ -5,65 +5,52 @@ Importing this package loads neither torch nor optuna nor transformers; `run` do
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from calibrate.pipeline import Progress, Run
+    from calibrate.api import Run, open_run, run
+    from calibrate.engines.export import export
+    from calibrate.engines.read import import_numbers
+    from calibrate.errors import FileError, UserError, WorkFailed
+    from calibrate.pipeline import Progress
     from calibrate.schema import RunConfig
 
-__all__ = ["open_run", "run"]
+    __version__: str
+
+_HOME = {
+    "FileError": "calibrate.errors",
+    "Progress": "calibrate.pipeline",
+    "Run": "calibrate.api",
+    "RunConfig": "calibrate.schema",
+    "UserError": "calibrate.errors",
+    "WorkFailed": "calibrate.errors",
+    "__version__": "skip_softmax",
+    "export": "calibrate.engines.export",
+    "import_numbers": "calibrate.engines.read",
+    "open_run": "calibrate.api",
+    "run": "calibrate.api",
+}
+
+__all__ = [
+    "FileError",
+    "Progress",
+    "Run",
+    "RunConfig",
+    "UserError",
+    "WorkFailed",
+    "export",
+    "import_numbers",
+    "open_run",
+    "run",
+]
 
 
-def run(
-    config: str | os.PathLike[str] | RunConfig,
-    output: str | os.PathLike[str] | None = None,
-    *,
-    overrides: tuple[str, ...] = (),
-    progress: Progress | None = None,
-) -> Run:
-    """Calibrates a model: captures, fits, searches, validates and emits; resumes what is in the run folder.
-
-    Args:
-        config: path of a run config, or a config.
-        output: run folder; None: the config's `output`, else `runs/` and the config file's name.
-        overrides: `section.key=value` strings, applied to a config given as a path.
-        progress: who watches; None: nobody.
-
-    Returns:
-        The finished run: `run.thresholds`, `run.stats`, `run.study`, `run.validation`.
-
-    Raises:
-        UserError: config, model, prompts or folder are wrong.
-        FileError: the config file breaks its schema.
-        WorkFailed: no setting skips anything within the budget.
-    """
-    from calibrate.schema import RunConfig, load_config
-
-    if isinstance(config, RunConfig):
-        chosen, name = config, "run"
-    else:
-        chosen, name = load_config(config, overrides), Path(config).stem
-    folder = output or chosen.output or Path("runs") / name
-    # Only now: a mistake in the config is told before torch is loaded.
-    from calibrate import pipeline
-
-    return pipeline.run(chosen, folder, progress)
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'calibrate' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
-def open_run(folder: str | os.PathLike[str]) -> Run:
-    """Opens a finished run to look at it or to decide again; the model is not loaded, no GPU is needed.
-
-    Args:
-        folder: the folder of a `calibrate run`.
-
-    Returns:
-        The run: `run.thresholds`, `run.stats`, `run.study`, `run.validation`.
-
-    Raises:
-        UserError: it is no run folder, or the run is not finished.
-    """
-    from calibrate import pipeline
-
-    return pipeline.load_run(folder)
+def __dir__() -> list[str]:
+    return sorted(_HOME)

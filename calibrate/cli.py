@@ -43,8 +43,8 @@ def run(
     """Calibrate a model. The same command resumes an interrupted run."""
     import calibrate
 
-    with terminal.Bars() as watch:
-        finished = calibrate.run(config, output, overrides=tuple(overrides or ()), progress=watch)
+    with terminal.Bars() as bars:
+        finished = calibrate.run(config, output, overrides=overrides or (), progress=bars)
     _finish(finished, as_json)
 
 
@@ -54,10 +54,10 @@ def search(
     trials: Annotated[int | None, typer.Option(min=1, help="New total number of trials.")] = None,
 ) -> None:
     """Continue the search of a run, for example to more trials."""
-    from calibrate.pipeline import search_again
+    import calibrate
 
-    with terminal.Bars() as watch:
-        search_again(folder, trials, watch)
+    with terminal.Bars() as bars:
+        calibrate.open_run(folder, progress=bars).search(trials)
     terminal.say(f"searched; now prove the winner: calibrate validate {folder}")
 
 
@@ -84,11 +84,11 @@ def validate(
             "`calibrate validate` takes a run folder alone, or --thresholds FILE with a run folder or "
             "--config"
         )
-    from calibrate.pipeline import validate_again
+    import calibrate
 
-    with terminal.Bars() as watch:
-        finished = validate_again(folder, watch)
-    _finish(finished, as_json)
+    with terminal.Bars() as bars:
+        proven = calibrate.open_run(folder, progress=bars).validate()
+    _finish(proven, as_json)
 
 
 @app.command()
@@ -102,9 +102,9 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a run, or compare two runs side by side; prints the file's path."""
-    from calibrate.pipeline import write_report
+    import calibrate
 
-    terminal.write(f"{write_report(folder, other, output)}\n")
+    terminal.write(f"{calibrate.open_run(folder).report(other, output)}\n")
 
 
 @app.command()
@@ -125,9 +125,9 @@ def show(
 
     statistics = None
     if run is not None:
-        from calibrate.transfer import statistics_for
+        import calibrate
 
-        statistics = statistics_for(thresholds, run)
+        statistics = calibrate.open_run(run).stats_for(thresholds)
     rows = expectations(thresholds, statistics)
     dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
     shown = [tables.phases(thresholds), *([tables.expected(rows)] if rows else [])]
@@ -214,21 +214,19 @@ def project(
     as_json: AsJson = False,
 ) -> None:
     """Find and measure the best setting near a run's result that an engine can express."""
-    from calibrate.engines.catalogue import find_phases
+    import calibrate
     from calibrate.engines.export import needed_options
-    from calibrate.transfer import project_run
 
-    with terminal.Bars() as watch:
-        path, report = project_run(
-            folder, engine, gpu=gpu, phases=find_phases(phase), progress=watch
-        )
+    with terminal.Bars() as bars:
+        path = calibrate.open_run(folder, progress=bars).project(engine, gpu=gpu, phases=phase)
+    thresholds = Thresholds.load(path)
+    report = thresholds.evidence["projection"]
     direct = report["direct"]
     if not direct["holds"]:
         terminal.say(
             f"refused: the straight projection {direct['scale_factor']} breaks the budget "
-            f"({direct['refused']}); the nearest that holds is {report['used']}"
+            f"({direct['refused']}); the nearest within it is {report['used']}"
         )
-    thresholds = Thresholds.load(path)
     if as_json:
         terminal.write_json({"thresholds": str(path), "projection": report})
     else:
@@ -333,20 +331,16 @@ def _finish(finished: Any, as_json: bool) -> None:
 def _assess(
     file: Path, folder: Path | None, config: Path | None, output: Path | None, as_json: bool
 ) -> None:
+    import calibrate
     from calibrate.report.tables import assessed
-    from calibrate.schema import load_config
-    from calibrate.transfer import assess_file
 
     if folder is None and config is None:
         raise UserError(
             "--thresholds needs a run folder, or --config with the run config of your model"
         )
-    loaded = None if config is None else load_config(config)
-    if folder is None:
-        assert config is not None and loaded is not None
-        folder = Path(loaded.output or Path("runs") / config.stem)
-    with terminal.Bars() as watch:
-        thresholds, result = assess_file(Thresholds.load(file), folder, loaded, watch)
+    with terminal.Bars() as bars:
+        run = calibrate.open_run(folder, config=config, progress=bars)
+        thresholds, result = run.assess(file)
     if as_json:
         terminal.write_json(result.to_json())
     else:
@@ -354,9 +348,10 @@ def _assess(
     if output is not None:
         write_output(output, thresholds.to_yaml())
     if result.evidence["verdict"] != "passed":
-        raise WorkFailed(f"`{file}` does not hold on this model: {result.evidence['reason']}")
+        raise WorkFailed(f"`{file}` breaks the budget on this model: {result.evidence['reason']}")
     terminal.say(
-        f"passed: `{file}` holds on this model" + (f"; written: {output}" if output else "")
+        f"passed: `{file}` keeps within the budget on this model"
+        + (f"; written: {output}" if output else "")
     )
 
 

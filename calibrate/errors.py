@@ -1,4 +1,9 @@
-"""The two ways a run can end early, and the exit code each one has."""
+"""The three ways a command can end early, and the exit code of each."""
+
+from skip_softmax.thresholds.yaml_file import FileError
+
+__all__ = ["FileError", "UserError", "WorkFailed"]
+# `FileError`, exit code 2: a YAML file breaks its schema; the message names file, line and key.
 
 
 class UserError(ValueError):

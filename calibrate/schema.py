@@ -6,6 +6,8 @@ Precedence: command line > `--set section.key=value` > YAML file > the defaults 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +29,9 @@ Task = Literal[
     "text",
     "file",
     "hub",
+    "memory",
 ]
-
+"""`memory` is what `calibrate.run(..., prompts=[...])` puts there; a config file cannot name it."""
 
 Engine = Literal[
     "native",
@@ -63,7 +66,7 @@ class ModelConfig(_Section):
 
 
 class GeometryConfig(_Section):
-    """Tile geometry of the kernel that will serve; a thresholds file holds for this geometry only."""
+    """Tile geometry of the kernel that will serve; a thresholds file is valid for this geometry only."""
 
     prefill: PrefillGeometry = PrefillGeometry(tile_q=64, tile_kv=128)
     decode: DecodeGeometry = DecodeGeometry(tile_kv=64)
@@ -75,7 +78,8 @@ class Source(_Section):
     task: Task
     weight: float = Field(default=1.0, gt=0)
     path: str | None = None
-    """`task: file`: JSONL, JSON, CSV or Parquet. `task: text`: a text file; unset: Python's own manual."""
+    """`task: file`: JSONL, JSON, CSV or Parquet. `task: text`: a text file; unset: Python's own manual.
+    `task: memory`: `sha256:` and the hash of the prompts."""
     dataset: str | None = None
     """`task: hub`: dataset id."""
     subset: str | None = None
@@ -143,10 +147,9 @@ class TargetConfig(_Section):
     """What is being optimised, and for which engine."""
 
     engine: Engine = "native"
-    """The search space is what this engine can express: `native` every layer and phase, `trtllm`
-    and `modelopt`
-    (`scalar+ignore`) one number per phase and layers left dense, the others (`scalar`) one number
-    per phase."""
+    """The search space is what this engine can express: `native` every layer and phase, `trtllm` and
+    `modelopt` (`scalar+ignore`) one number per phase and layers left dense, the others (`scalar`) one
+    number per phase."""
     phases: tuple[Phase, ...] = ("prefill", "decode")
     phase_weight: dict[Phase, float] = {"prefill": 1.0, "decode": 1.0}
     """How much each phase's predicted attention time counts in the objective."""
@@ -275,27 +278,39 @@ class RunConfig(_Section):
         return self
 
 
-def load_config(path: str | os.PathLike[str], overrides: tuple[str, ...] = ()) -> RunConfig:
+def load_config(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: tuple[str, ...] = (),
+    model: ModelConfig | None = None,
+) -> RunConfig:
     """Reads a run config and applies `--set` overrides.
 
     Args:
-        path: the YAML file.
+        config: the YAML file, or its content as a dict.
         overrides: strings `section.key=value`; the value is read as YAML.
+        model: stands in for the `model` section; None: the config's own.
 
     Returns:
-        The validated config. File paths in it are made absolute, relative to the config file.
+        The validated config. File paths in it are made absolute: relative to the config file, or of a dict
+        to the working directory.
 
     Raises:
         FileError: the file or an override breaks the schema.
         UserError: an override is not of the form `section.key=value`.
     """
-    data, text = read_mapping(path)
-    source = str(path)
+    text: str | None = None
+    if isinstance(config, Mapping):
+        data, source, folder = deepcopy(dict(config)), "the config", Path.cwd()
+    else:
+        data, text = read_mapping(config)
+        source, folder = str(config), Path(config).resolve().parent
+    if model is not None:
+        data["model"] = model
     for override in overrides:
         _apply_override(data, override)
-        source, text = f"{path} with --set", text
-    config = parse(RunConfig, data, source=source, text=text)
-    return _with_absolute_paths(config, Path(path).resolve().parent)
+    if overrides:
+        source = f"{source} with --set"
+    return _with_absolute_paths(parse(RunConfig, data, source=source, text=text), folder)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -335,7 +350,9 @@ def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
         update={key: _absolute(place, folder) for key, place in places.items() if place is not None}
     )
     sources = tuple(
-        source.model_copy(update={"path": str(folder / source.path)}) if source.path else source
+        source.model_copy(update={"path": str(folder / source.path)})
+        if source.path and source.task != "memory"
+        else source
         for source in config.prompts.sources
     )
     changes["prompts"] = config.prompts.model_copy(update={"sources": sources})

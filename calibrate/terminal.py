@@ -24,8 +24,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from calibrate.errors import UserError, WorkFailed
-from skip_softmax.thresholds.yaml_file import FileError
+from calibrate.errors import FileError, UserError, WorkFailed
 
 _stderr = Console(stderr=True)
 _RUNS_MODELS = ("transformers", "gguf", "accelerate")

@@ -127,6 +127,7 @@ ORDER = [
     "report",
     "pipeline",
     "transfer",
+    "api",
     "__init__",  # the package itself is what the command line calls
     "cli",
 ]

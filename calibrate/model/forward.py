@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
-
-if TYPE_CHECKING:
-    pass
-
-
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-
 from calibrate.record.files import save_atomically
 
 

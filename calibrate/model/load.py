@@ -6,12 +6,14 @@ installed package, found without importing that package.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from calibrate.errors import UserError
-from calibrate.model.config_json import model_hash
+from calibrate.model.config_json import KEY, model_hash
 from calibrate.model.locate import locate
 from calibrate.schema import ModelConfig
 
@@ -24,7 +26,8 @@ class LoadedModel:
         model: the transformers model, in eval mode on its device.
         tokenizer: its tokenizer.
         name: short name.
-        sha256: hash of the weights file, or of every file of the folder that decides the model.
+        sha256: hash of the weights file, of every file of the folder that decides the model, or of a model
+            in memory (`from_memory`).
         layers: its attention layers (`skip_softmax.huggingface.layers.Layer`).
         max_context: longest sequence it was made for [tokens], if it says.
         dtype: dtype of the weights as run.
@@ -60,8 +63,11 @@ def load(config: ModelConfig) -> LoadedModel:
     import transformers
     from safetensors import SafetensorError
 
-    from skip_softmax.huggingface.layers import inspect_layers
-
+    if in_memory(config):
+        raise UserError(
+            f"model.path: `{config.path}` is a model that was in memory; pass it again: "
+            "calibrate.run(config, output=..., model=..., tokenizer=...)"
+        )
     location = locate(config.path)
     tokenizer_at = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else location
     device = _device(config.device)
@@ -80,33 +86,116 @@ def load(config: ModelConfig) -> LoadedModel:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.path: `{config.path}` must be a hub id, a model folder, a .gguf file or "
-            f"package://NAME/FILE that transformers can load, but it says: {reason}"
+            f"model.path: transformers could not load `{config.path}`: {reason}; give a hub id, a model "
+            "folder, a .gguf file or package://NAME/FILE"
         ) from error
     try:
         model = model.to(device).eval()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.device: `{device}` cannot hold the model: {reason}") from error
-    try:
-        layers = inspect_layers(model)
-    except ValueError as error:
-        raise UserError(f"model.path: `{config.path}` cannot be calibrated: {error}") from error
-    if all(layer.reason is not None for layer in layers):
-        raise UserError(
-            f"model.path: no layer of `{config.path}` can be calibrated "
-            f"({layers[0].reason if layers else 'it has no layers'})"
-        )
-    text_config = model.config.get_text_config()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=_name(location),
         sha256=model_hash(location, model),
-        layers=layers,
-        max_context=getattr(text_config, "max_position_embeddings", None),
+        layers=_layers(model, f"model.path: `{config.path}`"),
+        max_context=_max_context(model),
         dtype=config.dtype,
     )
+
+
+def in_memory(config: ModelConfig) -> bool:
+    """Whether the section describes a model that a program held, which cannot be loaded again."""
+    return config.path.startswith("memory://")
+
+
+def from_memory(model: Any, tokenizer: Any) -> tuple[LoadedModel, ModelConfig]:
+    """A model that a program holds, ready to run; it is put in eval mode.
+
+    Args:
+        model: a transformers model.
+        tokenizer: its tokenizer.
+
+    Returns:
+        The model, and the `model` section that describes it. Its `sha256` is over the config (JSON, sorted
+        keys, without version, names and an exported `sparse_attention_config`), then over name, dtype, shape
+        and bytes of every tensor of `state_dict()`, sorted by name.
+
+    Raises:
+        UserError: these are not a transformers model and a tokenizer, or no layer can be calibrated.
+    """
+    import transformers
+
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise UserError(
+            f"`model` must be a transformers model in memory, but got {type(model).__name__}; a path or hub "
+            "id goes into the config: model.path"
+        )
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise UserError(
+            f"`tokenizer` must be a transformers tokenizer, but got {type(tokenizer).__name__}; pass "
+            "AutoTokenizer.from_pretrained(...)"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in get_args(ModelConfig.model_fields["dtype"].annotation):
+        raise UserError(
+            f"`model` must be of float32, float16 or bfloat16, but it is of {dtype}; convert it: "
+            "model.to(torch.bfloat16)"
+        )
+    name = str(model.config.name_or_path).rstrip("/").rsplit("/", 1)[-1] or type(model).__name__
+    loaded = LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name=name,
+        sha256=_hash_of_weights(model),
+        layers=_layers(model, f"model: `{name}`"),
+        max_context=_max_context(model),
+        dtype=dtype,
+    )
+    section = {"path": f"memory://{name}", "dtype": dtype, "device": model.device.type}
+    return loaded, ModelConfig.model_validate(section)
+
+
+def _layers(model: Any, where: str) -> list[Any]:
+    from skip_softmax.huggingface.layers import inspect_layers
+
+    try:
+        layers: list[Any] = inspect_layers(model)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be calibrated: {error}") from error
+    if all(layer.reason is not None for layer in layers):
+        raise UserError(
+            f"{where} has no layer that can be calibrated "
+            f"({layers[0].reason if layers else 'it has no layers'})"
+        )
+    return layers
+
+
+def _max_context(model: Any) -> int | None:
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def _hash_of_weights(model: Any) -> str:
+    import torch
+
+    kept = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith("_") and key not in (KEY, "transformers_version")
+    }
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            raise UserError(
+                f"`model` must be in memory whole, but `{name}` is on the meta device; load it without "
+                "offloading"
+            )
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1).cpu().contiguous()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _arguments(location: str | Path) -> tuple[tuple[str], dict[str, str]]:
@@ -128,7 +217,7 @@ def _device(name: str) -> str:
         return str(torch.device(name))
     except RuntimeError:
         raise UserError(
-            f"model.device: `{name}` is no device of torch; use `auto`, `cpu` or `cuda`"
+            f"model.device: `{name}` is not a torch device; use `auto`, `cpu` or `cuda`"
         ) from None
 
 

@@ -10,15 +10,15 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calibrate.errors import UserError
-from calibrate.prompts.codec import Codec
+from calibrate.prompts.codec import Codec, generate
 from calibrate.prompts.rows import name_of, read_text, rows, texts
-from calibrate.prompts.tasks import TASKS, generate, manual
+from calibrate.prompts.tasks import TASKS, manual
 from calibrate.schema import PromptsConfig, Source
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "search", "heldout"]
 
-_SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
+SPLITS: tuple[Split, ...] = ("calibration", "search", "heldout")
+"""The three sets, in the order in which they are made."""
 # How many rows are looked at, at most; and how many per prompt before lengths may be uneven.
 _MAX_ROWS = 100_000
 _PATIENCE = 20
@@ -56,6 +57,15 @@ class Prompt:
         """Identity of the prompt: SHA-256 over ids and continuation, in hex."""
         return _digest((self.ids, self.continuation))
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, from which `from_json` makes an equal prompt."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Prompt:
+        """The prompt that `to_json` wrote."""
+        return cls(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
+
 
 def build(
     config: PromptsConfig,
@@ -63,6 +73,7 @@ def build(
     *,
     seed: int,
     max_context: int | None,
+    memory: Sequence[dict[str, Any]] | None = None,
 ) -> dict[Split, list[Prompt]]:
     """Builds the calibration, search and held-out prompts.
 
@@ -78,6 +89,7 @@ def build(
         tokenizer: the model's tokenizer.
         seed: of every random choice, at least 0.
         max_context: longest prompt plus continuation that the model takes [tokens]; None: no limit.
+        memory: the rows of a source `task: memory`.
 
     Returns:
         The prompts of each set, exactly as many as `config` says.
@@ -85,15 +97,15 @@ def build(
     Raises:
         UserError: a source is missing, broken, too short or too long; the message says where.
     """
-    work = _Work(config, Codec(tokenizer), seed, max_context)
-    _check_sources(work)
+    setup = _Setup(config, Codec(tokenizer), seed, max_context, memory)
+    _check_sources(setup)
     counts = (config.calibration, config.search, config.heldout)
-    plan = {split: _shares(config, count) for split, count in zip(_SPLITS, counts, strict=True)}
+    plan = {split: _shares(config, count) for split, count in zip(SPLITS, counts, strict=True)}
     made = {
-        index: iter(_MAKERS.get(source.task, _generated)(work, index, _slots(plan, index)))
+        index: iter(_MAKERS.get(source.task, _generated)(setup, index, _slots(plan, index)))
         for index, source in enumerate(config.sources)
     }
-    sets = {split: [next(made[index]) for index, _ in plan[split]] for split in _SPLITS}
+    sets = {split: [next(made[index]) for index, _ in plan[split]] for split in SPLITS}
     _check_distinct(sets)
     return sets
 
@@ -108,13 +120,14 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Setup:
     """What every source needs to know."""
 
     config: PromptsConfig
     codec: Codec
     seed: int
     max_context: int | None
+    memory: Sequence[dict[str, Any]] | None
 
 
 def _shares(config: PromptsConfig, count: int) -> list[tuple[int, int]]:
@@ -143,11 +156,11 @@ def _slots(plan: dict[Split, list[tuple[int, int]]], index: int) -> list[_Slot]:
     ]
 
 
-def _check_sources(work: _Work) -> None:
-    config, read = work.config, Counter[tuple[str | None, ...]]()
+def _check_sources(setup: _Setup) -> None:
+    config, read = setup.config, Counter[tuple[str | None, ...]]()
     for source in config.sources:
-        if source.task not in ("file", "hub"):
-            _check_context(config, work.max_context)
+        if _MAKERS.get(source.task) is not _from_rows:
+            _check_context(config, setup.max_context)
         if source.task not in TASKS:
             read[source.task, source.path, source.dataset, source.subset, source.split] += 1
     for (task, path, dataset, *_), times in read.items():
@@ -169,7 +182,7 @@ def _check_context(config: PromptsConfig, max_context: int | None) -> None:
 
 def _check_distinct(sets: dict[Split, list[Prompt]]) -> None:
     seen: dict[str, Prompt] = {}
-    for prompt in (prompt for split in _SPLITS for prompt in sets[split]):
+    for prompt in (prompt for split in SPLITS for prompt in sets[split]):
         # Equal ids are one prompt, whatever comes after; so the keys are distinct too.
         other = seen.setdefault(_digest(prompt.ids), prompt)
         if other is not prompt:
@@ -184,21 +197,21 @@ def _digest(tokens: _Tokens | tuple[_Tokens, ...]) -> str:
     return hashlib.sha256(repr(tokens).encode()).hexdigest()
 
 
-def _generated(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+def _generated(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     """One random stream per prompt, so that no prompt depends on another."""
-    task = work.config.sources[index].task
+    task = setup.config.sources[index].task
     for slot in slots:
-        stream = f"{work.seed}/{index}/{slot.split}/{slot.number}"
-        ids, after = generate(task, stream, slot.length, work.codec)
-        after = after[: work.config.decode_tokens]
+        stream = f"{setup.seed}/{index}/{slot.split}/{slot.number}"
+        ids, after = generate(task, stream, slot.length, setup.codec)
+        after = after[: setup.config.decode_tokens]
         yield Prompt(task, slot.split, slot.length, ids, after, has_answer=True)
 
 
-def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+def _windows(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     """Disjoint windows of a text, in random order and with random gaps."""
-    task, path = work.config.sources[index].task, work.config.sources[index].path
-    tokens = work.codec.encode(manual() if path is None else read_text(path))
-    prefix, decode = work.codec.prefix, work.config.decode_tokens
+    task, path = setup.config.sources[index].task, setup.config.sources[index].path
+    tokens = setup.codec.encode(manual() if path is None else read_text(path))
+    prefix, decode = setup.codec.prefix, setup.config.decode_tokens
     sizes = [slot.length - len(prefix) + decode for slot in slots]
     spare = len(tokens) - sum(sizes)
     if spare < 0:
@@ -207,7 +220,7 @@ def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
             f"{sum(sizes)} tokens, but the text has {len(tokens)}; give a longer text, "
             "or lower `prompts.lengths` or the number of prompts"
         )
-    rng = Random(f"{work.seed}/{index}/windows")
+    rng = Random(f"{setup.seed}/{index}/windows")
     gaps = sorted(rng.randrange(spare + 1) for _ in slots)
     starts, used = {}, 0
     for place, gap in zip(rng.sample(range(len(slots)), len(slots)), gaps, strict=True):
@@ -219,11 +232,11 @@ def _windows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
         yield Prompt(task, slot.split, slot.length, ids, after, has_answer=False)
 
 
-def _from_rows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
+def _from_rows(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     """Rows of a file or a hub dataset; a slot gets a row of its length as long as there is one."""
-    source = work.config.sources[index]
-    pools = _pools(work, source, slots)
-    rng = Random(f"{work.seed}/{index}/rows")
+    source = setup.config.sources[index]
+    pools = _pools(setup, source, slots)
+    rng = Random(f"{setup.seed}/{index}/rows")
     for pool in pools.values():
         rng.shuffle(pool)
     for slot in slots:
@@ -234,15 +247,15 @@ def _from_rows(work: _Work, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
 
 
 def _pools(
-    work: _Work, source: Source, slots: list[_Slot]
+    setup: _Setup, source: Source, slots: list[_Slot]
 ) -> dict[int, list[tuple[_Tokens, _Tokens]]]:
     """Different rows by length bin: enough for every slot, of the lengths wanted if they exist."""
-    lengths, wanted = work.config.lengths, Counter(slot.length for slot in slots)
+    lengths, wanted = setup.config.lengths, Counter(slot.length for slot in slots)
     pools: dict[int, list[tuple[_Tokens, _Tokens]]] = {length: [] for length in lengths}
     seen: set[str] = set()
     read = outside = repeated = 0
     full = False
-    for where, row in islice(rows(source), _MAX_ROWS):
+    for where, row in islice(rows(source, setup.memory), _MAX_ROWS):
         if full and source.task == "hub":
             break
         read += 1
@@ -253,10 +266,10 @@ def _pools(
         if full:
             # A broken row is an error wherever it stands in a user's own file.
             continue
-        ids, after = _row_tokens(work, where, prompt, answer)
+        ids, after = _row_tokens(setup, where, prompt, answer)
         if source.task != "hub":
-            _check_row(work, where, len(ids), len(after))
-        if not after or not _fits(work, ids, after) or not _within(lengths, len(ids)):
+            _check_row(setup, where, len(ids), len(after))
+        if not after or not _fits(setup, ids, after) or not _within(lengths, len(ids)):
             outside += 1
         elif (digest := _digest(ids)) in seen:
             repeated += 1
@@ -289,10 +302,10 @@ def nearest_bin(tokens: int, lengths: Sequence[int]) -> int:
 
 
 def _row_tokens(
-    work: _Work, where: str, prompt: str, answer: str | None
+    setup: _Setup, where: str, prompt: str, answer: str | None
 ) -> tuple[_Tokens, _Tokens]:
     """Prompt and continuation of a row; a text too short to have both has no continuation."""
-    codec, decode = work.codec, work.config.decode_tokens
+    codec, decode = setup.codec, setup.config.decode_tokens
     if answer is None:
         tokens = codec.encode(prompt)
         ids, after = tokens[:-decode], tokens[-decode:] if len(tokens) > decode else []
@@ -305,16 +318,16 @@ def _row_tokens(
     return tuple(ids), tuple(after)
 
 
-def _fits(work: _Work, ids: _Tokens, after: _Tokens) -> bool:
-    return work.max_context is None or len(ids) + len(after) <= work.max_context
+def _fits(setup: _Setup, ids: _Tokens, after: _Tokens) -> bool:
+    return setup.max_context is None or len(ids) + len(after) <= setup.max_context
 
 
-def _check_row(work: _Work, where: str, tokens: int, after: int) -> None:
-    if work.max_context is not None and tokens + after > work.max_context:
+def _check_row(setup: _Setup, where: str, tokens: int, after: int) -> None:
+    if setup.max_context is not None and tokens + after > setup.max_context:
         raise UserError(
             f"{where}: `prompt + continuation <= context` must hold, but got "
-            f"{tokens} + {after} > {work.max_context} tokens; shorten the row or remove it"
+            f"{tokens} + {after} > {setup.max_context} tokens; shorten the row or remove it"
         )
 
 
-_MAKERS = {"text": _windows, "file": _from_rows, "hub": _from_rows}
+_MAKERS = {"text": _windows, "file": _from_rows, "hub": _from_rows, "memory": _from_rows}

@@ -1,11 +1,21 @@
-"""Text as tokens and back, for tasks cut to an exact number of tokens."""
+"""A built-in task cut to an exact number of tokens."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from calibrate.errors import UserError
+from calibrate.prompts.tasks import write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# A generated prompt holds as much filler as fits; this much may be left to its lead [tokens].
+_ENOUGH = 32
+# The seam between lead and body may tokenise a little differently than the body alone [tokens].
+_SEAM = 4
 
 
 class Codec:
@@ -33,3 +43,55 @@ class Codec:
         same = (i for i, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b)
         cut = next(same, min(len(whole), len(part)))
         return whole[:cut], whole[cut:]
+
+
+def generate(
+    task: str, stream: str, length: int, codec: Codec
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Makes one prompt of a built-in task, with the largest body that fits and the end of its lead.
+
+    Args:
+        task: one of `TASKS`.
+        stream: name of the random stream; the same name gives the same prompt.
+        length: how long the prompt is, exactly [tokens].
+        codec: the tokenizer.
+
+    Returns:
+        The prompt, and all tokens of its answer.
+
+    Raises:
+        UserError: not even the task without filler fits.
+    """
+    room = length - len(codec.prefix)
+
+    def tokens_at(size: int) -> int:
+        return len(codec.encode(write(task, stream, length=length, size=size).body)) + _SEAM
+
+    least = tokens_at(0)
+    if least > room:
+        raise UserError(
+            f"`{task}` needs prompts of at least about {least + len(codec.prefix)} tokens, "
+            f"but got a length of {length}; raise `prompts.lengths`"
+        )
+    size = _largest_size(tokens_at, least, room)
+    cloze = write(task, stream, length=length, size=size)
+    ids, after = codec.split(cloze.lead + cloze.body, cloze.answer)
+    assert len(ids) >= room
+    return (*codec.prefix, *ids[len(ids) - room :]), tuple(after)
+
+
+def _largest_size(tokens_at: Callable[[int], int], least: int, room: int) -> int:
+    """Largest size whose tokens fit in `room`, or one that leaves at most `_ENOUGH` tokens free."""
+    low, held, high = 0, least, room + 1
+    # A sentence has about 30 tokens, a word 4: the first guess is too small, and gives the slope.
+    size = room // 64
+    while high - low > 1 and room - held > _ENOUGH:
+        size = min(max(size, low + 1), high - 1)
+        tokens = tokens_at(size)
+        if tokens <= room:
+            low, held = size, tokens
+        else:
+            high = size
+        aim = room - _ENOUGH // 2 - tokens
+        size += math.floor(aim * size / max(1, tokens - least))
+    return low

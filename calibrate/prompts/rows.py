@@ -1,11 +1,12 @@
-"""Rows of files and of datasets on the hub: text and reference answer, with their place for messages."""
+"""Rows of files, of the hub and of memory: text and reference answer, with their place for messages."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ def texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | N
     # pandas takes a first column without a name for an index, and the names would stand one off.
     if "__index_level_0__" in row:
         raise UserError(f"{where}: the row has more cells than the header; name every column")
-    prompt = _cell(where, row, source.prompt_field)
+    prompt = _cell(source, where, row, source.prompt_field)
     if not isinstance(prompt, str) or not prompt.strip():
         raise _bad_cell(where, source.prompt_field, "text", prompt)
     _check_characters(where, source.prompt_field, prompt)
     if source.answer_field is None:
         return prompt, None
-    answer = _cell(where, row, source.answer_field)
+    answer = _cell(source, where, row, source.answer_field)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
@@ -48,14 +49,16 @@ def _check_characters(where: str, field: str, text: str) -> None:
         ) from None
 
 
-def _cell(where: str, row: dict[str, Any], field: str) -> Any:
+def _cell(source: Source, where: str, row: dict[str, Any], field: str) -> Any:
     if field in row:
         return row[field]
     near = difflib.get_close_matches(field, row, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`? " if near else ""
+    in_memory = source.task == "memory"
+    cure = "rename it" if in_memory else "set `prompt_field` and `answer_field`"
     raise UserError(
         f"{where}: there is no column `{field}`, only {', '.join(f'`{name}`' for name in row)}; "
-        f"{hint}set `prompt_field` and `answer_field`"
+        f"{hint}{cure}"
     )
 
 
@@ -68,11 +71,53 @@ def _bad_cell(where: str, field: str, law: str, value: object) -> UserError:
 
 def name_of(source: Source) -> str:
     """How messages call a source."""
+    if source.task == "memory":
+        return "prompts"
     return f"dataset `{source.dataset}`" if source.task == "hub" else str(source.path)
 
 
-def rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a `file` or `hub` source, each with its place for messages."""
+def from_memory(prompts: Any) -> tuple[Source, list[dict[str, Any]]]:
+    """Prompts that a program holds, as a source and its rows.
+
+    Args:
+        prompts: texts, or dicts with `prompt` and, if there are answers, `answer` or `continuation`; a list,
+            a tuple or a `datasets.Dataset`.
+
+    Returns:
+        The source, whose `path` has the hash of the texts, so that a run resumes only with the same prompts;
+        and its rows.
+
+    Raises:
+        UserError: they are something else.
+    """
+    law = "`prompts` must be a list of texts, a list of dicts with `prompt`, or a datasets.Dataset"
+    # A DatasetDict is a mapping too.
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Collection):
+        cure = "choose one split" if isinstance(prompts, Mapping) else "pass a list"
+        raise UserError(f"{law}, but got {type(prompts).__name__}; {cure}")
+    rows = []
+    for index, row in enumerate(prompts):
+        if not isinstance(row, (str, Mapping)):
+            raise UserError(f"{law}, but prompts[{index}] is {type(row).__name__}: {str(row)[:60]}")
+        rows.append({"prompt": row} if isinstance(row, str) else dict(row))
+    answers = [name for name in ("answer", "continuation") if any(name in row for row in rows)]
+    answer = answers[0] if answers else None
+    texts = [[row.get("prompt"), row.get(answer) if answer else None] for row in rows]
+    digest = hashlib.sha256(json.dumps(texts, default=str).encode()).hexdigest()
+    return Source(task="memory", path=f"sha256:{digest}", answer_field=answer), rows
+
+
+def rows(
+    source: Source, memory: Sequence[dict[str, Any]] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a `file`, `hub` or `memory` source, each with its place for messages."""
+    if source.task == "memory":
+        if memory is None:
+            raise UserError(
+                "`task: memory` needs prompts that are in memory; pass them: "
+                "calibrate.run(config, output=..., prompts=[...])"
+            )
+        return ((f"prompts[{index}]", row) for index, row in enumerate(memory))
     if source.task == "hub":
         return _loaded(source, source.dataset, name=source.subset, split=source.split)
     path = str(source.path)
@@ -108,7 +153,7 @@ def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, d
         cure = (
             "check `dataset`, `subset`, `split` and the network"
             if source.task == "hub"
-            else "mend the file"
+            else "fix the file"
         )
         raise UserError(f"{name}: cannot be read after row {number}: {cause}; {cure}") from error
 
@@ -170,7 +215,7 @@ def read_text(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); mend the file") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); fix the file") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text")
     return text

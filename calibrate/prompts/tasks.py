@@ -1,7 +1,8 @@
 """Seeded prompts in the style of RULER (arXiv 2404.06654), as cloze: the answer is what comes next.
 
 A task can be written at any size (units of filler), so that it can be fitted to a number of tokens.
-One random stream is one prompt: its sizes differ only in how much filler they hold.
+One random stream is one prompt: its sizes differ only in how much filler they have. The counts of keys,
+values and hops are RULER's. A new task is a function with `@_task` here and its name in `schema.Task`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 from string import ascii_lowercase, ascii_uppercase
-from typing import TYPE_CHECKING
 
-from calibrate.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
-from calibrate.prompts.codec import Codec
-
-# A generated prompt holds as much filler as fits; this much may be left to its lead [tokens].
-_ENOUGH = 32
-# The seam between lead and body may tokenise a little differently than the body alone [tokens].
-_SEAM = 4
 _LEAD_SENTENCES = 16
 # RULER's counts of common words need 4K tokens; shorter lists have fewer of each [tokens].
 _RULER_LENGTH = 4096
@@ -60,6 +49,16 @@ class Cloze:
     """What comes next; begins with a space."""
 
 
+TASKS: dict[str, Callable[[Random, int, int], Cloze]] = {}
+"""The built-in tasks by name: from a random stream, a length [tokens] and a size to a prompt."""
+
+
+def _task(function: Callable[[Random, int, int], Cloze]) -> Callable[[Random, int, int], Cloze]:
+    """Makes a function a built-in task, under its own name."""
+    TASKS[function.__name__] = function
+    return function
+
+
 def write(task: str, stream: str, *, length: int, size: int) -> Cloze:
     """Writes one prompt of a built-in task.
 
@@ -73,58 +72,6 @@ def write(task: str, stream: str, *, length: int, size: int) -> Cloze:
         The prompt and its only correct answer.
     """
     return TASKS[task](Random(stream), length, size)
-
-
-def generate(
-    task: str, stream: str, length: int, codec: Codec
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Makes one prompt of a built-in task, with the largest body that fits and the end of its lead.
-
-    Args:
-        task: one of `TASKS`.
-        stream: name of the random stream; the same name gives the same prompt.
-        length: how long the prompt is, exactly [tokens].
-        codec: the tokenizer.
-
-    Returns:
-        The prompt, and all tokens of its answer.
-
-    Raises:
-        UserError: not even the task without filler fits.
-    """
-    room = length - len(codec.prefix)
-
-    def tokens_at(size: int) -> int:
-        return len(codec.encode(write(task, stream, length=length, size=size).body)) + _SEAM
-
-    least = tokens_at(0)
-    if least > room:
-        raise UserError(
-            f"`{task}` needs prompts of at least about {least + len(codec.prefix)} tokens, "
-            f"but got a length of {length}; raise `prompts.lengths`"
-        )
-    size = _largest_size(tokens_at, least, room)
-    cloze = write(task, stream, length=length, size=size)
-    ids, after = codec.split(cloze.lead + cloze.body, cloze.answer)
-    assert len(ids) >= room
-    return (*codec.prefix, *ids[len(ids) - room :]), tuple(after)
-
-
-def _largest_size(tokens_at: Callable[[int], int], least: int, room: int) -> int:
-    """Largest size whose tokens fit in `room`, or one that leaves at most `_ENOUGH` tokens free."""
-    low, held, high = 0, least, room + 1
-    # A sentence has about 30 tokens, a word 4: the first guess is too small, and gives the slope.
-    size = room // 64
-    while high - low > 1 and room - held > _ENOUGH:
-        size = min(max(size, low + 1), high - 1)
-        tokens = tokens_at(size)
-        if tokens <= room:
-            low, held = size, tokens
-        else:
-            high = size
-        aim = room - _ENOUGH // 2 - tokens
-        size += math.floor(aim * size / max(1, tokens - least))
-    return low
 
 
 def manual() -> str:
@@ -183,8 +130,26 @@ def _listed(words: list[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+@_task
+def needle_single(rng: Random, _: int, size: int) -> Cloze:
+    """One name and its number."""
+    return _needle_keys(rng, size, keys=1, asked=1)
+
+
+@_task
+def needle_multikey(rng: Random, _: int, size: int) -> Cloze:
+    """Four names with one number each; one is asked for."""
+    return _needle_keys(rng, size, keys=4, asked=1)
+
+
+@_task
+def needle_multiquery(rng: Random, _: int, size: int) -> Cloze:
+    """Four names with one number each; all are asked for."""
+    return _needle_keys(rng, size, keys=4, asked=4)
+
+
 def _needle_keys(rng: Random, size: int, *, keys: int, asked: int) -> Cloze:
-    """`keys` names with one number each; the numbers of `asked` of them are asked, in any order."""
+    """`keys` names with one number each; the numbers of `asked` of them are asked for, in any order."""
     number_of = dict(zip(_names(rng, keys), _numbers(rng, keys, 7), strict=True))
     wanted = rng.sample(list(number_of), asked)
     statements = [f"The special magic number for {k} is {n}." for k, n in number_of.items()]
@@ -198,18 +163,20 @@ def _needle_keys(rng: Random, size: int, *, keys: int, asked: int) -> Cloze:
     return Cloze(lead, f"{hay}\n\n{question}", f" {answer}.")
 
 
-def _needle_values(rng: Random, size: int, *, values: int) -> Cloze:
-    """One name with several numbers; all of them are asked, in the order of the text."""
-    (name,), numbers = _names(rng, 1), _numbers(rng, values, 7)
+@_task
+def needle_multivalue(rng: Random, _: int, size: int) -> Cloze:
+    """One name with four numbers; all of them are asked for, in the order of the text."""
+    (name,), numbers = _names(rng, 1), _numbers(rng, 4, 7)
     statements = [f"One of the special magic numbers for {name} is {n}." for n in numbers]
     lead, hay = _hidden(rng, size, statements)
     question = f"The special magic numbers for {name} are"
     return Cloze(lead, f"{hay}\n\n{question}", f" {', '.join(numbers)}.")
 
 
-def _variable_tracking(rng: Random, size: int, *, hops: int) -> Cloze:
-    """A chain of assignments; every variable that ends up with the first value is asked."""
-    digits = rng.sample("0123456789", hops + 1)
+@_task
+def variable_tracking(rng: Random, _: int, size: int) -> Cloze:
+    """A chain of five assignments; every variable that ends up with the first value is asked for."""
+    digits = rng.sample("0123456789", 5)
     names = ["".join(rng.choices(ascii_uppercase, k=3)) + digit for digit in digits]
     (value,) = _numbers(rng, 1, 5)
     sources = [value, *names[:-1]]
@@ -219,7 +186,8 @@ def _variable_tracking(rng: Random, size: int, *, hops: int) -> Cloze:
     return Cloze(lead, f"{hay}\n\n{question}", f" {', '.join(names)}.")
 
 
-def _common_words(rng: Random, length: int, size: int) -> Cloze:
+@_task
+def common_words(rng: Random, length: int, size: int) -> Cloze:
     """A numbered list: up to 10 words stand in it ten times as often as all others."""
     share = min(1.0, length / _RULER_LENGTH) * math.ceil(length / _WORDS_LAST)
     count = min(10, max(2, length // 100))
@@ -235,8 +203,9 @@ def _common_words(rng: Random, length: int, size: int) -> Cloze:
     return Cloze(_aside(rng), f"{lines}\n\n{question}", f" {', '.join(common)}.")
 
 
-def _frequent_words(rng: Random, length: int, size: int) -> Cloze:
-    """Coded words with Zipf counts (exponent 2); the first is noise, the next three are asked."""
+@_task
+def frequent_words(rng: Random, length: int, size: int) -> Cloze:
+    """Coded words with Zipf counts (exponent 2); the first is noise, the next three are asked for."""
     codes = ("".join(rng.choices(ascii_lowercase, k=6)) for _ in range(max(8, length // 50)))
     words = ["...", *dict.fromkeys(codes)]
     # Shorter texts would leave two of the three with equal counts.
@@ -256,15 +225,3 @@ def _frequent_words(rng: Random, length: int, size: int) -> Cloze:
 def _aside(rng: Random) -> str:
     """A lead for texts that are not sentences."""
     return _haystack(rng, 0)[0] + "\n\n"
-
-
-TASKS: dict[str, Callable[[Random, int, int], Cloze]] = {
-    "needle_single": lambda rng, _, size: _needle_keys(rng, size, keys=1, asked=1),
-    "needle_multikey": lambda rng, _, size: _needle_keys(rng, size, keys=4, asked=1),
-    "needle_multivalue": lambda rng, _, size: _needle_values(rng, size, values=4),
-    "needle_multiquery": lambda rng, _, size: _needle_keys(rng, size, keys=4, asked=4),
-    "variable_tracking": lambda rng, _, size: _variable_tracking(rng, size, hops=4),
-    "common_words": _common_words,
-    "frequent_words": _frequent_words,
-}
-"""The built-in tasks, with RULER's counts of keys, values and hops."""

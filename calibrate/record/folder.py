@@ -1,34 +1,42 @@
-"""A run folder: its lock, whose it is, and its config."""
+"""A run folder: its lock, whose it is, its config, which stages are finished, and what was measured once."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from calibrate.errors import UserError
+from calibrate.prompts.build import Prompt
+from calibrate.record.files import read_json, write_json
+from calibrate.record.provenance import digest, of_run
 from calibrate.schema import RunConfig
 from skip_softmax.thresholds.yaml_file import parse, read_mapping, write_text_atomically
 
-if TYPE_CHECKING:
-    pass
+# What a finished stage has left in the folder; a deleted result is recomputed.
+_RESULTS = {
+    "sensitivity": ("sensitivity.json",),
+    "search": ("study.db",),
+    "validation": ("validation.json", "thresholds.yaml"),
+}
 
 
 def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
     """Path and config of an existing run folder.
 
     Raises:
-        UserError: it is no run folder.
+        UserError: it is not a run folder.
     """
     path = Path(folder)
     if not (path / "config.yaml").exists():
         raise UserError(
-            f"`{folder}` is no run folder: it has no config.yaml; give the folder of a `calibrate run`"
+            f"`{folder}` is not a run folder (no config.yaml); pass a folder written by `calibrate run`"
         )
     data, text = read_mapping(path / "config.yaml")
     return path, parse(RunConfig, data, source=str(path / "config.yaml"), text=text)
@@ -64,7 +72,7 @@ def claimed(folder: Path, config: RunConfig) -> RunConfig:
     if not begun or not (folder / "config.yaml").exists():
         # A config that led nowhere may be corrected.
         (folder / "run.json").unlink(missing_ok=True)
-        _write_config(folder, config)
+        write_config(folder, config)
     _, before = open_run(folder)
     if config.search.trials < before.search.trials:
         search = config.search.model_copy(update={"trials": before.search.trials})
@@ -84,6 +92,101 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in config.model_dump(mode="json").items() if k != "output"}
 
 
-def _write_config(folder: Path, config: RunConfig) -> None:
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes `config.yaml`."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_text_atomically(folder / "config.yaml", text)
+
+
+class Notes:
+    """`run.json`: what the run was made with, and which stages are finished, with their seconds."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self._folder = folder
+        self._config = config
+        self._started = time.monotonic()
+
+    @property
+    def model(self) -> str | None:
+        """SHA-256 of the run's model; None: no model was loaded yet."""
+        sha256: str | None = self._read().get("model", {}).get("sha256")
+        return sha256
+
+    def note_model(self, name: str, sha256: str) -> None:
+        """Notes the run's model.
+
+        Raises:
+            UserError: the run was made with another one.
+        """
+        notes, model = self._read(), {"name": name, "sha256": sha256}
+        if notes.get("model", model) != model:
+            raise UserError(
+                f"`{self._folder}` was made with another model ({notes['model']} before, {model} now); "
+                "use another output folder"
+            )
+        self._write({**notes, "model": model})
+
+    def finish(self, stage: str) -> None:
+        """Marks a stage as finished, with the seconds this process spent since the last mark."""
+        notes, now = self._read(), time.monotonic()
+        notes.setdefault("seconds", {})[stage] = round(now - self._started, 1)
+        self._started = now
+        self._write(notes)
+
+    def reopen(self, *stages: str) -> None:
+        """Marks stages as unfinished; what they measured stays."""
+        notes = self._read()
+        for stage in stages:
+            notes.get("seconds", {}).pop(stage, None)
+        self._write(notes)
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage is marked as finished and its results are still there."""
+        files = _RESULTS.get(stage, ())
+        if stage == "search" and self._config.search.storage is not None:
+            files = ()
+        return stage in self._read().get("seconds", {}) and all(
+            (self._folder / name).exists() for name in files
+        )
+
+    def require(self, stage: str) -> None:
+        """Refuses a run whose stage is not finished.
+
+        Raises:
+            UserError: it is not; the message names the command that finishes it.
+        """
+        if not self.finished(stage):
+            cure = "validate" if stage == "validation" and self.finished("search") else "run"
+            raise UserError(
+                f"`{self._folder}`: its {stage} is not finished; finish it with `calibrate {cure}`"
+            )
+
+    def _read(self) -> dict[str, Any]:
+        path = self._folder / "run.json"
+        return dict(read_json(path)) if path.exists() else of_run(self._config)
+
+    def _write(self, notes: dict[str, Any]) -> None:
+        write_json(self._folder / "run.json", notes, indent=1)
+
+
+def measured_once(
+    path: Path, setting: Any, prompt: Prompt, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What a setting did to a prompt: read from `path`, or else measured and kept there.
+
+    Args:
+        path: the JSON file that keeps the measurements, across processes.
+        setting: plain data that decides the measurement.
+        prompt: the prompt.
+        measure: measures it; the result must be plain data.
+
+    Returns:
+        The measurement.
+    """
+    known: dict[str, Any] = read_json(path) if path.exists() else {}
+    key = f"{digest(setting)}:{prompt.key}"
+    if key not in known:
+        known[key] = measure()
+        write_json(path, known)
+    measured: dict[str, Any] = known[key]
+    return measured

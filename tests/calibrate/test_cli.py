@@ -197,8 +197,8 @@ def test_a_stage_whose_earlier_stages_are_missing_is_refused(
 def test_a_folder_that_is_no_run_is_refused(
     calibrate: Callable[..., Result], tmp_path: Path, verb: str
 ) -> None:
-    refused(calibrate(verb, tmp_path), str(tmp_path), "no run folder", "config.yaml")
-    refused(calibrate(verb, tmp_path / "missing"), "missing", "no run folder")
+    refused(calibrate(verb, tmp_path), str(tmp_path), "not a run folder", "config.yaml")
+    refused(calibrate(verb, tmp_path / "missing"), "missing", "not a run folder")
 
 
 def test_a_damaged_config_in_a_run_folder_is_named(
@@ -594,7 +594,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calibrate.pipeline.run", interrupted)
+    monkeypatch.setattr("calibrate.pipeline.Stages.run", interrupted)
     result = calibrate("run", smoke())
     assert (result.code, result.stdout) == (130, "")
     assert result.message == "interrupted: run the same command again to resume\n"
@@ -676,7 +676,7 @@ def test_a_file_that_is_no_gguf_is_refused(
         ("package://yaml", ("package://NAME/FILE",)),
         ("missing/model.gguf", ("does not exist",)),
         ("./missing", ("does not exist",)),
-        ("no-such-owner/no-such-model", ("must be a hub id, a model folder",)),
+        ("no-such-owner/no-such-model", ("could not load", "give a hub id, a model folder")),
     ],
 )
 def test_a_model_that_is_not_there_is_refused(
@@ -932,7 +932,7 @@ def test_a_device_without_measured_times_is_refused_before_any_work(
     [
         (("show", "missing.yaml"), "no such file"),
         (("run", "config.yaml"), "did you mean `model`?"),
-        (("validate", "."), "no run folder"),
+        (("validate", "."), "not a run folder"),
     ],
 )
 def test_the_installed_command_refuses_with_exit_code_2(

@@ -27,11 +27,11 @@ from skip_softmax.huggingface.layers import inspect_layers
 
 
 @pytest.fixture(scope="module")
-def finished(smoke_run: Path) -> pipeline.Run:
+def finished(smoke_run: Path) -> calibrate.Run:
     return calibrate.open_run(smoke_run)
 
 
-def test_a_run_leaves_its_whole_folder(finished: pipeline.Run) -> None:
+def test_a_run_leaves_its_whole_folder(finished: calibrate.Run) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     assert {
         "config.yaml",
@@ -55,10 +55,10 @@ def test_a_run_leaves_its_whole_folder(finished: pipeline.Run) -> None:
     "lost", ["thresholds.yaml", "validation.json", "study.db", "sensitivity.json", "fit.json"]
 )
 def test_a_result_that_somebody_deleted_is_made_again(
-    finished: pipeline.Run, copied: Path, lost: str
+    finished: calibrate.Run, copied: Path, lost: str
 ) -> None:
     (copied / lost).unlink()
-    pipeline.write_report(copied)  # of what is there
+    calibrate.open_run(copied).report()  # of what is there
     again = calibrate.run(finished.config, copied)
     assert again.thresholds.scale_factor == finished.thresholds.scale_factor
     assert again.thresholds.layers == finished.thresholds.layers
@@ -67,7 +67,7 @@ def test_a_result_that_somebody_deleted_is_made_again(
 
 
 def test_a_config_that_led_nowhere_may_be_corrected(
-    finished: pipeline.Run, copied: Path, tmp_path: Path
+    finished: calibrate.Run, copied: Path, tmp_path: Path
 ) -> None:
     nowhere = finished.config.model.model_copy(update={"path": "no/such/model"})
     wrong = finished.config.model_copy(update={"model": nowhere})
@@ -79,13 +79,13 @@ def test_a_config_that_led_nowhere_may_be_corrected(
     assert run_folder.open_run(copied)[1] == finished.config, "results keep their config"
 
 
-def test_a_longer_search_is_the_same_run(finished: pipeline.Run, copied: Path) -> None:
+def test_a_longer_search_is_the_same_run(finished: calibrate.Run, copied: Path) -> None:
     trials = finished.config.search.trials
     with pytest.raises(UserError, match=f"at least the {trials} of the run, but got {trials - 1}"):
-        pipeline.search_again(copied, trials=trials - 1)
-    pipeline.search_again(copied, trials=trials + 2)
+        calibrate.open_run(copied).search(trials=trials - 1)
+    calibrate.open_run(copied).search(trials=trials + 2)
     with pytest.raises(UserError, match="finish it with `calibrate validate`"):
-        pipeline.load_run(copied)
+        _ = calibrate.open_run(copied).thresholds
     again = calibrate.run(finished.config, copied)
     assert len(again.study.trials) == again.config.search.trials == trials + 2
 
@@ -99,7 +99,7 @@ def test_a_report_needs_no_right_to_write_the_study(
     )
     before = (copied / "study.db").read_bytes()
     (copied / "study.db").chmod(0o444)
-    page = pipeline.write_report(copied, output=tmp_path / "page.html")
+    page = calibrate.open_run(copied).report(output=tmp_path / "page.html")
     assert page.stat().st_size > 100_000
     assert (copied / "study.db").read_bytes() == before
 
@@ -128,7 +128,7 @@ def test_a_config_whose_prompts_would_all_run_dense_is_refused(tmp_path: Path) -
 
 
 def test_the_file_reproduces_the_validated_loss_and_sparsity(
-    finished: pipeline.Run, smoke_model: Path
+    finished: calibrate.Run, smoke_model: Path
 ) -> None:
     """The saved file, applied to a freshly loaded model that is served token by token."""
     loaded = load(ModelConfig(path=str(smoke_model)))
@@ -161,7 +161,7 @@ def test_the_file_reproduces_the_validated_loss_and_sparsity(
         )
 
 
-def test_target_and_achieved_sparsity_agree(finished: pipeline.Run) -> None:
+def test_target_and_achieved_sparsity_agree(finished: calibrate.Run) -> None:
     """Other prompts than those that were counted, but the same tasks and lengths."""
     for lengths in finished.validation["attempts"][-1]["by_length"].values():
         for row in lengths.values():
@@ -169,7 +169,7 @@ def test_target_and_achieved_sparsity_agree(finished: pipeline.Run) -> None:
 
 
 def test_one_capture_over_all_prompts_equals_two_that_are_merged(
-    finished: pipeline.Run, smoke_model: Path
+    finished: calibrate.Run, smoke_model: Path
 ) -> None:
     loaded = load(ModelConfig(path=str(smoke_model)))
     rows = json.loads((finished.folder / "prompts.json").read_text())["calibration"]
@@ -193,7 +193,7 @@ def test_one_capture_over_all_prompts_equals_two_that_are_merged(
 
 
 def test_a_finished_run_returns_at_once_without_the_model(
-    finished: pipeline.Run, monkeypatch: pytest.MonkeyPatch
+    finished: calibrate.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "load", lambda _: pytest.fail("the model was loaded again"))
     before = (finished.folder / "thresholds.yaml").read_bytes()

@@ -80,8 +80,6 @@ def test_the_search_stays_in_what_the_engine_can_express(
 def test_a_reduced_search_goes_on_as_if_it_had_not_been_stopped(
     smoke_model: Path, tmp_path: Path
 ) -> None:
-    from calibrate.pipeline import search_again
-
     def config(trials: int) -> Any:
         overrides = (
             f"model.path={smoke_model}",
@@ -93,7 +91,7 @@ def test_a_reduced_search_goes_on_as_if_it_had_not_been_stopped(
     calibrate.run(config(7), tmp_path / "part")
     shutil.copytree(tmp_path / "part", tmp_path / "other")
     for folder in ("part", "other"):
-        search_again(tmp_path / folder, 9)
+        calibrate.open_run(tmp_path / folder).search(trials=9)
     params = [
         [
             trial.params
@@ -163,7 +161,7 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
     assert (
         not report["direct"]["holds"] and "above the budget of 0.2" in report["direct"]["refused"]
     )
-    assert "refused: the straight projection" in err and "the nearest that holds" in err
+    assert "refused: the straight projection" in err and "the nearest within it" in err
     assert report["direct"]["scale_factor"]["prefill"] == 120.0
     assert 40 < report["used"]["scale_factor"]["prefill"] <= 60
     # Nothing holds: exit 1 and no file.

@@ -13,7 +13,6 @@ from conftest import ROOT
 from report_files import Page, read
 
 import calibrate
-from calibrate import pipeline
 from calibrate.cli import main
 from calibrate.errors import UserError
 
@@ -37,7 +36,7 @@ def test_what_a_user_wrote_is_escaped(copy: Path) -> None:
     notes = read(copy, "run.json")
     notes["model"]["name"] = bad
     (copy / "run.json").write_text(json.dumps(notes))
-    html = pipeline.write_report(copy).read_text(encoding="utf-8")
+    html = calibrate.open_run(copy).report().read_text(encoding="utf-8")
     assert "alert(1)</script>" not in html
     assert "<b>" not in html.split("<main>")[1].split("</main>")[0]
     assert Page(html).data["runs"][0]["name"] == bad
@@ -52,7 +51,7 @@ def test_a_failed_run_says_dense(copy: Path) -> None:
     data = yaml.safe_load(file.read_text())
     data["evidence"] |= {"verdict": "failed", "reason": "KL 0.3 above the budget"}
     file.write_text(yaml.safe_dump(data))
-    text = " ".join(Page(pipeline.write_report(copy).read_text()).text.split())
+    text = " ".join(Page(calibrate.open_run(copy).report().read_text()).text.split())
     assert "Failed: KL 0.3 above the budget. The last candidate skips" in text
     assert "The thresholds file has skipping disabled." in text
 
@@ -65,7 +64,7 @@ def test_an_unfinished_run_shows_what_it_has(copy: Path, stopped_at: str) -> Non
     (copy / "run.json").write_text(json.dumps(notes))
     if stopped_at == "search":
         (copy / "study.db").unlink()
-    page = Page(pipeline.write_report(copy).read_text())
+    page = Page(calibrate.open_run(copy).report().read_text())
     assert "Not proven" in page.text
     assert ("tradeoff" in page.data["figures"]) == (stopped_at == "validation")
     assert "curves-prefill" in page.data["figures"]
@@ -122,4 +121,4 @@ def test_only_a_report_loads_plotly() -> None:
 
 def test_an_output_that_cannot_be_written_is_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        pipeline.write_report(copy, output=tmp_path / "missing" / "report.html")
+        calibrate.open_run(copy).report(output=tmp_path / "missing" / "report.html")

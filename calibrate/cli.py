@@ -75,7 +75,7 @@ def validate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Choose and prove again, from the trials of a run; or measure somebody's numbers on your model."""
+    """Choose and prove again, from the trials of a run; or measure numbers from elsewhere on your model."""
     if thresholds is not None:
         _assess(thresholds, folder, config, output, as_json)
         return
@@ -167,9 +167,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write what an engine reads, with a sidecar of evidence; refused where the numbers do not hold."""
-    from calibrate.engines.export import export as make
+    import calibrate
 
-    made = make(
+    made = calibrate.export(
         file,
         engine,
         phases=phase,
@@ -263,10 +263,10 @@ def import_numbers(
     gpu: Gpu = None,
     phase: PhaseChoice = None,
 ) -> None:
-    """Read somebody's numbers into a thresholds file marked as not validated."""
-    from calibrate.engines import read
+    """Read numbers from elsewhere into a thresholds file marked as not validated."""
+    import calibrate
 
-    thresholds = read.import_numbers(
+    thresholds = calibrate.import_numbers(
         source,
         engine=engine,
         prefill=prefill,

@@ -5,7 +5,6 @@ Both use the run's model, prompts and dense outputs; what was measured once is o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from calibrate.engines.catalogue import find_engine

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calibrate.model.load import LoadedModel
     from calibrate.pipeline import Progress, Stages
     from calibrate.proof.assess import Assessment
+    from calibrate.report.figures import Figures
     from calibrate.report.findings import Findings
     from calibrate.statistics.counts import Statistics
 
@@ -84,6 +85,13 @@ class Run:
         from calibrate.report.findings import findings
 
         return findings(self.folder, self.config)
+
+    @property
+    def figures(self) -> Figures:
+        """The report's figures, one method each: `run.figures.curves("prefill")`."""
+        from calibrate.report.figures import Figures
+
+        return Figures(self.findings, self.study)
 
     def search(self, trials: int | None = None) -> Run:
         """Continues the search. The validation is out of date then; `validate` makes it anew.

@@ -13,13 +13,12 @@ import yaml
 from report_files import PHASES, Page, read
 
 import calibrate
-from calibrate import pipeline
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import BINS, NEVER
 
 
 @pytest.fixture(scope="session")
-def run(smoke_run: Path) -> pipeline.Run:
+def run(smoke_run: Path) -> calibrate.Run:
     return calibrate.open_run(smoke_run)
 
 
@@ -65,4 +64,4 @@ def large(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         by_length = {str(length): {"target": 0.4, "achieved": 0.39} for length in lengths}
         attempt["by_length"] = dict.fromkeys(PHASES, by_length)
     (folder / "validation.json").write_text(json.dumps(validation))
-    return pipeline.write_report(folder)
+    return calibrate.open_run(folder).report()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from report_files import close
 
-from calibrate import pipeline
+import calibrate
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_figures_follow_the_theme(browser: Any, smoke_run: Path) -> None:
 
 
 @pytest.mark.browser
-def test_the_slider_answers_the_keyboard(browser: Any, smoke_run: Path, run: pipeline.Run) -> None:
+def test_the_slider_answers_the_keyboard(browser: Any, smoke_run: Path, run: calibrate.Run) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -161,7 +161,7 @@ def test_everything_can_be_reached_with_the_keyboard(browser: Any, smoke_run: Pa
 
 @pytest.mark.browser
 def test_the_comparison_is_drawn(browser: Any, smoke_run: Path, tmp_path: Path) -> None:
-    target = pipeline.write_report(smoke_run, smoke_run, tmp_path / "both.html")
+    target = calibrate.open_run(smoke_run).report(smoke_run, tmp_path / "both.html")
     opened(browser, target, 390)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert browser.execute_script("return document.querySelectorAll('svg.main-svg').length") >= 8

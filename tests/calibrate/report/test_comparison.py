@@ -7,14 +7,14 @@ from pathlib import Path
 import yaml
 from report_files import Page, loss_text
 
-from calibrate import pipeline
+import calibrate
 
 
-def test_two_runs_side_by_side(copy: Path, smoke_run: Path, run: pipeline.Run) -> None:
+def test_two_runs_side_by_side(copy: Path, smoke_run: Path, run: calibrate.Run) -> None:
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["seed"] = 7
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
-    target = pipeline.write_report(smoke_run, copy, copy / "both.html")
+    target = calibrate.open_run(smoke_run).report(copy, copy / "both.html")
     page = Page(target.read_text())
     assert len(page.data["runs"]) == 2
     assert {"fronts", "layers-prefill", "layers-decode", "tasks-kl"} == set(page.data["figures"])

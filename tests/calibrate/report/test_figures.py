@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from report_files import PHASES, Page, close
 
-from calibrate import pipeline
+import calibrate
 
 
 def test_figures_draw_the_findings(page: Page, found: dict[str, Any]) -> None:
@@ -61,7 +61,9 @@ def test_figures_draw_the_findings(page: Page, found: dict[str, Any]) -> None:
     close(means["error_x"]["array"], bars)
 
 
-def test_in_a_notebook_a_figure_has_a_title_and_real_colours(run: pipeline.Run, page: Page) -> None:
+def test_in_a_notebook_a_figure_has_a_title_and_real_colours(
+    run: calibrate.Run, page: Page
+) -> None:
     for name, figure in run.figures.available.items():
         assert "var(--" not in figure.to_json()
         assert figure.layout.title.text

@@ -13,7 +13,7 @@ import yaml
 from optuna.trial import TrialState
 from report_files import PHASES, close, read
 
-from calibrate import pipeline
+import calibrate
 from calibrate.errors import UserError
 from calibrate.record.provenance import digest
 from calibrate.search.cost import load_curves
@@ -21,7 +21,7 @@ from calibrate.search.study import losses_of
 from skip_softmax.meaning.histogram import edges
 
 
-def test_trials_are_the_study(run: pipeline.Run, found: dict[str, Any]) -> None:
+def test_trials_are_the_study(run: calibrate.Run, found: dict[str, Any]) -> None:
     trials = run.study.get_trials(states=(TrialState.COMPLETE,))
     assert [row["number"] for row in found["trials"]] == [trial.number for trial in trials]
     for row, trial in zip(found["trials"], trials, strict=True):
@@ -47,7 +47,7 @@ def test_trials_are_the_study(run: pipeline.Run, found: dict[str, Any]) -> None:
         assert not any(beaten)
 
 
-def test_heldout_numbers_are_the_validation(run: pipeline.Run, found: dict[str, Any]) -> None:
+def test_heldout_numbers_are_the_validation(run: calibrate.Run, found: dict[str, Any]) -> None:
     for key, row in (
         ("searched", run.validation["attempts"][-1]),
         ("uniform", run.validation["baseline"]),
@@ -72,7 +72,7 @@ def test_heldout_numbers_are_the_validation(run: pipeline.Run, found: dict[str, 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_maps_are_the_statistics_at_the_emitted_thresholds(
-    run: pipeline.Run, found: dict[str, Any], phase: Any
+    run: calibrate.Run, found: dict[str, Any], phase: Any
 ) -> None:
     numbers = found["phases"][phase]
     layers = range(run.thresholds.model.layers)
@@ -90,7 +90,7 @@ def test_maps_are_the_statistics_at_the_emitted_thresholds(
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_curves_are_the_statistics_at_bin_edges(
-    run: pipeline.Run, found: dict[str, Any], phase: Any
+    run: calibrate.Run, found: dict[str, Any], phase: Any
 ) -> None:
     curve = found["phases"][phase]["curve"]
     factors = [float(edge) for edge in edges() if edge < run.config.target.min_kv_len[phase]]
@@ -109,7 +109,7 @@ def test_curves_are_the_statistics_at_bin_edges(
         close([row[at] for row in curve["length_sparsity"]], by_length)
 
 
-def test_tasks_are_the_heldout_prompts(run: pipeline.Run, found: dict[str, Any]) -> None:
+def test_tasks_are_the_heldout_prompts(run: calibrate.Run, found: dict[str, Any]) -> None:
     winner = digest(run.validation["attempts"][-1]["setting"])
     keys = {row["key"] for row in map(_with_key, read(run.folder, "prompts.json")["heldout"])}
     rows = [
@@ -142,7 +142,7 @@ def _with_key(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_speed_is_the_measured_curve_and_the_emitted_prediction(
-    run: pipeline.Run, found: dict[str, Any]
+    run: calibrate.Run, found: dict[str, Any]
 ) -> None:
     evidence = run.thresholds.evidence["predicted_speedup"]
     curves = load_curves(run.config.cost, 384, run.thresholds.model.head_dim).curves
@@ -153,7 +153,7 @@ def test_speed_is_the_measured_curve_and_the_emitted_prediction(
         close(speed["measured"]["speedup"], [1 / time for time in curves[phase].relative_time])
 
 
-def test_provenance_is_run_json_and_the_config(run: pipeline.Run, found: dict[str, Any]) -> None:
+def test_provenance_is_run_json_and_the_config(run: calibrate.Run, found: dict[str, Any]) -> None:
     shown = dict(found["provenance"])
     config = shown.pop("config")
     notes = read(run.folder, "run.json")
@@ -163,13 +163,13 @@ def test_provenance_is_run_json_and_the_config(run: pipeline.Run, found: dict[st
 
 def test_a_folder_that_is_not_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run folder|is not a run folder"):
-        pipeline.write_report(tmp_path / "nowhere")
+        calibrate.open_run(tmp_path / "nowhere").report()
 
 
 def test_missing_statistics_are_named(copy: Path) -> None:
     (copy / "stats.safetensors").unlink()
     with pytest.raises(UserError, match=r"stats\.safetensors: cannot be read as tile statistics"):
-        pipeline.write_report(copy)
+        calibrate.open_run(copy).report()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_an_edited_validation_is_named_with_its_key(
         inner[last] = value
     (copy / "validation.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"validation\.json`: .*{told}.*calibrate validate "):
-        pipeline.write_report(copy)
+        calibrate.open_run(copy).report()
 
 
 @pytest.mark.parametrize("name", ["heldout.json", "fit.json", "sensitivity.json", "run.json"])
@@ -216,4 +216,4 @@ def test_other_edited_files_are_named(copy: Path, name: str) -> None:
     }
     (copy / name).write_text(json.dumps(edited[name]))
     with pytest.raises(UserError, match=f"{name}`"):
-        pipeline.write_report(copy)
+        calibrate.open_run(copy).report()

@@ -70,7 +70,7 @@ def test_an_unfinished_run_shows_what_it_has(copy: Path, stopped_at: str) -> Non
     assert "curves-prefill" in page.data["figures"]
     assert "map-prefill" not in page.data["figures"]
     with pytest.raises(UserError, match="its validation is not finished"):
-        calibrate.open_run(copy)
+        _ = calibrate.open_run(copy).thresholds
 
 
 def test_nothing_within_the_budget_is_reported_too(

@@ -8,13 +8,13 @@ from pathlib import Path
 from optuna.trial import TrialState
 from report_files import PHASES, Page, loss_text, read
 
-from calibrate import pipeline
+import calibrate
 from calibrate.report import tables
 from calibrate.report.lengths import expectations
 from calibrate.search.study import losses_of
 
 
-def test_text_and_tables_say_the_same(page: Page, run: pipeline.Run, smoke_run: Path) -> None:
+def test_text_and_tables_say_the_same(page: Page, run: calibrate.Run, smoke_run: Path) -> None:
     row = run.validation["attempts"][-1]
     text = " ".join(page.text.split())
     assert (
@@ -59,7 +59,7 @@ def test_text_and_tables_say_the_same(page: Page, run: pipeline.Run, smoke_run: 
     assert read(smoke_run, "run.json")["config_sha256"] in notes["config"]
 
 
-def test_every_row_has_a_cell_per_column(run: pipeline.Run) -> None:
+def test_every_row_has_a_cell_per_column(run: calibrate.Run) -> None:
     shown = {**tables.tables_of(run.findings), "phases": tables.phases(run.thresholds)}
     shown["layers"] = tables.layers(run.thresholds)
     shown["expected"] = tables.expected(expectations(run.thresholds, run.stats))
@@ -74,5 +74,5 @@ def test_candidates_that_failed_are_listed_before_the_chosen_one(copy: Path) -> 
     content = read(copy, "validation.json")
     content["attempts"].insert(0, {**content["attempts"][0], "passed": False, "reason": "KL"})
     (copy / "validation.json").write_text(json.dumps(content))
-    rows = Page(pipeline.write_report(copy).read_text()).table("setting")
+    rows = Page(calibrate.open_run(copy).report().read_text()).table("setting")
     assert [(row[0], row[-1]) for row in rows[:2]] == [("candidate 1", "no"), ("chosen", "yes")]

@@ -95,15 +95,15 @@ def test_below_1_the_engines_rule_is_ours_and_above_it_skips_what_dominates(
 ) -> None:
     from calibrate.loss.measure import compare, compare_unguarded
     from calibrate.model.load import load
-    from calibrate.pipeline import Silent, _Work
+    from calibrate.pipeline import Stages
     from calibrate.record.folder import open_run
     from calibrate.schema import ModelConfig
 
     loaded = load(ModelConfig(path=str(smoke_model)))
     shutil.copytree(smoke_run, tmp_path / "run")
-    work = _Work(open_run(tmp_path / "run")[1], tmp_path / "run", Silent())
-    prompt = work.prompts["heldout"][0]
-    dense = work._dense(prompt)
+    run = Stages(*open_run(tmp_path / "run"))
+    prompt = run.prompts["heldout"][0]
+    dense = run.dense(prompt)
     for prefill, decode in ((150.0, 0.0), (0.0, 120.0), (199.0, 199.0)):
         file = import_for(smoke_run, tmp_path / "t.yaml", prefill, decode)
         ours = compare(loaded, file, prompt, dense)

@@ -572,6 +572,6 @@ def test_an_engine_is_its_room_one_line_of_the_catalogue_and_a_name_in_the_schem
     assert places(name) - other == {own, "calibrate/engines/catalogue.py", SCHEMA}
 
 
-@pytest.mark.parametrize("name", sorted({*get_args(Task)} - {"text", "file", "hub"}))
+@pytest.mark.parametrize("name", sorted({*get_args(Task)} - {"text", "file", "hub", "memory"}))
 def test_a_task_is_a_function_and_a_name_in_the_schema(name: str) -> None:
     assert places(name) == {"calibrate/prompts/tasks.py", SCHEMA}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from planting import DEVICE, DTYPES, assert_accurate, call_alone, expected, paged, plant
+from planting import DEVICE, DTYPES, Planted, assert_accurate, call_alone, expected, paged, plant
 
 import skip_softmax as ss
 
@@ -14,7 +16,7 @@ from skip_softmax.triton import decode, decode_kernel
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "ahead"])
-def both_ways(request, monkeypatch):
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """V loaded where it is used, and ahead of it; the splits joined in several ways too."""
     config = decode.AHEAD._replace(ahead=request.param)
     if request.param:
@@ -22,13 +24,20 @@ def both_ways(request, monkeypatch):
     monkeypatch.setattr(decode, "AHEAD", config)
 
 
-def planted(*, tokens=1, kv_len=500, tile_kv=32, **keywords):
+def planted(*, tokens: int = 1, kv_len: int = 500, tile_kv: int = 32, **keywords: Any) -> Planted:
     return plant(q_len=tokens, kv_len=kv_len, tile_q=1, tile_kv=tile_kv, **keywords)
 
 
 def check(
-    p, *, tile_kv=32, window=None, running_max="seeded", scale_factor=None, kv_lens=None, page=0
-):
+    p: Planted,
+    *,
+    tile_kv: int = 32,
+    window: int | None = None,
+    running_max: str = "seeded",
+    scale_factor: float | None = None,
+    kv_lens: list[int] | None = None,
+    page: int = 0,
+) -> tuple[torch.Tensor, ss.TileCounts]:
     factor = p.scale_factor if scale_factor is None else scale_factor
     k, v, table = paged(p, page) if page else (p.k, p.v, None)
     tokens = p.q.shape[2]
@@ -55,12 +64,14 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("kv_len", [1, 63, 129, 500])
-def test_output_and_decisions_match_the_reference(kv_len, running_max, dtype):
+def test_output_and_decisions_match_the_reference(
+    kv_len: int, running_max: str, dtype: torch.dtype
+) -> None:
     _, stats = check(planted(kv_len=kv_len, dtype=dtype), running_max=running_max)
     assert kv_len < 129 or stats.skipped.sum() > 0
 
 
-def test_skipped_tiles_are_the_planted_ones():
+def test_skipped_tiles_are_the_planted_ones() -> None:
     p = planted(kv_len=512)
     _, stats = check(p)
     middle = p.quiet[0, 0, 0, 1:-1]  # the first and the last tile are never skipped
@@ -70,23 +81,23 @@ def test_skipped_tiles_are_the_planted_ones():
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("tokens, window", [(2, None), (4, None), (3, 100), (4, 33)])
-def test_runs_of_tokens_vote_one_by_one(tokens, window, running_max):
+def test_runs_of_tokens_vote_one_by_one(tokens: int, window: int | None, running_max: str) -> None:
     check(planted(tokens=tokens, kv_len=330), window=window, running_max=running_max)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (6, 2)])
-def test_groups_of_heads(heads, kv_heads):
+def test_groups_of_heads(heads: int, kv_heads: int) -> None:
     check(planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2))
 
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_head_dims(head_dim):
+def test_head_dims(head_dim: int) -> None:
     check(planted(head_dim=head_dim, kv_len=200))
 
 
 @pytest.mark.parametrize("tile_kv", [16, 64, 128, 256])
-def test_tiles(tile_kv):
+def test_tiles(tile_kv: int) -> None:
     check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv)
 
 
@@ -103,14 +114,16 @@ def test_tiles(tile_kv):
     ],
     ids=str,
 )
-def test_the_largest_tiles_fit_shared_memory(head_dim, tile_kv, dtype, tokens, armed):
+def test_the_largest_tiles_fit_shared_memory(
+    head_dim: int, tile_kv: int, dtype: torch.dtype, tokens: int, armed: bool
+) -> None:
     p = planted(tokens=tokens, heads=4, kv_len=700, head_dim=head_dim, tile_kv=tile_kv, dtype=dtype)
     check(p, tile_kv=tile_kv, scale_factor=p.scale_factor if armed else 0.0)
 
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
-def test_pages_equal_a_contiguous_cache(page):
+def test_pages_equal_a_contiguous_cache(page: int) -> None:
     p = planted(batch=2, heads=4, kv_heads=2, kv_len=300, tokens=2)
     out, stats = check(p, page=page, kv_lens=[300, 77])
     flat, counted = check(p, kv_lens=[300, 77])
@@ -119,7 +132,7 @@ def test_pages_equal_a_contiguous_cache(page):
 
 
 @pytest.mark.usefixtures("both_ways")
-def test_ragged_requests_equal_each_one_alone():
+def test_ragged_requests_equal_each_one_alone() -> None:
     p = planted(batch=4, heads=4, kv_heads=2, kv_len=500)
     kv_lens = [500, 0, 33, 260]
     for b, n in enumerate(kv_lens):
@@ -140,7 +153,7 @@ def test_ragged_requests_equal_each_one_alone():
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
-def test_decisions_do_not_depend_on_the_number_of_splits(splits):
+def test_decisions_do_not_depend_on_the_number_of_splits(splits: int) -> None:
     p = planted(kv_len=500, tokens=2)
     out, counts = decode.decode(
         p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, splits, True
@@ -153,7 +166,7 @@ def test_decisions_do_not_depend_on_the_number_of_splits(splits):
 
 
 @pytest.mark.usefixtures("both_ways")
-def test_zero_is_bit_identical_to_the_kernel_without_skipping():
+def test_zero_is_bit_identical_to_the_kernel_without_skipping() -> None:
     p = planted(kv_len=500, heads=4, kv_heads=2)
     keywords = {"tile_kv": 32, "running_max": "seeded", "backend": "triton"}
     dense = ss.decode_attention(p.q, p.k, p.v, **keywords)
@@ -161,7 +174,7 @@ def test_zero_is_bit_identical_to_the_kernel_without_skipping():
     assert torch.equal(dense, ss.decode_attention(p.q, p.k, p.v, scale_factor=zeros, **keywords))
 
 
-def test_loading_ahead_changes_no_bit(monkeypatch):
+def test_loading_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     p = planted(batch=2, heads=4, kv_heads=2, kv_len=500, tokens=2)
     found = []
     for ahead in (False, True):
@@ -177,8 +190,8 @@ def test_loading_ahead_changes_no_bit(monkeypatch):
 
 
 @pytest.mark.parametrize("page", [0, 16, 64])
-def test_many_small_tiles_take_more_programs(page, monkeypatch):
-    def chosen(batch_heads, tile_bytes):
+def test_many_small_tiles_take_more_programs(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(batch_heads: int, tile_bytes: int) -> Any:
         return decode.choose(batch_heads, 128, 132, 16, tile_bytes, ahead=True, paged=page > 0)[0]
 
     assert chosen(512, 2**14) == decode.AHEAD_SMALL
@@ -199,11 +212,13 @@ def test_many_small_tiles_take_more_programs(page, monkeypatch):
         ({"running_max": "ascending"}, False),
     ],
 )
-def test_v_is_loaded_ahead_where_that_compiles(change, ahead, monkeypatch):
+def test_v_is_loaded_ahead_where_that_compiles(
+    change: dict[str, Any], ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     class Launched:
-        def __getitem__(self, grid):
+        def __getitem__(self, grid: Any) -> Any:
             return lambda *arguments, **keywords: seen.append(keywords)
 
     monkeypatch.setattr(decode_kernel, "_decode", Launched())
@@ -219,7 +234,7 @@ def test_v_is_loaded_ahead_where_that_compiles(change, ahead, monkeypatch):
 
 
 @pytest.mark.usefixtures("both_ways")
-def test_one_number_per_kv_head():
+def test_one_number_per_kv_head() -> None:
     p = planted(heads=4, kv_heads=2, kv_len=300)
     factors = torch.tensor([0.0, p.scale_factor], device=DEVICE)
     _, stats = ss.decode_attention(
@@ -228,19 +243,19 @@ def test_one_number_per_kv_head():
     assert stats.skipped[0, 0] == 0 < stats.skipped[0, 1]
 
 
-def test_queries_without_a_token_dimension():
+def test_queries_without_a_token_dimension() -> None:
     p = planted(kv_len=200)
     keywords = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
     out = ss.decode_attention(p.q[:, :, 0], p.k, p.v, **keywords)
     assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, **keywords)[:, :, 0])
 
 
-def test_torch_compile_sees_one_graph():
+def test_torch_compile_sees_one_graph() -> None:
     p = planted(batch=2, kv_len=200)
     k, v, table = paged(p, 32)
     kv_lens = torch.tensor([200, 100], dtype=torch.int32, device=DEVICE)
 
-    def call(q, lengths):
+    def call(q: torch.Tensor, lengths: torch.Tensor):
         return ss.decode_attention(
             q, k, v, lengths, scale_factor=0.05, block_table=table, tile_kv=32, backend="triton"
         )
@@ -264,7 +279,7 @@ def test_torch_compile_sees_one_graph():
         ({"head_dim": 128, "tile_kv": 128, "heads": 128}, "256 x 128 numbers of torch.float32"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
+def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     p = planted(**{"kv_len": 40, **change})
     with pytest.raises(NotImplementedError, match=words):
         ss.decode_attention(p.q, p.k, p.v, tile_kv=change.get("tile_kv", 64), backend="triton")
@@ -274,7 +289,7 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(change, words):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page", [0, 16, 128])
-def test_long_caches(page, dtype):
+def test_long_caches(page: int, dtype: torch.dtype) -> None:
     p = planted(
         batch=3, heads=16, kv_heads=2, kv_len=9001, head_dim=128, tile_kv=64, dtype=dtype, tokens=2
     )
@@ -284,7 +299,7 @@ def test_long_caches(page, dtype):
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.gpu
-def test_128k_tokens():
+def test_128k_tokens() -> None:
     p = planted(heads=16, kv_heads=1, kv_len=131072, head_dim=128, tile_kv=64, dtype=torch.bfloat16)
     _, stats = check(p, tile_kv=64)
     assert 0.5 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
@@ -292,7 +307,7 @@ def test_128k_tokens():
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.gpu
-def test_a_captured_graph_follows_new_thresholds_and_lengths():
+def test_a_captured_graph_follows_new_thresholds_and_lengths() -> None:
     p = planted(
         batch=2, heads=4, kv_heads=2, kv_len=700, head_dim=64, tile_kv=64, dtype=torch.bfloat16
     )
@@ -312,7 +327,7 @@ def test_a_captured_graph_follows_new_thresholds_and_lengths():
     assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
 
 
-def test_freed_pages_before_the_window_and_stale_entries_are_not_read():
+def test_freed_pages_before_the_window_and_stale_entries_are_not_read() -> None:
     p = planted(kv_len=190, tile_kv=64, batch=2)
     k, v, table = paged(p, 16)
     lost = table[:, :7].clone()  # no key that the window of 70 reaches
@@ -333,7 +348,7 @@ def test_freed_pages_before_the_window_and_stale_entries_are_not_read():
 
 
 @pytest.mark.parametrize("change", ["rows", "dtype"])
-def test_a_table_that_does_not_fit_the_batch_is_refused(change):
+def test_a_table_that_does_not_fit_the_batch_is_refused(change: dict[str, Any]) -> None:
     p = planted(kv_len=64, batch=2)
     k, v, table = paged(p, 16)
     table = table[:1] if change == "rows" else table.short()
@@ -341,7 +356,7 @@ def test_a_table_that_does_not_fit_the_batch_is_refused(change):
         ss.decode_attention(p.q, k, v, [64, 64], block_table=table, backend="triton")
 
 
-def test_tables_and_lengths_need_not_be_contiguous():
+def test_tables_and_lengths_need_not_be_contiguous() -> None:
     p = planted(kv_len=100, batch=3)
     k, v, table = paged(p, 16)
     lengths = torch.tensor([[77, 1], [100, 2], [30, 3]], dtype=torch.int32, device=DEVICE)[:, 0]
@@ -351,7 +366,7 @@ def test_tables_and_lengths_need_not_be_contiguous():
     assert torch.equal(out, ss.decode_attention(p.q, p.k, p.v, [77, 100, 30], **call))
 
 
-def test_queries_far_apart_in_memory():
+def test_queries_far_apart_in_memory() -> None:
     p = planted(heads=4, kv_len=100, dtype=torch.float16)
     # Offsets beyond 2^31 elements. NumPy's memory is not filled: what is never touched takes none.
     whole = torch.from_numpy(np.empty((1, 4, 20_000_000, 32), np.float16)).to(DEVICE)

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         # Needs a finished run or the real model.
-        if {"smoke_run", "smollm2"} & set(getattr(item, "fixturenames", ())):
+        if {"smoke_command", "smollm2"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -29,6 +29,7 @@ from calibrate.search import cost
 from skip_softmax import Thresholds
 from skip_softmax.thresholds import types as th
 
+pytestmark = pytest.mark.slow
 PROGRAMS = ROOT / "kernels" / "bench"
 SMALL = ("--dtype", "float16", "--length", "256", "--head-dim", "64", "--decode", "2x256")
 

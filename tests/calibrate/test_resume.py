@@ -419,6 +419,15 @@ def test_a_search_stopped_between_planning_a_trial_and_starting_it_goes_on(tmp_p
     assert small_search(tmp_path / "stopped", "tpe", {}) == whole
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests were started in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("moment", ["do_rollback", "do_commit", "do_execute"])
 def test_ctrl_c_inside_the_database_says_nothing_and_loses_nothing(
     tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any

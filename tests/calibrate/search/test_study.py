@@ -160,6 +160,7 @@ def test_layers_that_skip_too_little_are_left_dense() -> None:
     assert here.setting(params)["prefill"] == (0.0,) * LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
 def test_every_sampler_searches_and_starts_from_the_seeds(tmp_path, sampler: str) -> None:
     chosen = config(sampler=sampler, trials=10, prune_factor=1000.0)
@@ -175,6 +176,7 @@ def test_every_sampler_searches_and_starts_from_the_seeds(tmp_path, sampler: str
     assert study.metric_names == ["largest share of a budget", "predicted attention time"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "qmc", "random"])
 def test_every_sampler_takes_every_seed(tmp_path, sampler: str) -> None:
     chosen = config(sampler=sampler, trials=8, prune_factor=1000.0)
@@ -185,6 +187,7 @@ def test_every_sampler_takes_every_seed(tmp_path, sampler: str) -> None:
     assert len(list(found)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.2, 10.0])
 def test_later_warm_starts_spend_the_budget_that_predictions_missed(
     tmp_path, factor: float
@@ -209,6 +212,7 @@ def test_later_warm_starts_spend_the_budget_that_predictions_missed(
         assert any(0.5 < share <= 0.8 for share in later)
 
 
+@pytest.mark.slow
 def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
     results = []
     for stop in (None, 3, 8):

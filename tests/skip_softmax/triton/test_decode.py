@@ -14,6 +14,8 @@ import skip_softmax as ss
 pytest.importorskip("triton")
 from skip_softmax.triton import decode, decode_kernel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=[False, True], ids=["waits", "ahead"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

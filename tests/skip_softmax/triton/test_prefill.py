@@ -25,6 +25,8 @@ from triton.runtime.errors import OutOfResources
 from skip_softmax import launch
 from skip_softmax.triton import prefill_kernel
 
+pytestmark = pytest.mark.slow
+
 
 def check(p: Planted, *, tile_kv: int = 32, **call: Any) -> tuple[torch.Tensor, ss.TileCounts]:
     return check_prefill(p, "triton", tile_kv=tile_kv, **call)

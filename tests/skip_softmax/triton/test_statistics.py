@@ -14,6 +14,8 @@ from skip_softmax.meaning import histogram
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 
 def compare(p: Planted, moved: float = 0.0, **keywords: Any) -> ss.TileHistogram:
     """`moved`: share of tiles that rounding may put into the next bin."""

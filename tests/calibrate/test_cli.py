@@ -109,6 +109,7 @@ def test_messages_do_not_take_paths_for_markup_or_wrap_them(
     assert result.message == f"passed: {folder / 'thresholds.yaml'}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["budget.kl=1e-13", "budget.score_drop=0.5"])
 def test_a_budget_that_cannot_be_met_exits_1_and_leaves_nothing_that_skips(
     calibrate: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path, budget: str

@@ -55,6 +55,7 @@ def per_layer(folder: Path) -> Thresholds:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["sglang", "trtllm"])
 def test_the_search_stays_in_what_the_engine_can_express(
     engine: str, smoke_model: Path, tmp_path: Path
@@ -77,6 +78,7 @@ def test_the_search_stays_in_what_the_engine_can_express(
     assert spaces == {"log2_scale"} | ({"dense_layers"} if engine == "trtllm" else set())
 
 
+@pytest.mark.slow
 def test_a_reduced_search_goes_on_as_if_it_had_not_been_stopped(
     smoke_model: Path, tmp_path: Path
 ) -> None:

@@ -241,6 +241,7 @@ def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.slow
 def test_hopeless_trials_stop_after_the_first_prompts(tmp_path) -> None:
     chosen = config(trials=6, prune_factor=1.01)
     here = space(chosen)

@@ -123,7 +123,7 @@ def _split_at_floor(call: LayerCall, floor: int | None) -> Iterator[tuple[LayerC
         return
     floor = floor or 0
     tokens = call.q.shape[2]
-    first = call.kv_len - tokens + 1  # KV length of the first token
+    first = call.position + 1  # KV length of the first token
     short = min(max(floor - first, 0), tokens)
     for start, stop, dense in ((0, short, True), (short, tokens, False)):
         # Each token votes alone, so the kernel may take a long teacher-forced run in short pieces.

@@ -60,6 +60,17 @@ class Result(NamedTuple):
         return re.sub(r"^[a-z ]+: \d+ of \d+ done\n", "", self.stderr, flags=re.MULTILINE)
 
 
+def refused(result: Result, *parts: str) -> None:
+    """The input was wrong: exit code 2, one message on stderr, nothing on stdout."""
+    assert (result.code, result.stdout) == (2, ""), result
+    assert "Traceback" not in result.stderr
+    message = result.message
+    assert message.startswith("error: ") and message.count("error: ") == 1, message
+    assert message.endswith("\n") and len(message.splitlines()) == 1, message
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
 def environment(**changes: str) -> dict[str, str]:
     """Of a process that imports this source tree."""
     given = os.environ.get("PYTHONPATH", "")

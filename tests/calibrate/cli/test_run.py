@@ -1,0 +1,102 @@
+"""`calibrate run`: what it prints and where, what it leaves, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import (
+    Finished,
+    Result,
+)
+
+from skip_softmax.thresholds.file import Thresholds
+
+
+def test_smoke_run_ends_well_within_a_minute(finished: Finished) -> None:
+    assert finished.result.code == 0, finished.result.stderr
+    assert finished.seconds < 60
+    assert "Traceback" not in finished.result.stderr
+    assert finished.result.message == "passed: run/thresholds.yaml\n"
+
+
+def test_json_of_a_run_is_exactly_one_document_on_stdout(finished: Finished) -> None:
+    document = json.loads(finished.result.stdout)
+    assert document["thresholds"] == "run/thresholds.yaml"
+    assert document["evidence"] == Thresholds.load(finished.folder / "thresholds.yaml").evidence
+    assert document["evidence"]["verdict"] == "passed"
+
+
+def test_a_run_skips_tiles_in_both_phases_and_holds_every_result(finished: Finished) -> None:
+    evidence = Thresholds.load(finished.folder / "thresholds.yaml").evidence
+    assert all(evidence["sparsity"][phase]["achieved"] > 0 for phase in ("prefill", "decode"))
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {
+        "config.yaml",
+        "stats.safetensors",
+        "fit.json",
+        "sensitivity.json",
+        "study.db",
+        "validation.json",
+        "thresholds.yaml",
+        "run.json",
+    } <= names
+
+
+def test_results_are_as_readable_as_any_file_the_user_makes(finished: Finished) -> None:
+    mine = finished.folder.parent / "any-file"
+    mine.touch()
+    modes = {path.name: oct(path.stat().st_mode) for path in finished.folder.glob("[!.]*.*")}
+    assert set(modes.values()) == {oct(mine.stat().st_mode)}, modes
+
+
+def test_run_prints_the_table_on_stdout_uncut(
+    finished: Finished, call: Callable[..., Result]
+) -> None:
+    result = call("run", finished.config, "-o", finished.folder)
+    assert result.code == 0, result.stderr
+    assert "best single number" in result.stdout
+    assert "…" not in result.stdout
+    kl = json.loads((finished.folder / "validation.json").read_text())["attempts"][-1]["kl"]["mean"]
+    assert f"{kl:#.3g}" in result.stdout
+
+
+def test_messages_do_not_take_paths_for_markup_or_wrap_them(
+    finished: Finished, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder = tmp_path / "[bold]" / ("long-" * 20)
+    shutil.copytree(finished.folder, folder)
+    result = call("run", finished.config, "-o", folder)
+    assert result.message == f"passed: {folder / 'thresholds.yaml'}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["budget.kl=1e-13", "budget.score_drop=0.5"])
+def test_a_budget_that_cannot_be_met_exits_1_and_leaves_nothing_that_skips(
+    call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path, budget: str
+) -> None:
+    few = ("--set", "search.trials=3")
+    command = ("run", smoke(), "-o", tmp_path / "run", "--set", budget, *few)
+    result, again = call(*command), call(*command)
+    assert (again.code, again.stdout, again.message) == (1, result.stdout, result.message)
+    assert result.code == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.message.startswith("error: ") and len(result.message.splitlines()) == 1
+    assert "udget" in result.message  # the law
+    assert "aise" in result.message  # the cure
+    written = tmp_path / "run" / "thresholds.yaml"
+    if budget.startswith("budget.kl"):
+        assert "no trial skips" in result.message
+        assert result.stdout == ""
+        assert not written.exists()
+        return
+    assert str(written) in result.message
+    thresholds = Thresholds.load(written)
+    assert thresholds.evidence["verdict"] == "failed"
+    assert "score drop" in thresholds.evidence["reason"]
+    for layer in range(thresholds.model.layers):
+        for phase in ("prefill", "decode"):
+            assert set(thresholds.per_head(layer, phase)) == {0.0}

@@ -133,7 +133,7 @@ class BudgetConfig(_Section):
     kl: float = Field(default=0.01, gt=0)
     """Mean KL(dense || sparse) of the next-token distributions [nats/token]."""
     score_drop: float | None = Field(default=2.0, gt=0, le=100)
-    """Drop of the share of reference tokens that the model ranks first [points]; null: not tested."""
+    """Drop of the share of reference tokens that the model ranks first [points]; null: only reported."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Each upper confidence bound, not the mean, must lie within its budget."""
 
@@ -206,7 +206,7 @@ class SensitivityConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """Optuna, two objectives: loss and predicted attention time."""
+    """Optuna, two objectives: the largest loss as a share of its budget, and predicted attention time."""
 
     trials: int = Field(default=32, ge=1)
     sampler: Literal["tpe", "gp", "nsga2", "qmc", "random"] = "tpe"

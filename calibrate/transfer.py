@@ -94,8 +94,7 @@ def assess_thresholds(run: Stages, thresholds: Thresholds) -> tuple[Thresholds, 
     calibrated = _calibrated(run.folder)
     heldout = run.prompts["heldout"]
     run.progress.stage("assess", len(heldout) * (1 if calibrated is None else 2), 0)
-    law, budget = Law.of(run.config), run.config.budget
-    result = assess(thresholds, calibrated, heldout, _evaluator(run), law, budget)
+    result = assess(thresholds, calibrated, heldout, _evaluator(run), Law.of(run.config))
     floors = {phase: getattr(thresholds.min_kv_len, phase) for phase in PHASES}
     if result.evidence["verdict"] == "passed" and "imported" in thresholds.evidence:
         shortest = min(run.config.prompts.lengths)

@@ -1,1 +1,1 @@
-"""Whether it holds."""
+"""Whether a setting passes, on prompts that the search never saw."""

@@ -12,7 +12,6 @@ from calibrate.loss.losses import LOSSES
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.prompts.build import Prompt
 from calibrate.proof.verdict import Law, judge
-from calibrate.schema import BudgetConfig
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, MinKvLen, Phase
 
@@ -90,7 +89,6 @@ def assess(
     prompts: Sequence[Prompt],
     evaluate: Evaluate,
     law: Law,
-    budget: BudgetConfig,
 ) -> Assessment:
     """Measures a thresholds file on held-out prompts.
 
@@ -100,7 +98,6 @@ def assess(
         prompts: held-out prompts.
         evaluate: runs one prompt with thresholds.
         law: what the numbers must meet.
-        budget: the same, as the file's evidence shows it.
 
     Returns:
         Rows and verdict; numbers with a threshold of 1 or more do not pass.
@@ -131,7 +128,7 @@ def assess(
             )
         outcomes += found
         too_short += [length] if above_one else []
-    return Assessment(tuple(rows), _evidence(given, outcomes, too_short, law, budget))
+    return Assessment(tuple(rows), _evidence(given, outcomes, too_short, law))
 
 
 def _row(
@@ -158,7 +155,6 @@ def _evidence(
     outcomes: Sequence[Outcome],
     too_short: list[int],
     law: Law,
-    budget: BudgetConfig,
 ) -> dict[str, Any]:
     phases = [phase for phase in PHASES if largest(given, phase) > 0]
     lengths = " and ".join(map(str, too_short))
@@ -168,7 +164,7 @@ def _evidence(
         **{key: value for key, value in given.evidence.items() if key == "imported"},
         "verdict": "passed" if verdict.passed else "failed",
         **({} if verdict.passed else {"reason": verdict.reason}),
-        "budget": budget.model_dump(mode="json", exclude_none=True),
+        "budget": {**law.limits, "confidence": law.confidence},
         "loss": {
             **{name: asdict(bound) for name, bound in verdict.losses.items()},
             "heldout_prompts": len(outcomes),

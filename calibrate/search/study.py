@@ -141,7 +141,7 @@ def search(
     # At least as many trials are left to the sampler.
     aims = _AIMS[: max(config.trials - len(seeds), 0) // 2]
     # The value of a trial is its largest loss / scale; `whole` is the value that spends the budget. Values
-    # of one study must compare, so one that was begun with the KL itself goes on with it.
+    # of one study must compare, so a study that began with the KL itself keeps it.
     scales, whole = limits, 1.0
     if study.metric_names is not None and study.metric_names[0] == _METRIC_BEFORE:
         scales, whole = {FINEST: 1.0}, limits[FINEST]

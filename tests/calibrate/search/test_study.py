@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import optuna
 import pytest
 import torch
+from optuna.trial import TrialState
 
 from calibrate.errors import WorkFailed
 from calibrate.loss.measure import Outcome
@@ -18,7 +19,14 @@ from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, Curve
 from calibrate.search.points import Point, candidates, front, uniform_candidates
 from calibrate.search.space import Space, build_space
-from calibrate.search.study import Evaluate, open_study, points, search
+from calibrate.search.study import (
+    Evaluate,
+    losses_of,
+    open_study,
+    points,
+    read_study,
+    search,
+)
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
 
@@ -239,6 +247,89 @@ def test_a_resumed_search_goes_as_if_it_had_not_stopped(tmp_path) -> None:
         list(run_search(study, here, chosen, evaluate))
         results.append(points(study))
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.slow
+def test_a_study_of_an_earlier_version_opens_and_continues_with_its_own_values(tmp_path) -> None:
+    """Its values are the KL, as its metric's name says; a study may not mix them with shares."""
+    chosen = config(trials=10, prune_factor=1.5)
+    here = space(chosen)
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        found = outcome(here, setting, prompt)
+        return dataclasses.replace(found, losses={**found.losses, "score_drop": 1.0})
+
+    # As version 0.1 wrote it.
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    old = optuna.create_study(
+        study_name="calibrate", storage=url, directions=["minimize", "minimize"]
+    )
+    old.set_metric_names(["loss [nats/token]", "predicted attention time"])
+    distributions = {
+        key: optuna.distributions.FloatDistribution(*ends) for key, ends in here.bounds().items()
+    }
+    for (name, params), pruned in zip(here.seeds()[:3], (False, False, True), strict=True):
+        setting = here.setting(params)
+        kl = planted_loss(here, setting)
+        attributes = {"name": name, "setting": {p: list(f) for p, f in setting.items()}}
+        if pruned:
+            attributes["kl_at_least"] = kl
+        else:
+            attributes |= {"kl": [kl] * 3, "sparsity": {"prefill": 0.5, "decode": 0.5}}
+        old.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+                values=None if pruned else [kl, here.relative_time(setting)],
+                params=params,
+                distributions=distributions,
+                user_attrs=attributes,
+            )
+        )
+    before = points(open_study(chosen.search, tmp_path))
+    assert [list(point.losses) for point in before] == [["kl"], ["kl"]]
+    assert before[0].share({"kl": 0.01, "score_drop": 2.0}) == before[0].losses["kl"] / 0.01
+
+    study = open_study(chosen.search, tmp_path)
+    found = list(run_search(study, here, chosen, evaluate))
+    assert len(found) == 7
+    assert study.metric_names == ["loss [nats/token]", "predicted attention time"]
+    later = study.get_trials(states=(TrialState.COMPLETE,))[2:]
+    assert len(later) > 2
+    for trial, point in zip(later, points(study)[2:], strict=True):
+        assert trial.values[0] == point.losses["kl"] == losses_of(trial)["kl"]
+        assert point.losses["score_drop"] == 1.0
+    assert read_study(chosen.search, tmp_path).metric_names == study.metric_names
+
+
+@pytest.mark.slow
+def test_the_search_minimises_the_largest_share_of_any_budget(tmp_path) -> None:
+    """A drop of the score that comes of prefill alone: what spends it must not look cheap."""
+    chosen = config(trials=12, prune_factor=1.5)
+    here = space(chosen)
+    assert chosen.budget.limits == {"kl": 0.01, "score_drop": 2.0}
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        found = outcome(here, setting, prompt)
+        spent = here.predicted_loss({"prefill": setting["prefill"]})["prefill"] / 0.01
+        # Single prompts may gain; the mean over prompts is 6 points per spent budget.
+        drop = 18.0 * spent * (1 if prompt is not PROMPTS[0] else -1)
+        return dataclasses.replace(found, losses={**found.losses, "score_drop": drop})
+
+    study = open_study(chosen.search, tmp_path)
+    list(run_search(study, here, chosen, evaluate))
+    complete = study.get_trials(states=(TrialState.COMPLETE,))
+    shares = [point.share(chosen.budget.limits) for point in points(study)]
+    assert [trial.values[0] for trial in complete] == shares
+    assert any(
+        losses_of(trial)["score_drop"] / 2.0 == trial.values[0] > losses_of(trial)["kl"] / 0.01
+        for trial in complete
+    )
+    pruned = study.get_trials(states=(TrialState.PRUNED,))
+    assert pruned, "the drop must prune, or this test shows nothing of it"
+    assert all(trial.user_attrs["at_least"] > 1.5 for trial in pruned)
+    # The second warm starts were aimed with the drop in mind.
+    aimed = [point.share(chosen.budget.limits) for point in points(study) if point.name != "search"]
+    assert any(0.3 < share <= 0.8 for share in aimed)
 
 
 @pytest.mark.slow

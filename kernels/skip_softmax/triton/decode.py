@@ -51,14 +51,14 @@ class Config(NamedTuple):
 
 # Measured on an H100, see kernels/bench/results.
 AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
-# Of many tiles that are small: two programs per processor do not ask for enough bytes at a time.
+# For many small tiles: two programs per processor do not ask for enough bytes at a time.
 AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
-# Of calls that cannot load v ahead: few programs without splitting, or enough.
-FEW_WAITING = Config(2, warps=4, stages=3, join=256, join_columns=32)
-MANY_WAITING = Config(4, warps=2, stages=2)
-# Of one tile of k and v, at most, to load v ahead: its buffers are twice as many.
+# For calls that cannot load v ahead: few programs are split further, many are not.
+LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)
+LATE_MANY = Config(4, warps=2, stages=2)
+# At most so many bytes of one tile of k and v may be loaded ahead: its buffers are twice as many.
 AHEAD_BYTES = 2**15
-SMALL_BYTES = 2**14  # the same, of a small tile
+SMALL_BYTES = 2**14  # of a small tile, k and v
 MANY_TILES = 64  # tiles per processor
 
 
@@ -121,7 +121,7 @@ def choose(
         paged: whether page numbers are loaded first.
     """
     if not ahead:
-        config = MANY_WAITING if batch_heads >= processors else FEW_WAITING
+        config = LATE_MANY if batch_heads >= processors else LATE
     else:
         many = batch_heads * tiles >= MANY_TILES * processors
         small = rows == 16 and tile_bytes <= SMALL_BYTES

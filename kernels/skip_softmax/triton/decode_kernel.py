@@ -1,7 +1,7 @@
 """Decode attention that skips KV tiles, in Triton: a few query tokens per request, split over the keys.
 
 A program owns one KV head of one request and a range of its KV tiles. All query heads of that KV head vote
-together, each query token alone. K is read always; V is read only after the decision, which is what saves
+together, each query token alone. K is always read; V is read only after the decision, which is what saves
 memory traffic:
 
     for each tile j of the range:
@@ -9,10 +9,10 @@ memory traffic:
         bits     = the tokens that keep the tile
         if bits: p, l, acc, with v_j loaded here
 
-Loaded there, the whole latency of v_j lies open in every kept tile. With `ahead` the load stands outside
-the `if` and is masked by `bits` (a skipped tile makes no traffic): Triton's pipeliner then decides
-`stages - 1` tiles before it computes p and acc, and v_j is under way meanwhile. The seed tiles (below) are
-the first steps of the same loop then. Decisions and the order of sums are the same in both.
+Loaded there, every kept tile waits for the whole latency of v_j. With `ahead` the load stands outside the
+`if` and is masked by `bits` (a skipped tile makes no traffic): Triton's pipeliner then decides `stages - 1`
+tiles before it computes p and acc, and v_j is under way meanwhile. The seed tiles (below) are then the first
+steps of the same loop. Decisions and the order of sums are the same in both.
 
 What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
 `seeded`: the row maximum over the first and the last visited tile, which every program computes for
@@ -121,6 +121,7 @@ def _decode(
     last_tile = position // TILE_KV
     high = tl.cdiv(kv_len, TILE_KV)
 
+    # Queries, and where the request's keys and values (or its pages) start.
     columns = tl.arange(0, WIDTH)
     q_rows = (
         batch.to(tl.int64) * stride_qb
@@ -140,6 +141,8 @@ def _decode(
     else:
         table += batch.to(tl.int64) * stride_table
 
+    # Armed and seeded: what every tile is compared with, from the first and the last tiles. With AHEAD they
+    # are the first `count` steps of the loop below.
     firsts = 0
     high_first = 0
     count = 0
@@ -175,6 +178,7 @@ def _decode(
                         seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale
                     )
 
+    # This split's share of the tiles.
     tiles = tl.maximum(high - low, 0)
     first = low + (tiles * split) // tl.num_programs(0)
     last = low + (tiles * (split + 1)) // tl.num_programs(0)
@@ -183,6 +187,7 @@ def _decode(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     kept = 0
     if AHEAD:
+        # V is loaded outside the branch, masked by the decision: the pipeliner keeps it under way.
         for i in tl.range(0, count + last - first, num_stages=STAGES):
             tile = first + i - count
             if ARMED and SEEDED:
@@ -227,6 +232,7 @@ def _decode(
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
             m = m_new
     else:
+        # V is loaded where it is used: armed inside the branch, dense ahead as k is.
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * TILE_KV
             page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
@@ -245,13 +251,13 @@ def _decode(
             tile_max = tl.max(scores, 1) * scale
             if ARMED:
                 if SEEDED:
-                    objects = keeps(tile_max, seed, threshold)
-                    objects = objects | ((tile == first_tile) | (tile == last_tile)) & (
+                    wanted = keeps(tile_max, seed, threshold)
+                    wanted = wanted | ((tile == first_tile) | (tile == last_tile)) & (
                         tile_max > float("-inf")
                     )
                 else:
-                    objects = keeps(tile_max, m, threshold)
-                bits = kept_votes(objects, ballot)
+                    wanted = keeps(tile_max, m, threshold)
+                bits = kept_votes(wanted, ballot)
                 if STATS:
                     kept += count_bits(bits, TOKENS)
                 if bits != 0:
@@ -279,6 +285,7 @@ def _decode(
     columns = tl.arange(0, WIDTH_V)
     written = (row < TOKENS * GROUP)[:, None] & (columns < HEAD_DIM_V)[None, :]
     if SPLIT:
+        # Parts and their log-sum-exp, for `_combine`.
         slot = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
         rows = slot.to(tl.int64) * (TOKENS * GROUP) + row
         tl.store(lse + rows, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)

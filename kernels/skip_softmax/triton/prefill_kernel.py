@@ -10,6 +10,9 @@ A program owns BLOCK_M query rows of one head and walks the KV tiles in ascendin
             p    = exp2(s - max(m, top)), 0 on rows whose vote is not in bits
             acc, l, m  take p, and v_j                        # v_j is loaded here, not before
 
+A call is armed when it may skip: some scale factor is above 0. The kernel of a call that is known not to be
+(ARMED false) has no branch.
+
 The block may hold several votes of `tile_q` rows: the branch skips what all of them skip, and a row whose
 vote skips alone has its weights zeroed, so decisions are those of `tile_q` x `tile_kv` whatever BLOCK_M is.
 """
@@ -28,6 +31,8 @@ from skip_softmax.triton.primitives import (
     place_of,
     private_votes,
     visible,
+    visited_tiles,
+    whole_tiles,
 )
 
 
@@ -61,14 +66,15 @@ def _walk(
                 position, start + tl.arange(0, TILE_KV), kv_len, window, CAUSAL, WINDOWED
             )
             scores = tl.where(seen, scores, float("-inf"))
+        # The decision: every row says whether it wants the tile, and a vote keeps what one of its rows wants.
         tile_max = tl.max(scores, 1) * scale
         m_new = tl.maximum(m, tile_max)  # a skipped tile cannot raise it
         if ARMED:
-            objects = keeps(tile_max, m, threshold)
+            wanted = keeps(tile_max, m, threshold)
             if PRIVATE:
-                absent = private_votes(objects & (ballot != 0)) == 0
+                absent = private_votes(wanted & (ballot != 0)) == 0
             else:
-                bits = kept_votes(objects, ballot)
+                bits = kept_votes(wanted, ballot)
                 absent = (bits & ballot) == 0
                 busy += (bits != 0).to(tl.int32)
             if STATS or PRIVATE:
@@ -109,6 +115,7 @@ def _prefill(
     batch = tl.program_id(2)
     VOTES: tl.constexpr = BLOCK_M // TILE_Q
 
+    # Where the request's rows and keys lie, and how many they are.
     q_offset = head.to(tl.int64) * stride_qh
     o_offset = head.to(tl.int64) * stride_oh
     k_offset = (head // GROUP).to(tl.int64) * stride_kh
@@ -139,6 +146,7 @@ def _prefill(
     if row0 >= most_rows:
         return
 
+    # The block's rows: their positions, their votes, and one bit per vote (none for padding).
     rows = row0 + tl.arange(0, BLOCK_M)
     position = rows + (kv_len - q_len)
     valid = rows < q_len
@@ -155,23 +163,12 @@ def _prefill(
         factor = tl.load(factors + head)
     threshold = log2_threshold(factor, kv_len)
 
-    # Tiles [low, high) are visited; of them [low_full, high_full) are seen whole by every row.
-    offset = kv_len - q_len
-    end = tl.minimum(row0 + BLOCK_M, q_len)
-    low = 0
-    low_full = 0
-    keys_end = kv_len
-    keys_whole = kv_len
-    if WINDOWED:
-        low = tl.maximum(offset + row0 - window + 1, 0) // TILE_KV
-        low_full = tl.cdiv(tl.maximum(offset + row0 + BLOCK_M - window, 0), TILE_KV)
-    if CAUSAL:
-        keys_end = tl.minimum(keys_end, tl.maximum(offset + end, 0))
-        keys_whole = tl.minimum(keys_whole, tl.maximum(offset + row0 + 1, 0))
-    high = tl.cdiv(tl.where(end > row0, keys_end, 0), TILE_KV)
-    low_full = tl.minimum(tl.maximum(low_full, low), tl.maximum(high, low))
-    high_full = tl.maximum(tl.minimum(keys_whole // TILE_KV, high), low_full)
+    low, high = visited_tiles(row0, BLOCK_M, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED)
+    low_full, high_full = whole_tiles(
+        row0, BLOCK_M, low, high, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+    )
 
+    # Masked tiles at the window's edge, whole tiles, masked tiles at the diagonal: three walks, one state.
     acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -188,10 +185,10 @@ def _prefill(
             PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
         )  # fmt: skip
     if ARMED and TWO_WAYS:
-        # Two ways through the same tiles. Where nearly all are kept, values come ahead in the pipeline and
-        # the
-        # product overlaps the next tile; elsewhere values are loaded after the decision, or never. The last
-        # span's share of kept tiles chooses, so one launch suits every head and every part of a row.
+        # Two ways through the same tiles. Where nearly all are kept, values come ahead in the pipeline
+        # and the product overlaps the next tile; elsewhere values are loaded after the decision, or never.
+        # The share of kept tiles in the last span chooses, so one launch suits every head and every part
+        # of a row.
         stop = tl.minimum(low_full + PROBE, high_full)
         sparse = True
         tile = low_full
@@ -242,17 +239,12 @@ def _prefill(
         mask=inside,
     )
     if STATS:
+        # Visited tiles are counted from lengths, kept ones were counted on the way, once per vote.
         votes = tl.arange(0, VOTES)
-        vote_first = row0 + votes * TILE_Q
-        vote_end = tl.minimum(vote_first + TILE_Q, q_len)
-        upper = tl.zeros([VOTES], tl.int32) + kv_len
-        lower = tl.zeros([VOTES], tl.int32)
-        if CAUSAL:
-            upper = tl.minimum(upper, tl.maximum(offset + vote_end, 0))
-        if WINDOWED:
-            lower = tl.maximum(offset + vote_first - window + 1, 0) // TILE_KV
-        tiles = tl.maximum(tl.cdiv(upper, TILE_KV) - lower, 0)
-        visited = tl.sum(tl.where(vote_end > vote_first, tiles, 0), 0)
+        first, last = visited_tiles(
+            row0 + votes * TILE_Q, TILE_Q, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+        )
+        visited = tl.sum(tl.maximum(last - first, 0), 0)
         kept = tl.sum(tl.where(valid & (tl.arange(0, BLOCK_M) % TILE_Q == 0), kept, 0), 0)
         slot = stats + (batch * tl.num_programs(0) + head) * 2
         tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")

@@ -1,4 +1,4 @@
-"""Words that the Triton kernels share: masks, the skip decision, the online softmax.
+"""Words that the Triton kernels share: visited tiles, masks, the skip decision, the online softmax.
 
 Scores live in the log2 domain inside the kernels (natural logits times log2 e), so that every exponential
 is one `exp2`. A row's running maximum `m` starts at -inf; `l` is the row sum, `acc` the unnormalised output.
@@ -19,6 +19,43 @@ def log2_threshold(scale_factor, kv_len):
 
 
 @triton.jit
+def visited_tiles(
+    first, rows, q_len, kv_len, window, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Tiles [low, high) of which some of `rows` query rows from `first` (one or several) on sees a key.
+
+    The walk, its counts and the statistics all ask here. Without rows `high` is 0.
+    """
+    offset = kv_len - q_len
+    end = tl.minimum(first + rows, q_len)
+    low = 0
+    keys = kv_len
+    if WINDOWED:
+        low = tl.maximum(offset + first - window + 1, 0) // TILE_KV
+    if CAUSAL:
+        keys = tl.minimum(keys, tl.maximum(offset + end, 0))
+    return low, tl.cdiv(tl.where(end > first, keys, 0), TILE_KV)
+
+
+@triton.jit
+def whole_tiles(
+    first, rows, low, high, q_len, kv_len, window, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Those of the tiles [low, high) whose keys every row sees, so that nothing in them is masked."""
+    offset = kv_len - q_len
+    low_whole = 0
+    keys = kv_len
+    if WINDOWED:
+        low_whole = tl.cdiv(tl.maximum(offset + first + rows - window, 0), TILE_KV)
+    if CAUSAL:
+        keys = tl.minimum(keys, tl.maximum(offset + first + 1, 0))
+    low_whole = tl.minimum(tl.maximum(low_whole, low), tl.maximum(high, low))
+    return low_whole, tl.maximum(tl.minimum(keys // TILE_KV, high), low_whole)
+
+
+@triton.jit
 def visible(position, key, kv_len, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Which keys each row sees, bool [rows, keys]."""
     last = position[:, None]
@@ -33,32 +70,30 @@ def visible(position, key, kv_len, window, CAUSAL: tl.constexpr, WINDOWED: tl.co
 
 @triton.jit
 def keeps(tile_max, before, threshold):
-    """Whether a row objects to skipping the tile: exp(tile_max - before) >= threshold.
+    """Whether a row wants the tile kept: exp(tile_max - before) >= threshold.
 
-    A row that sees no key of the tile (-inf) never objects; one whose scores are no numbers always does.
+    A row that sees no key of the tile (-inf) never does; one whose scores are NaN always does.
     """
     below = tile_max < before + threshold
     return (below == 0) & (tile_max != float("-inf"))
 
 
 @triton.jit
-def kept_votes(objects, ballot):
+def kept_votes(wanted, ballot):
     """The votes that keep the tile, as bits of one scalar; zero: the whole block skips it.
 
     `ballot` holds each row's vote as one bit, and 0 for padding rows, which never vote.
     """
-    return tl.reduce_or(tl.where(objects, ballot, 0), 0)
+    return tl.reduce_or(tl.where(wanted, ballot, 0), 0)
 
 
 @triton.jit
-def private_votes(objects):
+def private_votes(wanted):
     """Lets the 64 rows of each warpgroup vote alone (sm_90, 8 warps, 128 rows).
 
-    A reduction over all rows makes both warpgroups wait for each other in every tile; kept apart,
-    one computes its
-    softmax while the other has the tensor cores. Each thread holds two rows of the score tile,
-    and the barrier of
-    its warpgroup returns the OR of what the 128 threads bring.
+    A reduction over all rows makes both warpgroups wait for each other in every tile; kept apart, one
+    computes its softmax while the other has the tensor cores. Each thread holds two rows of the score tile,
+    and the barrier of its warpgroup returns the OR of what the 128 threads bring.
 
     Returns:
         Each row's vote, int32 [rows]: nonzero keeps the tile.
@@ -79,7 +114,7 @@ def private_votes(objects):
         }
         """,
         "=r,=r,r,r",
-        [objects.to(tl.int32)],
+        [wanted.to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=2,

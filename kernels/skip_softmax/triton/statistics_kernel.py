@@ -15,7 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skip_softmax.triton.primitives import load_tile, online_softmax, place_of, visible
+from skip_softmax.triton.primitives import (
+    load_tile,
+    online_softmax,
+    place_of,
+    visible,
+    visited_tiles,
+    whole_tiles,
+)
 
 
 @triton.jit
@@ -85,6 +92,7 @@ def _tally(
         last_key = tl.minimum(last_key, position)
     lse = tl.load(row_lse + rows)
 
+    # The length behind each vote's threshold.
     length = tl.zeros([VOTES], tl.float32) + kv_len
     if DECODE:  # a token's own length
         length = (token0 + tl.arange(0, VOTES) * VOTE_ROWS // PACK + (kv_len - q_len) + 1).to(
@@ -98,12 +106,14 @@ def _tally(
         seen = seen & ((block * BLOCK_N)[:, None] <= last_key[None, :])
         seen = seen & ((block * BLOCK_N + BLOCK_N)[:, None] > first_key[None, :])
         note = block[:, None] * NOTE_ROWS + rows[None, :]
+        # Notes of CHUNK tiles: the largest gap and the summed weight of each vote's rows.
         gap = tl.load(gaps + note, mask=seen, other=float("-inf"))
         weight_log2 = tl.load(weights_log2 + note, mask=seen, other=float("-inf"))
         weight = tl.exp2(weight_log2 - lse[None, :])
         gap = tl.max(tl.max(tl.reshape(gap, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
         weight = tl.sum(tl.sum(tl.reshape(weight, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
 
+        # The bin of the critical scale factor, as `histogram.bin_index` finds it.
         critical = length_log2[None, :] + tl.minimum(gap, 0.0)
         edge = tl.floor((tl.maximum(critical, LOW - 1.0) - LOW) * PER_OCTAVE) + 1.0
         index = tl.minimum(tl.maximum(edge, 0.0), BINS - 2.0).to(tl.int32)
@@ -142,6 +152,7 @@ def _statistics(
         item_block = blocks - 1 - (item // HEADS) % blocks
         item_low = 0
         item_high = 0
+        # A vote of more rows than a block is walked in SUBS blocks; their notes are joined below.
         for sub in range(SUBS):
             local = tl.arange(0, BLOCK_M)
             token0 = (item_block * SUBS + sub) * TOKENS
@@ -163,23 +174,18 @@ def _statistics(
             k_place = place_of(k_offset, stride_ks)
             v_place = place_of(v_offset, stride_vs)
 
-            # Key blocks [low, high) are visited; of them [low_full, high_full) are seen whole by every row.
-            end = tl.minimum(token0 + TOKENS, q_len)
-            low = 0
-            low_full = 0
-            keys_end = kv_len
-            keys_whole = kv_len
+            # Tiles are visited as in prefill; they are walked in key blocks, PARTS of them per tile.
+            low, high = visited_tiles(
+                token0, TOKENS, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+            )
+            low *= PARTS
+            high *= PARTS
+            low_full, high_full = whole_tiles(
+                token0, TOKENS, low, high, q_len, kv_len, window, BLOCK_N, CAUSAL, WINDOWED
+            )
             row_first = tl.zeros([BLOCK_M], tl.int32)
             if WINDOWED:
-                low = tl.maximum(offset + token0 - window + 1, 0) // TILE_KV * PARTS
-                low_full = tl.cdiv(tl.maximum(offset + token0 + TOKENS - window, 0), BLOCK_N)
                 row_first = tl.maximum(position - window + 1, 0) // TILE_KV
-            if CAUSAL:
-                keys_end = tl.minimum(keys_end, tl.maximum(offset + end, 0))
-                keys_whole = tl.minimum(keys_whole, tl.maximum(offset + token0 + 1, 0))
-            high = tl.cdiv(tl.where(end > token0, keys_end, 0), TILE_KV) * PARTS
-            low_full = tl.minimum(tl.maximum(low_full, low), tl.maximum(high, low))
-            high_full = tl.maximum(tl.minimum(keys_whole // BLOCK_N, high), low_full)
             if sub == 0:
                 item_low = low
             item_high = tl.maximum(item_high, high)
@@ -192,7 +198,12 @@ def _statistics(
                     tl.minimum(tl.max(tl.where(valid, row_first, 0), 0) * PARTS + PARTS, high) - low
                 )
                 high_first = tl.maximum(offset + token0, 0) // TILE_KV * PARTS
-                for i in tl.range(0, tl.where(end > token0, firsts + high - high_first, 0)):
+                for i in tl.range(
+                    0,
+                    tl.where(
+                        tl.minimum(token0 + TOKENS, q_len) > token0, firsts + high - high_first, 0
+                    ),
+                ):
                     block = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = block * BLOCK_N
                     keys = load_tile(
@@ -206,9 +217,10 @@ def _statistics(
                     edge = (block // PARTS == row_first) | (block // PARTS == row_last)
                     scores = tl.where(seen & edge[:, None], scores, float("-inf"))
                     seed = tl.maximum(seed, tl.max(scores, 1) * scale)
-                # A row without keys must not make numbers that are none.
+                # A row without keys must not make NaN of -inf - -inf.
                 seed = tl.where(seed == float("-inf"), 0.0, seed)
 
+            # Dense attention over the masked and the whole blocks, noting gaps and weights on the way.
             acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)

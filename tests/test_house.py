@@ -575,3 +575,22 @@ def test_an_engine_is_its_room_one_line_of_the_catalogue_and_a_name_in_the_schem
 @pytest.mark.parametrize("name", sorted({*get_args(Task)} - {"text", "file", "hub", "memory"}))
 def test_a_task_is_a_function_and_a_name_in_the_schema(name: str) -> None:
     assert places(name) == {"calibrate/prompts/tasks.py", SCHEMA}
+
+
+def test_a_loss_is_an_entry_of_losses_a_budget_and_a_line_of_the_format() -> None:
+    assert places("score_drop") == {
+        "calibrate/loss/losses.py",
+        "calibrate/loss/measure.py",  # reads rows that earlier versions wrote
+        "calibrate/proof/assess.py",  # turns the drop back into a score
+        "kernels/skip_softmax/thresholds/evidence.py",
+        SCHEMA,
+    }
+
+
+def test_a_backend_is_its_folder_and_a_name_in_choose() -> None:
+    folder = "kernels/skip_softmax/hopper/"
+    outside = {path for path in places("hopper") if not path.startswith(folder)}
+    assert outside == {
+        "kernels/skip_softmax/choose.py",
+        "kernels/bench/hopper_checks.py",  # what only this kernel must prove on its GPU
+    }

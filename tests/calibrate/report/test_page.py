@@ -19,7 +19,9 @@ from calibrate.errors import UserError
 LIMIT = 6_000_000  # bytes
 
 
-def test_size(smoke_run: Path, large: Path) -> None:
+def test_the_page_of_a_small_and_of_a_large_run_stays_below_the_limit(
+    smoke_run: Path, large: Path
+) -> None:
     assert (smoke_run / "report.html").stat().st_size < LIMIT
     assert large.stat().st_size < LIMIT
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ class Run:
         self._stages.notes.require("sensitivity")
         return self._stages.study
 
-    @property
+    @cached_property
     def findings(self) -> Findings:
         """Every number that the report shows, as plain data; a part that was not reached is None."""
         from calibrate.report.findings import findings
@@ -91,7 +92,7 @@ class Run:
         """The report's figures, one method each: `run.figures.curves("prefill")`."""
         from calibrate.report.figures import Figures
 
-        return Figures(self.findings, self.study)
+        return Figures(self.findings, self.study if self.findings["trials"] else None)
 
     def search(self, trials: int | None = None) -> Run:
         """Continues the search. The validation is out of date then; `validate` makes it anew.
@@ -224,6 +225,7 @@ class Run:
             # Another process may have asked for more trials since.
             self._stages.config = open_run(self.folder)[1]
             yield self._stages
+            self.__dict__.pop("findings", None)  # they are of the folder as it was
 
 
 def run(

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
+from calibrate.errors import UserError
 from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.report.findings import Findings, percent, six
 from calibrate.report.style import (
@@ -438,7 +439,10 @@ class Figures:
         return self._finish(figure, title, explained, "", 360, legend=False)
 
     def _searched(self) -> optuna.Study:
-        assert self._study is not None, "figures of the search need `study`"
+        if self._study is None:
+            raise UserError(
+                "this figure needs trials, but the run has none; finish its search first"
+            )
         return self._study
 
     def _finish(self, figure: go.Figure, *texts: Any, **options: Any) -> go.Figure:

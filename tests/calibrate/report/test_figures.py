@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report_files import PHASES, Page, close
+import pytest
+from report_files import PHASES, Page, close, read
 
 import calibrate
+from calibrate.errors import UserError
 
 
 def test_figures_draw_the_findings(page: Page, found: dict[str, Any]) -> None:
@@ -68,3 +72,15 @@ def test_in_a_notebook_a_figure_has_a_title_and_real_colours(
         assert "var(--" not in figure.to_json()
         assert figure.layout.title.text
         assert "text" not in page.data["figures"][name]["layout"].get("title", {})
+
+
+def test_a_run_without_trials_has_the_other_figures(copy: Path) -> None:
+    notes = read(copy, "run.json")
+    for stage in ("search", "validation"):
+        del notes["seconds"][stage]
+    (copy / "run.json").write_text(json.dumps(notes))
+    (copy / "study.db").unlink()
+    figures = calibrate.open_run(copy).figures
+    assert "curves-prefill" in figures.available and "tradeoff" not in figures.available
+    with pytest.raises(UserError, match="needs trials, but the run has none"):
+        figures.tradeoff()

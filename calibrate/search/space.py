@@ -164,12 +164,12 @@ class Space:
         if not measured or (name == "analytic" and self._form == "scalar"):
             return None
         pairs = sorted(
-            (math.log(max(sum(self.predicted_loss(setting).values()), _LEAST_LOSS)), kl)
-            for setting, kl in measured
+            (math.log(max(sum(self.predicted_loss(setting).values()), _LEAST_LOSS)), spent)
+            for setting, spent in measured
         )
         predicted = [log_predicted for log_predicted, _ in pairs]
         # A larger allowance costs no less; what noise puts out of order counts as equal.
-        risen = itertools.accumulate((math.log(max(kl, _LEAST_LOSS)) for _, kl in pairs), max)
+        risen = itertools.accumulate((math.log(max(spent, _LEAST_LOSS)) for _, spent in pairs), max)
         found, target = list(risen), math.log(loss)
         if target < found[0]:
             allowed = predicted[0] + target - found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from thresholds_files import GOOD, write
 
 from calibrate.errors import UserError
+from calibrate.loss.losses import LOSSES, Loss
 from calibrate.loss.measure import Outcome
 from calibrate.prompts.build import Prompt
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import validate
-from calibrate.proof.verdict import Law, upper_bound
+from calibrate.proof.verdict import Law, judge, upper_bound
 from calibrate.schema import CostConfig, RunConfig
 from calibrate.search.cost import Cost, Curve, load_curves
 from calibrate.search.points import Point
@@ -113,6 +115,23 @@ def test_a_failure_says_why(evaluate: Any, reason: str) -> None:
     result = run(evaluate)
     assert not result.passed
     assert re.search(reason, result.attempts[0].reason or "")
+
+
+def test_another_loss_in_the_table_is_judged_like_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flips = Loss("flips", "tokens", lambda *_: 0.0, ".1f", least=0.0)
+    monkeypatch.setitem(LOSSES, "flips", flips)
+    law = replace(Law.of(config()), limits={"kl": 0.01, "flips": 2.0})
+    for count, reasons in (
+        (1.0, ()),
+        (3.0, ("flips 3.0, upper bound 3.0 above the budget of 2 tokens",)),
+    ):
+        outcomes = [evaluator(0.004)({}, prompt) for prompt in HELDOUT]
+        outcomes = [replace(o, losses={**o.losses, "flips": count}) for o in outcomes]
+        verdict = judge(outcomes, ("prefill", "decode"), law)
+        assert verdict.reasons == reasons and verdict.passed == (not reasons)
+        assert verdict.losses["flips"].mean == count
 
 
 def test_no_observed_drop_is_no_proof_of_no_drop() -> None:

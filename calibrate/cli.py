@@ -31,6 +31,24 @@ PhaseChoice = Annotated[list[str] | None, typer.Option(help="Only this phase; ma
 ThresholdsFile = Annotated[Path, typer.Argument(help="A thresholds file.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import calibrate
+
+        terminal.write(f"{calibrate.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="Run config, see configs/.")],

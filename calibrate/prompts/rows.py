@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def from_memory(prompts: Any) -> tuple[Source, list[dict[str, Any]]]:
     """
     law = "`prompts` must be a list of texts, a list of dicts with `prompt`, or a datasets.Dataset"
     # A DatasetDict is a mapping too.
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Collection):
+    listed = isinstance(prompts, Iterable) and isinstance(prompts, Sized)
+    if isinstance(prompts, (str, bytes, Mapping)) or not listed:
         cure = "choose one split" if isinstance(prompts, Mapping) else "pass a list"
         raise UserError(f"{law}, but got {type(prompts).__name__}; {cure}")
     rows = []

@@ -35,6 +35,14 @@ def test_the_installed_command_refuses_with_exit_code_2(
     assert part in result.stderr and result.stderr.startswith("error: ")
 
 
+def test_version_is_the_packages(call: Callable[..., Result]) -> None:
+    from importlib import metadata
+
+    result = call("--version")
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout == f"{metadata.version('skip-softmax-calibrate')}\n"
+
+
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_help_keeps_the_units_in_brackets(call: Callable[..., Result], verb: str) -> None:
     assert "[tokens]" in call(verb, "--help").stdout

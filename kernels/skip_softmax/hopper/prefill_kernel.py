@@ -35,16 +35,17 @@ from skip_softmax.hopper.primitives import (
     KEEP_AT,
     Q_FREE,
     V_FREE,
-    _any,
-    _arrive,
-    _await,
-    _declare,
-    _init,
-    _meet,
-    _moved,
-    _read,
-    _uniform,
-    _write,
+    any_wants,
+    arrive,
+    declare,
+    init,
+    log2_threshold,
+    meet,
+    moved,
+    read,
+    uniform,
+    wait_for,
+    write,
 )
 
 # Names that changed between Triton 3.6 and 3.9. No `from __future__ import annotations` in this file: an
@@ -171,15 +172,15 @@ def _item(number, c):
     kv_len = c.kv_len
     held = c.q_len
     if c.q_starts is not None:
-        q_start = _uniform(gl.load(c.q_starts + request))
-        kv_start = _uniform(gl.load(c.kv_starts + request))
-        q_len = _uniform(gl.load(c.q_starts + request + 1)) - q_start
-        kv_len = _uniform(gl.load(c.kv_starts + request + 1)) - kv_start
+        q_start = uniform(gl.load(c.q_starts + request))
+        kv_start = uniform(gl.load(c.kv_starts + request))
+        q_len = uniform(gl.load(c.q_starts + request + 1)) - q_start
+        kv_len = uniform(gl.load(c.kv_starts + request + 1)) - kv_start
         held = q_len
     if c.q_lens is not None:
-        q_len = gl.minimum(_uniform(gl.load(c.q_lens + request)), q_len)
+        q_len = gl.minimum(uniform(gl.load(c.q_lens + request)), q_len)
     if c.kv_lens is not None:
-        kv_len = gl.minimum(_uniform(gl.load(c.kv_lens + request)), kv_len)
+        kv_len = gl.minimum(uniform(gl.load(c.kv_lens + request)), kv_len)
     return _Item(
         request, kv_head * c.group + member, kv_head, block * (ROWS * c.GROUPS), q_start, kv_start,
         q_len, kv_len, held,
@@ -225,10 +226,10 @@ def _settle(n, v, batch, head, row, fetched, s, c):
     Returns whether any warpgroup keeps the tile.
     """
     slot = n % V_STAGES
-    _await(DECIDED + slot, (n // V_STAGES) & 1)
+    wait_for(DECIDED + slot, (n // V_STAGES) & 1)
     keep = 0
     for w in gl.static_range(c.GROUPS):
-        keep |= _read(KEEP_AT + 4 * (slot * c.GROUPS + w))
+        keep |= read(KEEP_AT + 4 * (slot * c.GROUPS + w))
     if fetched == 0:
         if keep != 0:
             _fetch(v, batch, head, row, s.v, s.v_full, slot, c.TILE * c.D * 2)
@@ -240,9 +241,9 @@ def _settle(n, v, batch, head, row, fetched, s, c):
 @gluon.jit
 def _give(number, turn):
     """Tells the consumers the number of the next item; that of no item ends their loop (`_take`)."""
-    _await(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
-    _write(ITEM_AT + 4 * (turn % 2), number)
-    _arrive(ITEM_THERE + turn % 2)
+    wait_for(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
+    write(ITEM_AT + 4 * (turn % 2), number)
+    arrive(ITEM_THERE + turn % 2)
 
 
 @gluon.jit
@@ -269,7 +270,7 @@ def _produce(q, k, v, s, c, counter):
         # Sparsity varies between heads, so whoever is free takes the next item; asked for early.
         following = c.items
         if counter is not None:
-            following = gl.num_programs(0) + _uniform(gl.atomic_add(counter, 1, sem="relaxed"))
+            following = gl.num_programs(0) + uniform(gl.atomic_add(counter, 1, sem="relaxed"))
         batch = _tensor_batch(item, c)
         visited, shared = _tiles(item, item.row, ROWS * c.GROUPS, c)
         for tile in range(visited):
@@ -277,10 +278,10 @@ def _produce(q, k, v, s, c, counter):
             k_slot = n % K_STAGES
             v_slot = n % V_STAGES
             v_phase = (n // V_STAGES) & 1 ^ 1
-            _await(K_FREE + k_slot, (n // K_STAGES) & 1 ^ 1)
+            wait_for(K_FREE + k_slot, (n // K_STAGES) & 1 ^ 1)
             if c.ARMED:
                 # A consumer that skips gives a slot back without having waited for its values.
-                _await(V_FREE + v_slot, v_phase)
+                wait_for(V_FREE + v_slot, v_phase)
                 mbarrier.wait(s.v_full.index(v_slot), v_phase)
             _fetch(k, batch, item.kv_head, key, s.k, s.k_full, k_slot, TILE_BYTES)
             if c.ARMED:
@@ -303,7 +304,7 @@ def _produce(q, k, v, s, c, counter):
             if tile == 0:
                 # Not before the keys: the last tiles of the item before may still wait to be settled.
                 for w in gl.static_range(c.GROUPS):
-                    _await(Q_FREE + w, q_phase)
+                    wait_for(Q_FREE + w, q_phase)
                     _fetch(
                         q,
                         batch,
@@ -316,7 +317,7 @@ def _produce(q, k, v, s, c, counter):
                     )
                 q_phase ^= 1
             if not c.ARMED:
-                _await(V_FREE + v_slot, v_phase)
+                wait_for(V_FREE + v_slot, v_phase)
                 _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
             n += 1
         number = following
@@ -334,19 +335,19 @@ def _produce(q, k, v, s, c, counter):
 @gluon.jit
 def _take(turn):
     """The number of the next item; that of no item ends the loop."""
-    _await(ITEM_THERE + turn % 2, (turn // 2) & 1)
-    number = _read(ITEM_AT + 4 * (turn % 2))
-    _arrive(ITEM_FREE + turn % 2)
+    wait_for(ITEM_THERE + turn % 2, (turn // 2) & 1)
+    number = read(ITEM_AT + 4 * (turn % 2))
+    arrive(ITEM_FREE + turn % 2)
     return number
 
 
 @gluon.jit
 def _announce(keep, slot, W: gl.constexpr, c):
     """Tells the producer; the values of a skipped tile are given back at once."""
-    _write(KEEP_AT + 4 * (slot * c.GROUPS + W), keep)
-    _arrive(DECIDED + slot)
+    write(KEEP_AT + 4 * (slot * c.GROUPS + W), keep)
+    arrive(DECIDED + slot)
     if keep == 0:
-        _arrive(V_FREE + slot)
+        arrive(V_FREE + slot)
 
 
 @gluon.jit
@@ -376,7 +377,7 @@ def _both(queries, weights, acc, s, k_slot, old, old_phase, c, S: gl.constexpr):
 @gluon.jit
 def _taken(scores, slot, tile, item, row, MASKED: gl.constexpr, c, S: gl.constexpr):
     """Finished scores, -inf where a row does not see the key; the slot of the keys is given back."""
-    _arrive(K_FREE + slot)
+    arrive(K_FREE + slot)
     if MASKED:
         key = tile * c.TILE + gl.arange(0, c.TILE, gl.SliceLayout(0, S))
         last = item.kv_len - 1
@@ -397,13 +398,13 @@ def _tops(scores, scale, c):
 
 
 @gluon.jit
-def _vote(tops, m, bar, slot, MASKED: gl.constexpr, W: gl.constexpr, c):
+def _vote(tops, m, needed, slot, MASKED: gl.constexpr, W: gl.constexpr, c):
     """Whether the warpgroup keeps the tile: some valid row has exp(top - m) >= threshold."""
-    need = gl.convert_layout(m + bar, gl.SliceLayout(1, tops.type.layout))
-    objects = tops >= need[:, None]
+    least = gl.convert_layout(m + needed, gl.SliceLayout(1, tops.type.layout))
+    wanted = tops >= least[:, None]
     if MASKED:
-        objects = objects & (tops > float("-inf"))
-    keep = _any(objects, W)
+        wanted = wanted & (tops > float("-inf"))
+    keep = any_wants(wanted, W)
     _announce(keep, slot, W, c)
     return keep
 
@@ -424,7 +425,7 @@ def _soften(scores, tops, scale, m, l, MASKED: gl.constexpr, S: gl.constexpr):
 @gluon.jit
 def _rescaled(acc, alpha, O: gl.constexpr):
     # Factors of 1 change no bit, and a row's maximum seldom moves.
-    if _moved(alpha) != 0:
+    if moved(alpha) != 0:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
     return acc
 
@@ -435,13 +436,13 @@ def _finished(flying, slot, phase):
 
     The barrier was passed long ago: it keeps ptxas from moving the wait above the softmax.
     """
-    _await(V_FREE + slot, phase ^ 1)
+    wait_for(V_FREE + slot, phase ^ 1)
     return warpgroup_mma_wait(0, deps=[flying])
 
 
 @gluon.jit
 def _walk(
-    first, last, queries, item, row, scale, bar, acc, l, m, weights, keep, kept, n, s, c,
+    first, last, queries, item, row, scale, needed, acc, l, m, weights, keep, kept, n, s, c,
     W: gl.constexpr, MASKED: gl.constexpr, S: gl.constexpr, O: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """Tiles `first` to `last`; MASKED where some row does not see all of their keys.
@@ -459,14 +460,14 @@ def _walk(
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             p, alpha, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, MASKED, S)
             acc = _finished(flying, old, old_phase)
-            _arrive(V_FREE + old)
+            arrive(V_FREE + old)
             acc = _rescaled(acc, alpha, O)
             weights = gl.convert_layout(p.to(s.v.dtype), A)
         elif keep != 0:
             scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
-            keep = _vote(tops, m, bar, slot, MASKED, W, c)
+            keep = _vote(tops, m, needed, slot, MASKED, W, c)
             if keep != 0:
                 p, alpha, l, m = _soften(scores, tops, scale, m, l, MASKED, S)
                 acc = _finished(flying, old, old_phase)
@@ -474,14 +475,14 @@ def _walk(
                 weights = gl.convert_layout(p.to(s.v.dtype), A)
             else:
                 acc = warpgroup_mma_wait(0, deps=[flying])
-            _arrive(V_FREE + old)
+            arrive(V_FREE + old)
             kept += keep
         else:
             scores = _scores(queries, s, k_slot, c, S)
             scores = warpgroup_mma_wait(0, deps=[scores])
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
-            keep = _vote(tops, m, bar, slot, MASKED, W, c)
+            keep = _vote(tops, m, needed, slot, MASKED, W, c)
             if keep != 0:
                 p, alpha, l, m = _soften(scores, tops, scale, m, l, MASKED, S)
                 acc = _rescaled(acc, alpha, O)
@@ -502,7 +503,7 @@ def _clean(values, held, W: gl.constexpr, c):
     inside = gl.arange(0, c.TILE, gl.SliceLayout(1, L)) < held
     values.store(gl.where(inside[:, None], tile, 0.0))
     fence_async_shared()
-    _meet(W)
+    meet(W)
 
 
 @gluon.jit
@@ -527,20 +528,15 @@ def _consume(
         last = mine if c.ARMED else visited
         acc = gl.zeros([ROWS, c.D], gl.float32, O)
         l = gl.full([ROWS], 0.0, gl.float32, ROW)
-        bar = gl.full([ROWS], 0.0, gl.float32, ROW)
+        needed = gl.full([ROWS], 0.0, gl.float32, ROW)
         kept = 0
         if c.ARMED:
             if c.factors is not None:
                 factor = gl.load(c.factors + item.head)
-            length = item.kv_len.to(gl.float32)
-            # 0 and a threshold of 1 or more are dense; so is NaN, which fails both comparisons.
-            active = (factor > 0.0) & (factor < length)
-            threshold = gl.where(
-                active, gl.log2(gl.where(active, factor, 1.0) / length), float("-inf")
-            )
+            threshold = log2_threshold(factor, item.kv_len)
             # Padding rows never vote.
             valid = row + gl.arange(0, ROWS, ROW) < item.q_len
-            bar = gl.where(valid, threshold, float("inf"))
+            needed = gl.where(valid, threshold, float("inf"))
         if visited > 0:
             mbarrier.wait(s.q_full.index(W), q_phase)
             q_phase ^= 1
@@ -560,14 +556,14 @@ def _consume(
                 _announce(keep, n % V_STAGES, W, c)
             n += 1
             acc, l, m, weights, keep, kept, n = _walk(
-                1, whole, queries, item, row, scale, bar, acc, l, m, weights, keep, kept, n, s, c,
+                1, whole, queries, item, row, scale, needed, acc, l, m, weights, keep, kept, n, s, c,
                 W, False, S, O, A,
             )  # fmt: skip
             acc, l, m, weights, keep, kept, n = _walk(
-                gl.maximum(whole, 1), last, queries, item, row, scale, bar, acc, l, m, weights, keep, kept, n,
-                s, c, W, True, S, O, A,
+                gl.maximum(whole, 1), last, queries, item, row, scale, needed, acc, l, m, weights, keep, kept,
+                n, s, c, W, True, S, O, A,
             )  # fmt: skip
-            _arrive(Q_FREE + W)
+            arrive(Q_FREE + W)
             if keep != 0:
                 slot = (n - 1) % V_STAGES
                 mbarrier.wait(s.v_full.index(slot), ((n - 1) // V_STAGES) & 1)
@@ -576,13 +572,13 @@ def _consume(
                     if held < c.TILE:
                         _clean(s.v.index(slot).reshape([c.TILE, c.D]), held, W, c)
                 acc = warpgroup_mma_wait(0, deps=[_product(weights, s, slot, acc, c)])
-                _arrive(V_FREE + slot)
+                arrive(V_FREE + slot)
         elif visited > 0:
-            _arrive(Q_FREE + W)
+            arrive(Q_FREE + W)
         if c.ARMED:
             for tile in range(last, visited):  # tiles of the other warpgroups only
                 mbarrier.wait(s.k_full.index(n % K_STAGES), (n // K_STAGES) & 1)
-                _arrive(K_FREE + n % K_STAGES)
+                arrive(K_FREE + n % K_STAGES)
                 _announce(0, n % V_STAGES, W, c)
                 n += 1
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, O))
@@ -624,20 +620,20 @@ def _hopper(
         gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER),
     )
-    _declare()
+    declare()
     for i in gl.static_range(GROUPS):
         mbarrier.init(s.q_full.index(i), count=1)
-        _init(Q_FREE + i, 4)
+        init(Q_FREE + i, 4)
     for i in gl.static_range(K_STAGES):
         mbarrier.init(s.k_full.index(i), count=1)
-        _init(K_FREE + i, 4 * GROUPS)
+        init(K_FREE + i, 4 * GROUPS)
     for i in gl.static_range(V_STAGES):
         mbarrier.init(s.v_full.index(i), count=1)
-        _init(V_FREE + i, 4 * GROUPS)
-        _init(DECIDED + i, 4 * GROUPS)
+        init(V_FREE + i, 4 * GROUPS)
+        init(DECIDED + i, 4 * GROUPS)
     for i in gl.static_range(2):
-        _init(ITEM_THERE + i, 1)
-        _init(ITEM_FREE + i, 4 * GROUPS)
+        init(ITEM_THERE + i, 1)
+        init(ITEM_FREE + i, 4 * GROUPS)
     fence_async_shared()
     c = _Call(
         q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,

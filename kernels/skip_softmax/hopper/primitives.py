@@ -14,8 +14,6 @@ ITEM_FREE = gl.constexpr(13)
 KEEP_AT = gl.constexpr(512)
 ITEM_AT = gl.constexpr(768)
 
-
-# --- Words that Gluon lacks, in PTX -----------------------------------------------------------------------
 # Gluon's own arrive makes the whole warpgroup meet first, and its reduction to a scalar goes through shared
 # memory; both would stand between two products of a skipped tile. These words keep their barriers, the
 # warpgroups' decisions and the item numbers in 1024 bytes of their own (so the rest of shared memory stays
@@ -38,7 +36,8 @@ def _ptx(text: gl.constexpr, a=0, b=0):
 
 
 @gluon.jit
-def _declare():
+def declare():
+    """Makes room for the barriers and words, and two registers; once, before all others."""
     _ptx(
         """
         .shared .align 1024 .b8 skip_words[1024];
@@ -50,7 +49,8 @@ def _declare():
 
 
 @gluon.jit
-def _init(barrier, count):
+def init(barrier, count):
+    """Sets a barrier that completes a phase after `count` arrivals."""
     _ptx(
         """{
         .reg .pred first;
@@ -68,7 +68,7 @@ def _init(barrier, count):
 
 
 @gluon.jit
-def _arrive(barrier):
+def arrive(barrier):
     """One arrival of each warp that executes it, for all that its threads did before."""
     _ptx(
         """{
@@ -86,7 +86,8 @@ def _arrive(barrier):
 
 
 @gluon.jit
-def _await(barrier, phase):
+def wait_for(barrier, phase):
+    """Waits until a phase of a barrier, by its parity, is complete."""
     _ptx(
         """{
         .reg .pred done;
@@ -104,7 +105,8 @@ def _await(barrier, phase):
 
 
 @gluon.jit
-def _write(byte, value):
+def write(byte, value):
+    """By one thread of the warp."""
     _ptx(
         """{
         .reg .pred first;
@@ -121,7 +123,7 @@ def _write(byte, value):
 
 
 @gluon.jit
-def _read(byte):
+def read(byte):
     """By the thread that arrives for its warp: racecheck follows a read to its own thread's arrival only."""
     return _ptx(
         """{
@@ -139,18 +141,18 @@ def _read(byte):
 
 
 @gluon.jit
-def _uniform(x):
+def uniform(x):
     """The same value, known to be one per warp."""
     return _ptx("redux.sync.or.b32 $0, $1, 0xffffffff;", x)
 
 
 @gluon.jit
-def _any(objects, W: gl.constexpr):
-    """Whether any row of warpgroup W objects; `objects` holds two elements per thread."""
+def any_wants(wanted, W: gl.constexpr):
+    """Whether any row of warpgroup W wants the tile; `wanted` has two elements per thread."""
     gl.inline_asm_elementwise(
         "or.b32 skip_vote, $2, $3; mov.b32 $0, skip_vote; mov.b32 $1, skip_vote;",
         "=r,=r,r,r",
-        [objects.to(gl.int32)],
+        [wanted.to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
         pack=2,
@@ -169,13 +171,22 @@ def _any(objects, W: gl.constexpr):
 
 
 @gluon.jit
-def _meet(W: gl.constexpr):
+def log2_threshold(factor, kv_len):
+    """log2 of the threshold factor / kv_len; -inf (nothing is below it) where the call is dense."""
+    length = kv_len.to(gl.float32)
+    # 0 and a threshold of 1 or more are dense; so is NaN, which fails both comparisons.
+    active = (factor > 0.0) & (factor < length)
+    return gl.where(active, gl.log2(gl.where(active, factor, 1.0) / length), float("-inf"))
+
+
+@gluon.jit
+def meet(W: gl.constexpr):
     """The threads of warpgroup W wait for each other."""
     _ptx("bar.sync $1, 128; mov.b32 $0, 0;", 8 + W)
 
 
 @gluon.jit
-def _moved(alpha):
+def moved(alpha):
     """Whether any row of the warp has a factor below 1: its warps may differ."""
     gl.inline_asm_elementwise(
         "min.f32 skip_alpha, $2, $3; mov.b32 $0, $2; mov.b32 $1, $3;",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import SMOKE
+from conftest import ROOT, SMOKE
 
 import calibrate
 from calibrate.prompts.build import Prompt
@@ -240,3 +240,21 @@ def test_prompts_of_memory_cannot_be_named_in_a_file(smoke_model: Path, tmp_path
             tmp_path / "run",
             overrides=[f"model.path={smoke_model}", "prompts.sources=[{task: memory}]"],
         )
+
+
+def test_a_run_of_an_older_version_opens_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tests/data/run-211ca9d` is `configs/smoke.yaml`, run by the code of that commit."""
+    shutil.copytree(ROOT / "tests" / "data" / "run-211ca9d", tmp_path / "run")
+    before = (tmp_path / "run" / "thresholds.yaml").read_bytes()
+    run = calibrate.open_run(tmp_path / "run")
+    assert run.thresholds.evidence["verdict"] == "passed"
+    assert len(run.study.trials) == 8
+    assert len(run.stats.prompts) == 4
+    assert run.validation["attempts"] and run.figures.curves("prefill")
+    assert run.report().stat().st_size > 100_000
+    monkeypatch.setattr("calibrate.pipeline.load", lambda _: pytest.fail("a model was loaded"))
+    again = calibrate.run(run.config, run.folder)
+    assert again.thresholds == run.thresholds
+    assert (tmp_path / "run" / "thresholds.yaml").read_bytes() == before

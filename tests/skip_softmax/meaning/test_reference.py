@@ -415,3 +415,16 @@ def test_no_heads_and_no_head_dim_are_named(heads: int, head_dim: int) -> None:
     x = torch.zeros(1, heads, 5, head_dim)
     with pytest.raises(ValueError, match="heads and head_dim must be above 0"):
         ss.attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_factor": "580"}, r"a number or a tensor \[2\] .*, but got '580'; 0 means dense"),
+        ({"kv_lens": 20}, r"`kv_lens` must be a list or a tensor .* but got 20; pass \[20\]"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(changes: dict[str, object], message: str) -> None:
+    q, k, v = graded(2, 1, 20, 20)
+    with pytest.raises(TypeError, match=message):
+        ss.attention(q, k, v, **changes)  # type: ignore[call-overload]

@@ -9,10 +9,18 @@ import os
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from calibrate.errors import UserError
 from skip_softmax.thresholds.types import DecodeGeometry, Phase, PrefillGeometry
@@ -50,13 +58,29 @@ Engine = Literal[
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_not_switches(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python, and so to pydantic, `true` is the number 1.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if annotation is not bool and not hasattr(annotation, "model_fields"):
+            inside = value.values() if isinstance(value, dict) else value
+            values = inside if isinstance(value, list | tuple | dict) else [value]
+            if any(isinstance(one, bool) for one in values):
+                raise ValueError(f"must not be true or false, but got {value}")
+        return value
+
+
+# Files and folders; `~` is the user's own folder, as in a shell.
+_Path = Annotated[str, AfterValidator(os.path.expanduser)]
+
 
 class ModelConfig(_Section):
     """Which model, and how it is loaded."""
 
-    path: str
+    path: _Path
     """Hub id, local folder, `.gguf` file, or `package://NAME/FILE` (a file inside an installed package)."""
-    tokenizer: str | None = None
+    tokenizer: _Path | None = None
     """Where the tokenizer is, if not with the model; same forms as `path`."""
     revision: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -77,7 +101,7 @@ class Source(_Section):
 
     task: Task
     weight: float = Field(default=1.0, gt=0)
-    path: str | None = None
+    path: _Path | None = None
     """`task: file`: JSONL, JSON, CSV or Parquet. `task: text`: a text file; unset: Python's own manual.
     `task: memory`: `sha256:` and the hash of the prompts."""
     dataset: str | None = None
@@ -233,7 +257,7 @@ class ValidationConfig(_Section):
 class CostConfig(_Section):
     """Where predicted times come from."""
 
-    curves: str | None = None
+    curves: _Path | None = None
     """A JSON Lines file of kernels/bench/run.py; unset: the measurements that come with this package."""
     device: str = "NVIDIA H100 80GB HBM3"
     """Which device's rows of that file."""
@@ -253,7 +277,7 @@ class RunConfig(_Section):
     validation: ValidationConfig = ValidationConfig()
     cost: CostConfig = CostConfig()
     seed: int = Field(default=0, ge=0, lt=2**32)
-    output: str | None = None
+    output: _Path | None = None
     """Run folder, from where the command is started; unset: `runs/` and the config file's name."""
 
     @model_validator(mode="after")

@@ -55,9 +55,14 @@ def locked(folder: Path) -> Iterator[Path]:
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"`{folder}` is in use by another `calibrate` process; wait for it or use another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"output: `{folder}` must be on a filesystem that can lock files, but it cannot ({error}); "
+                "use a folder on a local disk"
             ) from None
         yield folder
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import optuna
@@ -43,6 +45,7 @@ _AIMS = (
     ("analytic", FIRST_SHARE),
     ("uniform", FIRST_SHARE),
 )
+_SQLITE = "sqlite:///study.db"  # the kind of database; `_in_file` says which file
 _HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
 
 
@@ -60,10 +63,13 @@ def open_study(config: SearchConfig, folder: Path) -> optuna.Study:
     # Otherwise Optuna would answer Ctrl-C with a warning about the trial, and a traceback.
     logging.getLogger("optuna").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    shared = config.storage is not None
-    url = config.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    file = folder / "study.db"
     try:
-        storage = optuna.storages.RDBStorage(url, heartbeat_interval=_HEARTBEAT if shared else None)
+        storage = (
+            optuna.storages.RDBStorage(config.storage, heartbeat_interval=_HEARTBEAT)
+            if config.storage is not None
+            else optuna.storages.RDBStorage(_SQLITE, engine_kwargs=_in_file(file))
+        )
         study = optuna.create_study(
             study_name=config.study_name,
             storage=storage,
@@ -72,10 +78,17 @@ def open_study(config: SearchConfig, folder: Path) -> optuna.Study:
         )
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
         reason = str(error).splitlines()[0]
-        raise UserError(f"search.storage: `{url}` cannot be used by Optuna: {reason}") from error
+        place = config.storage or file
+        raise UserError(f"search.storage: `{place}` cannot be used by Optuna: {reason}") from error
     if study.metric_names is None:
         study.set_metric_names(_METRICS)
     return study
+
+
+def _in_file(file: Path, options: str = "") -> dict[str, Any]:
+    """What makes SQLAlchemy open this file: a URL in its place would lose names that hold ?, % or #."""
+    uri = f"file:{quote(str(file.resolve()))}?{options}"
+    return {"creator": lambda: sqlite3.connect(uri, uri=True, check_same_thread=False)}
 
 
 @held_back()
@@ -84,8 +97,9 @@ def read_study(config: SearchConfig, folder: Path) -> optuna.Study:
     file = folder / "study.db"
     if config.storage is None and not os.access(file, os.W_OK):
         # Nothing is written, so nothing has to be locked.
-        url = f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&immutable=1&uri=true"
-        storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
+        storage = optuna.storages.RDBStorage(
+            _SQLITE, engine_kwargs=_in_file(file, "mode=ro&immutable=1"), skip_table_creation=True
+        )
         study = optuna.load_study(study_name=config.study_name, storage=storage)
     else:
         study = open_study(config, folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
@@ -22,23 +23,39 @@ class FileError(ValueError):
     """What a user wrote, in a file or as arguments, breaks a law; the message says which and the cure."""
 
 
+# What YAML 1.1 reads as something else than it looks like: a switch, an octal number, hours and minutes.
+_TRAPS = {
+    "bool": (re.compile("(?!true|false)", re.IGNORECASE), "write true or false"),
+    "int": (re.compile(r"[-+]?(0[0-9_]|.*[_:])"), "write the digits alone, without leading zeros"),
+    "float": (re.compile(".*[_:]"), "write the digits alone"),
+}
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key: YAML would silently keep the last one."""
+    """SafeLoader that refuses YAML's traps, and a repeated key: YAML would silently keep the last one."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.rpartition(":")[2]
         # YAML's patterns and tags accept what Python cannot build: 2024-13-45, 0b_, `!!bool x`.
         try:
-            return super().construct_object(node, deep)
+            built = super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError):
             value = repr(node.value[:60]) if isinstance(node.value, str) else "this"
-            kind = node.tag.rpartition(":")[2]
             problem = f"{value} is not a valid {kind}; correct it, or quote it if it is text"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        if isinstance(node, yaml.ScalarNode) and kind in _TRAPS:
+            trap, cure = _TRAPS[kind]
+            if trap.match(node.value):
+                problem = f"YAML does not read {node.value} as it looks; {cure}, or quote it if it is text"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return built
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         # `!!set [a]` is not a mapping; the base class refuses it and names the line.
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<` stands for keys of another mapping; the base class puts them in
             key = self.construct_object(key_node, deep=deep)
             # YAML allows a list as a key; the base class refuses it and names the line.
             if isinstance(key, Hashable) and key in seen:

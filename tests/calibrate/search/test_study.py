@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import optuna
 import pytest
@@ -105,6 +106,17 @@ def outcome(of: Space, setting: dict, prompt: Prompt) -> Outcome:
         visited,
         skipped,
     )
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "what?now", "é#'x"])
+def test_a_study_stays_in_its_folder_whatever_its_name(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    config = RunConfig.model_validate({"model": {"path": "x"}})
+    open_study(config.search, folder)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [folder / "study.db"]
+    assert not read_study(config.search, folder).trials
 
 
 def test_uniform_and_analytic_warm_starts_are_points_of_the_space() -> None:

@@ -1,0 +1,72 @@
+"""The run config: traps of YAML, and paths as a shell reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from calibrate.errors import FileError
+from calibrate.schema import RunConfig, load_config
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("budget: {kl: yes}", "run.yaml:2: .*does not read yes as it looks"),
+        ("search: {trials: on}", "run.yaml:2: .*does not read on as it looks"),
+        ("search: {trials: true}", "run.yaml:2: search.trials: must not be true or false"),
+        ("prompts: {lengths: [1024, true]}", "run.yaml:2: prompts.lengths: must not be true"),
+        (
+            "target: {min_kv_len: {prefill: true}}",
+            "run.yaml:2: target.min_kv_len: must not be true",
+        ),
+        ("prompts: {lengths: [01024]}", "run.yaml:2: .*01024 .*leading zeros"),
+        ("search: {trials: 1_000}", "run.yaml:2: .*1_000 .*digits alone"),
+        ("cost: {device: 1:30}", "run.yaml:2: .*1:30 .*quote it"),
+    ],
+)
+def test_what_yaml_reads_as_something_else_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(FileError, match=said):
+        load_config(written(tmp_path, f"model: {{path: x}}\n{text}\n"))
+
+
+def test_switches_and_plain_numbers_are_read(tmp_path: Path) -> None:
+    text = "model: {path: x, trust_remote_code: true}\nbudget: {kl: 1e-3}\nseed: 0x10\n"
+    config = load_config(written(tmp_path, text))
+    assert (config.model.trust_remote_code, config.budget.kl, config.seed) == (True, 0.001, 16)
+
+
+def test_merge_keys_are_read(tmp_path: Path) -> None:
+    text = """
+model: {path: x}
+prompts:
+  sources:
+    - &rows {task: file, path: a.jsonl, prompt_field: question}
+    - {<<: *rows, path: b.jsonl, weight: 2}
+"""
+    first, second = load_config(written(tmp_path, text)).prompts.sources
+    paths = [Path(source.path or "").name for source in (first, second)]
+    assert paths == ["a.jsonl", "b.jsonl"]
+    assert (second.prompt_field, second.weight) == ("question", 2)
+
+
+def test_a_repeated_key_beside_a_merge_is_still_refused(tmp_path: Path) -> None:
+    text = "model: &m {path: x}\nbudget: {<<: {kl: 0.1}, kl: 0.2, kl: 0.3}\n"
+    with pytest.raises(FileError, match="key 'kl' is given twice"):
+        load_config(written(tmp_path, text))
+
+
+def test_a_tilde_is_the_users_folder() -> None:
+    model = {"path": "~/model", "tokenizer": "~/tokenizer"}
+    config = RunConfig.model_validate({"model": model, "output": "~/runs/x"})
+    home = os.path.expanduser("~")
+    assert config.model.path == f"{home}/model"
+    assert (config.model.tokenizer, config.output) == (f"{home}/tokenizer", f"{home}/runs/x")

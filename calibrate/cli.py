@@ -319,7 +319,7 @@ def bench(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Entry point: turns the project's two kinds of failure into exit codes 1 and 2."""
+    """Entry point: turns failures into exit codes 1 and 2."""
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # the bars are ours; libraries' would cut through them
@@ -341,7 +341,7 @@ def _finish(finished: Any, as_json: bool) -> None:
     if evidence["verdict"] != "passed":
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "
-            f"`{path}` says dense. Raise the budget, or give the search more trials"
+            f"`{path}` was written with skipping disabled. Raise the budget, or give the search more trials"
         )
     terminal.say(f"passed: {path}")
 

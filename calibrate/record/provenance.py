@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of the source tree this package runs from; None for an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     result = subprocess.run(

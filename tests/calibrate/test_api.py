@@ -73,6 +73,8 @@ def test_a_model_and_prompts_in_memory_are_calibrated(in_memory: calibrate.Run) 
     assert in_memory.config.model.path == "memory://LlamaForCausalLM"
     assert in_memory.thresholds.model.sha256 == in_memory.stats.identity["model"]
     assert in_memory.validation["attempts"]
+    in_a_clone = (ROOT / ".git").exists()
+    assert bool(in_memory.thresholds.provenance["commit"]) == in_a_clone
     assert in_memory.figures.curves("prefill")
     prompts = in_memory._stages.prompts
     assert {split: len(members) for split, members in prompts.items()} == {

@@ -30,7 +30,7 @@ class Row:
         losses: mean of every loss.
         score: share of reference tokens ranked first [points].
         sparsity: achieved, per phase.
-        above_one: a threshold is 1 or more: measured as engines run it, see `above_one`.
+        above_one: a threshold is 1 or more: measured as engines run it (`skip_softmax/meaning/literal.py`).
     """
 
     length: int

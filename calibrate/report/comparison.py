@@ -8,9 +8,10 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from calibrate.loss.losses import FINEST, LOSSES
+from calibrate.record.files import write_output
 from calibrate.report.figures import add_chosen
 from calibrate.report.findings import Findings, findings, percent
-from calibrate.report.page import render, sentence, write
+from calibrate.report.page import render, sentence
 from calibrate.report.style import ACCENT, DASHES, INK, SYMBOLS, finish, upper_bars
 from calibrate.report.tables import compared, config_differences, provenance
 from calibrate.schema import RunConfig
@@ -60,7 +61,7 @@ def write_comparison(
             "b": provenance(runs[1]),
         },
     )
-    return write(html, output or one[0] / "comparison.html")
+    return write_output(output or one[0] / "comparison.html", html)
 
 
 def compared_fronts(runs: Sequence[Findings]) -> go.Figure:

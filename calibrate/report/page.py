@@ -16,15 +16,14 @@ import plotly.graph_objects as go
 import yaml
 from plotly.offline import get_plotlyjs
 
-from calibrate.errors import UserError
 from calibrate.loss.losses import LOSSES
+from calibrate.record.files import write_output
 from calibrate.report.figures import Figures, slider_start
 from calibrate.report.findings import Findings, findings
 from calibrate.report.style import DARK, LIGHT
 from calibrate.report.tables import percent_text, speedup_text, tables_of
 from calibrate.schema import RunConfig
 from calibrate.search.study import read_study
-from skip_softmax.thresholds.yaml_file import write_text_atomically
 
 
 def write_report(folder: Path, config: RunConfig, output: Path | None = None) -> Path:
@@ -53,7 +52,7 @@ def write_report(folder: Path, config: RunConfig, output: Path | None = None) ->
         start={phase: slider_start(found, phase) for phase in found["phases"]},
         config=yaml.safe_dump(found["provenance"]["config"], sort_keys=False),
     )
-    return write(html, output or folder / "report.html")
+    return write_output(output or folder / "report.html", html)
 
 
 def sentence(found: Findings) -> str:
@@ -147,14 +146,3 @@ def render(
         block=block.replace("<", "\\u003c"),
         **values,
     )
-
-
-def write(html: str, path: Path) -> Path:
-    """Writes the page so that a reader sees the old one or the new one, never half of it."""
-    try:
-        write_text_atomically(path, html)
-    except OSError as error:
-        raise UserError(
-            f"`{path}` cannot be written ({error}); choose another file with -o"
-        ) from None
-    return path

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 
 from calibrate.errors import UserError
-from calibrate.prompts import tasks as generators
+from calibrate.prompts import codec as fitting
+from calibrate.prompts import tasks
 from calibrate.prompts.build import Prompt, build
 from calibrate.schema import PromptsConfig, Source
 
-TASKS = list(generators.TASKS)
+TASKS = list(tasks.TASKS)
 SPLITS = ("calibration", "search", "heldout")
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -247,7 +248,7 @@ def test_the_three_most_frequent_coded_words_have_no_tie(length: int) -> None:
 
 def test_every_size_of_frequent_words_has_three_distinct_counts() -> None:
     for size in range(200):
-        body = generators.write("frequent_words", "s", length=1024, size=size).body
+        body = tasks.write("frequent_words", "s", length=1024, size=size).body
         counts = [n for _, n in Counter(body.rsplit("\n\n")[0].split()).most_common()] + [0]
         assert counts[1] > counts[2] > counts[3] > counts[4]
 
@@ -775,11 +776,10 @@ def test_a_long_prompt_is_fitted_in_few_tries(
     smollm2: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = []
-    encode = generators.Codec.encode
+    encode = fitting.Codec.encode
     monkeypatch.setattr(
-        generators.Codec, "encode", lambda self, text: texts.append(len(text)) or encode(self, text)
+        fitting.Codec, "encode", lambda self, text: texts.append(len(text)) or encode(self, text)
     )
-    codec = generators.Codec(smollm2)
-    ids, _ = generators.generate("needle_multikey", "s", 65536, codec)
+    ids, _ = fitting.generate("needle_multikey", "s", 65536, fitting.Codec(smollm2))
     assert len(ids) == 65536
     assert sum(texts) < 10 * len(smollm2.decode(list(ids)))

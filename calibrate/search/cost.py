@@ -94,9 +94,9 @@ def load_curves(
         files = [Path(config.curves)]
     else:
         files = sorted((bench.folder() / "results").glob("*.jsonl"))
-    rows = [row for file in files for row in _rows(file)]
-    devices = sorted({str(row["device"]) for row in rows})
-    rows = [row for row in rows if row["device"] == config.device]
+    by_file = [(file, row) for file in files for row in _rows(file)]
+    devices = sorted({str(row["device"]) for _, row in by_file})
+    rows = [row for _, row in by_file if row["device"] == config.device]
     curves: dict[Phase, Curve] = {}
     backends: dict[Phase, str] = {}
     for phase in PHASES:
@@ -114,7 +114,7 @@ def load_curves(
         curves[phase] = _curve([row for row in mine if row["kv_len"] == length])
     source = {
         "device": config.device,
-        "files": [file.name for file in files],
+        "files": sorted({file.name for file, row in by_file if row["device"] == config.device}),
         "kv_len": {phase: curve.kv_len for phase, curve in curves.items()},
         "backend": backends,
     }

@@ -184,7 +184,7 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write what an engine reads, with a sidecar of evidence; refused where the numbers do not hold."""
+    """Write what an engine reads, with a sidecar of evidence; refused where the numbers would be invalid."""
     import calibrate
 
     made = calibrate.export(

@@ -111,7 +111,7 @@ def in_memory(config: ModelConfig) -> bool:
 
 
 def from_memory(model: Any, tokenizer: Any) -> tuple[LoadedModel, ModelConfig]:
-    """A model that a program holds, ready to run; it is put in eval mode.
+    """A model in memory, ready to run; it is put in eval mode.
 
     Args:
         model: a transformers model.

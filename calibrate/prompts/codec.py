@@ -12,7 +12,7 @@ from calibrate.prompts.tasks import write
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A generated prompt holds as much filler as fits; this much may be left to its lead [tokens].
+# A generated prompt has as much filler as fits; this much may be left to its lead [tokens].
 _ENOUGH = 32
 # The seam between lead and body may tokenise a little differently than the body alone [tokens].
 _SEAM = 4
@@ -28,7 +28,7 @@ class Codec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         plain, full = self.encode("a"), list(tokenizer("a")["input_ids"])
-        # Tokenizers may also add tokens behind (EOS, SEP); a prompt that goes on has none of them.
+        # Tokenizers may also add tokens behind (EOS, SEP); a prompt that continues must not have them.
         starts = (i for i in range(len(full)) if full[i : i + len(plain)] == plain)
         self.prefix: tuple[int, ...] = tuple(full[: next(starts, 0)])
 

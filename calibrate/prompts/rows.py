@@ -77,7 +77,7 @@ def name_of(source: Source) -> str:
 
 
 def from_memory(prompts: Any) -> tuple[Source, list[dict[str, Any]]]:
-    """Prompts that a program holds, as a source and its rows.
+    """Prompts in memory, as a source and its rows.
 
     Args:
         prompts: texts, or dicts with `prompt` and, if there are answers, `answer` or `continuation`; a list,

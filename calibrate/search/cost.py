@@ -88,7 +88,7 @@ def load_curves(
         One curve per phase.
 
     Raises:
-        UserError: the file is missing or damaged, or holds no row of that device and phase.
+        UserError: the file is missing or damaged, or has no row of that device and phase.
     """
     if config.curves is not None:
         files = [Path(config.curves)]

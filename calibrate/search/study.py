@@ -86,7 +86,7 @@ def open_study(config: SearchConfig, folder: Path) -> optuna.Study:
 
 
 def _in_file(file: Path, options: str = "") -> dict[str, Any]:
-    """What makes SQLAlchemy open this file: a URL in its place would lose names that hold ?, % or #."""
+    """What makes SQLAlchemy open this file: a plain URL would mangle a name that contains ?, % or #."""
     uri = f"file:{quote(str(file.resolve()))}?{options}"
     return {"creator": lambda: sqlite3.connect(uri, uri=True, check_same_thread=False)}
 

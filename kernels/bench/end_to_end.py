@@ -6,7 +6,7 @@
 Three settings of the same model on the same prompt: its own attention (SDPA), the kernels with nothing
 skipped, and the kernels as calibrated. Time to first token is a prefill with the logits of the last position;
 time per token is the mean over decode steps behind it, with transformers' dynamic cache, teacher-forced with
-the prompt's own continuation. Wall time holds Python and its kernel launches, which dominate a small model;
+the prompt's own continuation. Wall time includes Python and its launches, which dominate a small model;
 device time is what the GPU was busy, and attention's share of it is what skipping can win. On a CPU there is
 no device time. The gate runs first: with nothing skipped the kernels must give the model's own distributions.
 """

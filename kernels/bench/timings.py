@@ -94,7 +94,7 @@ def ready(call: Callable[[], object], *, captured: bool = True) -> Callable[[], 
         call()
 
     def replay(_reads: Callable[[], object] = call) -> None:
-        # A graph holds addresses, not tensors: the call holds those that only it knows.
+        # A graph keeps addresses, not tensors: the call keeps alive what only it refers to.
         graph.replay()
 
     return replay
@@ -149,7 +149,7 @@ def sdpa_ready(
 def _working(
     name: str, make: Callable[[], Any], truth: torch.Tensor | None, *arguments: float
 ) -> Callable[..., torch.Tensor] | None:
-    """A rival's call, if it runs here and computes the truth (None: not asked); said on stderr if not."""
+    """A rival's call, if it runs here and computes the truth (None: not asked); if not, stderr says why."""
     try:
         call: Callable[..., torch.Tensor] | None = make()
         if call is None:

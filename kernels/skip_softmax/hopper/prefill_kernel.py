@@ -240,7 +240,7 @@ def _settle(n, v, batch, head, row, fetched, s, c):
 
 @gluon.jit
 def _give(number, turn):
-    """Tells the consumers the number of the next item; that of no item ends their loop (`_take`)."""
+    """Tells the consumers the number of the next item; one past the last item ends their loop (`_take`)."""
     wait_for(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
     write(ITEM_AT + 4 * (turn % 2), number)
     arrive(ITEM_THERE + turn % 2)
@@ -334,7 +334,7 @@ def _produce(q, k, v, s, c, counter):
 
 @gluon.jit
 def _take(turn):
-    """The number of the next item; that of no item ends the loop."""
+    """The number of the next item; one past the last item ends the loop."""
     wait_for(ITEM_THERE + turn % 2, (turn // 2) & 1)
     number = read(ITEM_AT + 4 * (turn % 2))
     arrive(ITEM_FREE + turn % 2)
@@ -415,7 +415,7 @@ def _soften(scores, tops, scale, m, l, MASKED: gl.constexpr, S: gl.constexpr):
     m_new = gl.maximum(m, gl.convert_layout(gl.max(tops, 1), gl.SliceLayout(1, S)))
     top = m_new
     if MASKED:
-        # A row without any key so far has top = -inf, and -inf minus -inf is no number.
+        # A row without any key so far has top = -inf, and -inf minus -inf is NaN.
         top = gl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = gl.exp2(m - top)
     p = gl.exp2(scores * scale - top[:, None])

@@ -152,7 +152,7 @@ def online_softmax(
     """
     top = m_new
     if MASKED:
-        # A row without any key so far has top = -inf, and -inf minus -inf is no number.
+        # A row without any key so far has top = -inf, and -inf minus -inf is NaN.
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - top)
     if PARTIAL:

@@ -320,6 +320,18 @@ def _produce(q, k, v, s, c, counter):
                 wait_for(V_FREE + v_slot, v_phase)
                 _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
             n += 1
+        if c.ARMED:
+            if visited == 0:
+                # The last tiles of an earlier item are settled two tiles later. An item without tiles (rows
+                # beyond a short request's end) brings none, and after two of them nobody would take the next
+                # item: the consumers wait for values, and this warp for them.
+                if n >= 2:
+                    _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
+                if n >= 1:
+                    _settle(n - 1, v, batch1, head1, row1, fetched1, s, c)
+                # Settled again with the tiles to come, which then fetches nothing.
+                fetched1 = 1
+                fetched2 = 1
         number = following
     _give(number, turn)
     if c.ARMED:

@@ -160,8 +160,8 @@ def hopper_case(head_dim, armed, lengths="", causal=True):
               "near": "i32", "q_len": "i32", "kv_len": "i32",
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
     heavy, light = hopper.REGISTERS[groups]
-    constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, STATS=bool(lengths),
-                     HEAVY=heavy, LIGHT=light)
+    constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
+                     STATS=bool(lengths), HEAVY=heavy, LIGHT=light)
     for name in ("q_starts", "kv_starts"):
         if lengths != "packed":
             constants[name] = None

@@ -142,6 +142,8 @@ def hopper(
     heavy, light = REGISTERS[groups]
     few = items < FEW_ITEMS * processors
     near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size()) if few else 1
+    # Rows beyond a short request's end, and early rows that see no key, make items without tiles.
+    ragged = any(x is not None for x in (q_lens, kv_lens, q_starts))
     with launching_on(q):
         _hopper[(min(items, processors),)](
             _descriptor(q, ROWS), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
@@ -151,6 +153,7 @@ def hopper(
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
             # Known to be dense on the host: the kernel without skipping.
             ARMED=factors is not None or factor > 0,
+            EMPTY=ragged or (causal and k.shape[2] < most_q),
             STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,
         )  # fmt: skip
     return out, counts

@@ -161,6 +161,23 @@ def test_blocks_beyond_short_requests_hold_nothing_up(head_dim: int) -> None:
 
 
 @on_hopper
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_that_see_no_key_hold_nothing_up(head_dim: int) -> None:
+    """More queries than keys: the first blocks have no tiles, and are given out last, after sparse ones."""
+    p = planted(heads=14, kv_heads=2, q_len=2048, kv_len=2048, head_dim=head_dim, sparsity=0.95)
+    q = torch.cat([torch.randn(1, 14, 9000, head_dim).to(p.q), p.q], dim=2)
+    keywords = {"scale_factor": p.scale_factor, "return_stats": True}
+    _, true = ss.attention(q, p.k, p.v, backend="triton", **keywords)
+    assert true.skipped.sum() > 0
+    for _ in range(20):
+        out, stats = ss.attention(q, p.k, p.v, backend="hopper", **keywords)
+        assert not out[:, :, :9000].any()
+        assert torch.equal(stats.visited, true.visited)
+        assert (stats.skipped - true.skipped).abs().sum() <= 0.001 * true.visited.sum()
+
+
+@on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_zero_is_bit_identical_to_the_kernel_without_skipping(head_dim: int) -> None:
     p = planted(heads=8, q_len=3000, kv_len=3333, head_dim=head_dim)

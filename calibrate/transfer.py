@@ -172,10 +172,10 @@ def _emitted(
         }
     )
     thresholds = emit(
-        thresholds_for(run.loaded, ours, attempt.setting),
+        thresholds_for(run.loaded, ours, attempt.served),
         found.validation,
         {phase: fits[phase] for phase in ours.target.phases},
-        run.space.phase_times(attempt.setting),
+        run.space.phase_times(attempt.served),
         run.cost,
         ours.budget,
         run.provenance(ours),
@@ -186,7 +186,7 @@ def _emitted(
     report = {
         "engine": engine,
         "direct": direct,
-        "used": describe(attempt.setting),
+        "used": describe(attempt.served),
         "of": provenance.digest(source.model_dump(mode="json")),
         "predicted_speedup_before": source.evidence.get("predicted_speedup", {}).get("weighted"),
         "predicted_speedup": thresholds.evidence["predicted_speedup"]["weighted"],

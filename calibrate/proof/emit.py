@@ -44,13 +44,11 @@ def emit(
         if validation.baseline is not None and validation.baseline.passed
         else None
     )
-    uniform = {
-        phase: max(baseline.setting[phase]) if baseline and winner else 0.0 for phase in fits
-    }
+    uniform = {phase: max(baseline.served[phase]) if baseline and winner else 0.0 for phase in fits}
     layers = (
         tuple(
             LayerOverride(
-                layer=index, **{phase: factors[index] for phase, factors in winner.setting.items()}
+                layer=index, **{phase: factors[index] for phase, factors in winner.served.items()}
             )
             for index in range(template.model.layers)
         )
@@ -95,7 +93,7 @@ def _evidence(
         evidence["uniform_baseline"] = {
             "loss": _loss(validation.baseline),
             "sparsity": _sparsity(validation.baseline),
-            "scale_factor": {p: max(f) for p, f in validation.baseline.setting.items()},
+            "scale_factor": {p: max(f) for p, f in validation.baseline.served.items()},
             "predicted_speedup": round(1 / validation.baseline.relative_time, 3),
         }
     if validation.short_prompt is not None:

@@ -142,7 +142,9 @@ def project(
     tried = [point for point in candidates(points, limits, attempts) if point is not direct]
     if not over and direct.skips:
         tried = [direct, *tried][: max(attempts, 2)]
-    result = validate(tried, (), heldout, evaluate, space.statistics, law, None)
+    result = validate(
+        tried, (), heldout, evaluate, space.statistics, law, None, space.relative_time
+    )
     refused = None
     if over:
         refused = "; ".join(

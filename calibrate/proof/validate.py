@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
-from calibrate.proof.verdict import Bound, Law, judge, ran_dense
-from calibrate.search.points import Point
+from calibrate.proof.verdict import Bound, Law, Verdict, judge, ran_dense
+from calibrate.search.points import Point, dense_where_idle
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.types import Phase
 
@@ -29,7 +29,7 @@ class Attempt:
         losses: every loss, with its bound.
         passed: the verdict.
         reason: why it did not pass.
-        relative_time: predicted attention time relative to dense, weighted over phases.
+        relative_time: predicted attention time of `served` relative to dense, weighted over phases.
         sparsity: achieved, per phase.
         by_length: per phase and length: target (from the statistics) and achieved sparsity.
         by_task: mean losses per task.
@@ -46,6 +46,11 @@ class Attempt:
     by_length: dict[Phase, dict[int, dict[str, float]]]
     by_task: dict[str, dict[str, float]]
     prompts: int
+
+    @property
+    def served(self) -> Setting:
+        """What a file may hold of the setting: dense in each phase in which no tile was skipped."""
+        return dense_where_idle(self.setting, self.sparsity)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with each loss under its own name."""
@@ -105,6 +110,7 @@ def validate(
     statistics: Statistics,
     law: Law,
     short: Prompt | None,
+    relative_time: Callable[[Setting], float],
 ) -> Validation:
     """Tries candidates in order until one passes, and then the points with one number per phase.
 
@@ -116,6 +122,7 @@ def validate(
         statistics: of the calibration prompts, for the target sparsities.
         law: what a single attempt would have to meet.
         short: a prompt below `min_kv_len`, or None.
+        relative_time: of a setting, as `Space.relative_time`.
 
     Returns:
         Attempts, baseline and short-prompt check.
@@ -125,7 +132,11 @@ def validate(
         attempts: list[Attempt] = []
         for point in points:
             outcomes = [evaluate(point.setting, prompt) for prompt in prompts]
-            attempts.append(_attempt(point, outcomes, statistics, law.for_each_of(len(points))))
+            verdict = judge(outcomes, tuple(point.setting), law.for_each_of(len(points)))
+            served = dense_where_idle(point.setting, verdict.sparsity)
+            if served != point.setting:
+                point = replace(point, relative_time=relative_time(served))
+            attempts.append(_attempt(point, outcomes, statistics, verdict))
             if attempts[-1].passed:
                 break
         return attempts
@@ -144,9 +155,8 @@ def validate(
 
 
 def _attempt(
-    point: Point, outcomes: Sequence[Outcome], statistics: Statistics, law: Law
+    point: Point, outcomes: Sequence[Outcome], statistics: Statistics, verdict: Verdict
 ) -> Attempt:
-    verdict = judge(outcomes, tuple(point.setting), law)
     return Attempt(
         name=point.name,
         setting=point.setting,

@@ -24,7 +24,7 @@ from calibrate.record.files import as_written, read_json
 from calibrate.record.provenance import digest
 from calibrate.schema import RunConfig
 from calibrate.search.cost import load_curves
-from calibrate.search.points import front
+from calibrate.search.points import dense_where_idle, front
 from calibrate.search.study import points, read_study
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.file import Thresholds
@@ -195,7 +195,12 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
     study = read_study(config.search, folder)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     finished = points(study)
-    chosen = [attempt is not None and point.setting == attempt.setting for point in finished]
+    # What was proven is dense where the trial skipped nothing.
+    chosen = [
+        attempt is not None
+        and attempt.setting in (point.setting, dense_where_idle(point.setting, point.sparsity))
+        for point in finished
+    ]
     trials = [
         {
             "number": trial.number,
@@ -223,7 +228,7 @@ def _phase(
     found: dict[str, Any] = {"curve": _curve(phase, statistics, config), "scale_factor": None}
     if attempt is None:
         return found
-    layers = attempt.setting[phase]
+    layers = attempt.served[phase]
     heads = statistics.counts[phase].shape[1]
     skipped, visited = statistics.skipped(phase, layers), statistics.visited(phase)
     return found | {
@@ -338,7 +343,7 @@ def _speed(
         slope, start = np.polyfit(share, time, 1)
         found["law"] = {"skipped_tile_cost": six(1 + slope), "overhead": six(start - 1)}
     if attempt is not None:
-        factors = attempt.setting[phase]
+        factors = attempt.served[phase]
         layers = statistics.layer_sparsity(phase, factors).tolist()
         relative = cost.relative_time(phase, layers, [factor > 0 for factor in factors])
         found["predicted"] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from calibrate.errors import WorkFailed
 from calibrate.loss.losses import LOSSES, largest_share
@@ -40,8 +40,29 @@ class Point:
 
     @property
     def skips(self) -> bool:
-        """Whether tiles were skipped in every phase of the setting."""
-        return all(self.sparsity[phase] > 0 for phase in self.setting)
+        """Whether tiles were skipped in any phase of the setting."""
+        return any(self.sparsity[phase] > 0 for phase in self.setting)
+
+    def without_idle(self, relative_time: Callable[[Setting], float]) -> Point:
+        """The same point, dense in each phase in which it skipped nothing.
+
+        Without skipping the outputs are those of the dense kernel, so what was measured still holds.
+
+        Args:
+            relative_time: of a setting, as `Space.relative_time`.
+        """
+        setting = dense_where_idle(self.setting, self.sparsity)
+        if setting == self.setting:
+            return self
+        return replace(self, setting=setting, relative_time=relative_time(setting))
+
+
+def dense_where_idle(setting: Setting, sparsity: Mapping[Phase, float]) -> Setting:
+    """A setting with 0 throughout each phase whose measured sparsity is 0."""
+    return {
+        phase: factors if sparsity[phase] > 0 else (0.0,) * len(factors)
+        for phase, factors in setting.items()
+    }
 
 
 def front(points: Sequence[Point], limits: Mapping[str, float]) -> list[Point]:
@@ -65,12 +86,12 @@ def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: i
         Points, the fastest first.
 
     Raises:
-        WorkFailed: no point skips tiles in every phase within the budget.
+        WorkFailed: no point skips any tiles within the budget.
     """
     chosen = _within_shares(points, limits, attempts)
     if not chosen:
         raise WorkFailed(
-            f"no trial skips tiles in every phase within the budget: {_nearest(points, limits)}, or give "
+            f"no trial skips any tiles within the budget: {_nearest(points, limits)}, or give "
             "the search more trials"
         )
     return chosen
@@ -99,7 +120,7 @@ def _nearest(points: Sequence[Point], limits: Mapping[str, float]) -> str:
     """How far the nearest point that skips is from the budget, and which budget to raise."""
     useful = [point for point in points if point.skips]
     if not useful:
-        return f"none skips in every phase; raise `budget.{next(iter(limits))}`"
+        return f"none that ran to its end skips; raise `budget.{next(iter(limits))}`"
     losses = min(useful, key=lambda p: p.share(limits)).losses
     name = max(losses.keys() & limits, key=lambda n: losses[n] / limits[n])
     loss = LOSSES[name]

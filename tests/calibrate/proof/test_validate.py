@@ -77,6 +77,7 @@ def run(evaluate: Any, points: Any = (TEN,), baselines: Any = (), short: Any = N
         Statistics.empty({}, 4, 4, 2, [1024]),
         Law.of(config(**budget)),
         short,
+        lambda setting: 0.9 if any(setting["prefill"]) else 1.0,
     )
 
 
@@ -115,6 +116,31 @@ def test_a_failure_says_why(evaluate: Any, reason: str) -> None:
     result = run(evaluate)
     assert not result.passed
     assert re.search(reason, result.attempts[0].reason or "")
+
+
+def idle_in(phase: str, kl: float = 0.004):
+    """Measures what `evaluator` does, but nothing is skipped in a phase."""
+    measure = evaluator(kl)
+
+    def evaluate(setting: Any, prompt: Prompt) -> Outcome:
+        outcome = measure(setting, prompt)
+        return replace(outcome, skipped={**outcome.skipped, phase: [0] * 4})
+
+    return evaluate
+
+
+def test_a_phase_that_skips_nothing_does_not_fail_the_other(tmp_path: Path) -> None:
+    result = run(idle_in("decode"), baselines=(point(7.0, "uniform"),))
+    attempt = result.attempts[0]
+    assert result.passed and attempt.sparsity == {"prefill": 0.5, "decode": 0.0}
+    assert attempt.setting["decode"] == (10.0,) * 4, "as it was measured"
+    assert attempt.served == {"prefill": (10.0,) * 4, "decode": (0.0,) * 4}
+    assert attempt.relative_time == 0.9, "of what is served"
+    file = emitted(tmp_path, result)
+    assert {file.per_head(layer, "decode") for layer in range(4)} == {(0.0,) * 2}
+    assert {file.per_head(layer, "prefill") for layer in range(4)} == {(10.0,) * 4}
+    assert (file.scale_factor.prefill, file.scale_factor.decode) == (7.0, 0.0)
+    assert not run(idle_in("decode", kl=0.02)).passed, "its loss counts as before"
 
 
 def test_another_loss_in_the_table_is_judged_like_those_that_are_there(

@@ -389,7 +389,8 @@ def test_the_front_and_the_candidates() -> None:
 def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
     limits = config().budget.limits
     with pytest.raises(
-        WorkFailed, match=r"no trial skips tiles in every phase within the budget: none skips"
+        WorkFailed,
+        match=r"no trial skips any tiles within the budget: none that ran to its end skips",
     ):
         candidates([point(0.0, 1.0, share=0.0)], limits, attempts=3)
     with pytest.raises(
@@ -403,6 +404,33 @@ def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
         match=r"has score drop 6.00 points, .* 1.4 .*raise `budget.score_drop`",
     ):
         candidates([dropping], limits, attempts=3)
+
+
+def test_a_phase_that_skips_nothing_is_left_dense_and_the_other_one_is_chosen() -> None:
+    """An idle phase costs the dense time, so a point that only seemed slow may be the fastest."""
+    limits = config().budget.limits
+    both = point(0.001, 0.8)
+    idle = dataclasses.replace(point(0.001, 0.9), sparsity={"prefill": 0.5, "decode": 0.0})
+    assert candidates([idle], limits, attempts=1) == [idle]
+    assert uniform_candidates([dataclasses.replace(idle, name="uniform")], limits, attempts=1)
+
+    def relative_time(setting: dict) -> float:
+        return 0.7 if any(setting["prefill"]) and not any(setting["decode"]) else 2.0
+
+    dense = idle.without_idle(relative_time)
+    assert dense.setting == {"prefill": (1.0,), "decode": (0.0,)}
+    assert (dense.relative_time, dense.losses) == (0.7, idle.losses)
+    assert both.without_idle(relative_time) is both
+    found = [p.without_idle(relative_time) for p in (both, idle)]
+    assert candidates(found, limits, attempts=1) == [dense]
+
+
+@pytest.mark.slow
+def test_an_idle_phase_costs_exactly_the_dense_time() -> None:
+    here = space(config())
+    setting = here.setting(here.seeds()[0][1])
+    times = here.phase_times({**setting, "decode": (0.0,) * len(setting["decode"])})
+    assert times["decode"] == 1.0 and times["prefill"] < 1.0
 
 
 def test_a_drop_of_the_score_counts_as_much_as_kl() -> None:

@@ -356,7 +356,8 @@ class Stages:
         )
 
     def _write_thresholds(self, result: Validation) -> None:
-        winner: Setting = result.attempts[-1].served
+        assert result.chosen is not None  # `candidates` gives at least one
+        winner: Setting = result.chosen.served
         thresholds = emit(
             thresholds_for(self.loaded, self.config, winner),
             result,

@@ -246,8 +246,8 @@ class SearchConfig(_Section):
 class ValidationConfig(_Section):
     """The proof on held-out prompts."""
 
-    attempts: int = Field(default=3, ge=1)
-    """How many points of the front are tried, fastest first; the more, the stricter each one's level."""
+    attempts: int = Field(default=4, ge=1)
+    """How many points of the front are tried at most, the safest first, until one fails."""
     short_prompt: int | None = Field(default=256, ge=16)
     """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""
     bootstrap: int = Field(default=9999, ge=999, le=1_000_000)

@@ -155,7 +155,8 @@ def _projected(run: Stages, ours: RunConfig, winner: Setting, engine: str) -> Pr
 def _emitted(
     run: Stages, ours: RunConfig, found: Projection, source: Thresholds, engine: str
 ) -> Path:
-    attempt = found.validation.attempts[-1]
+    attempt = found.validation.chosen
+    assert attempt is not None  # `project` tries at least one
     if not found.validation.passed:
         raise WorkFailed(
             f"nothing that {find_engine(engine).title} can express stays within the budget on the held-out "

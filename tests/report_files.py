@@ -12,6 +12,11 @@ import numpy as np
 PHASES = ("prefill", "decode")
 
 
+def chosen_of(validation: dict[str, Any]) -> dict[str, Any]:
+    """The attempt that `validation.json` calls chosen."""
+    return dict(validation["attempts"][validation["chosen"]])
+
+
 class Page(HTMLParser):
     """The report's JSON block, its tables as text, and all other text."""
 

@@ -38,7 +38,7 @@ def emit(
     Returns:
         Thresholds with the validated setting, or with 0 everywhere.
     """
-    winner = validation.attempts[-1] if validation.passed else None
+    winner = validation.chosen if validation.passed else None
     baseline = (
         validation.baseline
         if validation.baseline is not None and validation.baseline.passed
@@ -73,20 +73,19 @@ def _evidence(
         "verdict": "passed" if validation.passed else "failed",
         "budget": budget.model_dump(mode="json", exclude_none=True),
     }
-    if validation.attempts:
-        last = validation.attempts[-1]
-        if last.reason is not None:
-            evidence["reason"] = last.reason
+    chosen = validation.chosen
+    if chosen is not None:
+        if chosen.reason is not None:
+            evidence["reason"] = chosen.reason
         evidence |= {
-            "loss": _loss(last),
-            "sparsity": _sparsity(last),
+            "loss": _loss(chosen),
+            "sparsity": _sparsity(chosen),
             "attempts": len(validation.attempts),
         }
-    if validation.passed:
-        weighted = validation.attempts[-1].relative_time
+    if chosen is not None and validation.passed:
         evidence["predicted_speedup"] = {
             **{phase: round(1 / time, 3) for phase, time in times.items()},
-            "weighted": round(1 / weighted, 3),
+            "weighted": round(1 / chosen.relative_time, 3),
             "source": cost.source,
         }
     if validation.baseline is not None:

@@ -139,9 +139,9 @@ def project(
         points.append(measured("projection", space.one_number(lower, dense)))
     direct = points[0]
     over = [name for name, limit in limits.items() if direct.losses[name] > limit]
-    tried = [point for point in candidates(points, limits, attempts) if point is not direct]
-    if not over and direct.skips:
-        tried = [direct, *tried][: max(attempts, 2)]
+    tried = candidates(points, limits, attempts)
+    if not over and direct.skips and direct not in tried:
+        tried = sorted([direct, *tried], key=lambda point: point.share(limits))
     result = validate(
         tried, (), heldout, evaluate, space.statistics, law, None, space.relative_time
     )
@@ -152,9 +152,15 @@ def project(
             f"the budget of {limits[name]:g} {LOSSES[name].unit}"
             for name in over
         )
-    elif result.attempts[0].setting == direct.setting:
-        refused = result.attempts[0].reason
+    else:
+        found = [a for a in result.attempts if a.setting == direct.setting]
+        refused = found[0].reason if found else _behind(result)
     return Projection(direct, refused, result)
+
+
+def _behind(result: Validation) -> str:
+    """Why a setting that was not tried is not believed: a safer one failed."""
+    return f"a safer setting failed before it: {result.attempts[-1].reason}"
 
 
 def describe(setting: Setting) -> dict[str, Any]:

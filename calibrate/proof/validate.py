@@ -76,9 +76,9 @@ class Validation:
     """What the validation found.
 
     Attributes:
-        attempts: candidates in the order they were tried; at most the last one passed.
-        baseline: the best single scale factor per phase on the same prompts: the first that passed, or
-            the last that did not; None if no trial with one number was within the budget.
+        attempts: candidates in the order they were tried.
+        baseline: the best single scale factor per phase on the same prompts, found in the same way;
+            None if no trial with one number was within the budget.
         short_prompt: the check that requests below `min_kv_len` run dense; None: not asked for.
     """
 
@@ -87,15 +87,21 @@ class Validation:
     short_prompt: dict[str, Any] | None
 
     @property
+    def chosen(self) -> Attempt | None:
+        """The last candidate that passed, or if none did the last that was tried; None: none was."""
+        return _chosen(self.attempts)
+
+    @property
     def passed(self) -> bool:
         """Whether a candidate met the budget and short prompts came out dense."""
         short_ok = self.short_prompt is None or bool(self.short_prompt["dense"])
-        return bool(self.attempts) and self.attempts[-1].passed and short_ok
+        return self.chosen is not None and self.chosen.passed and short_ok
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `validation.json`."""
         return {
             "attempts": [attempt.to_json() for attempt in self.attempts],
+            "chosen": self.attempts.index(self.chosen) if self.chosen else None,
             "baseline": self.baseline and self.baseline.to_json(),
             "short_prompt": self.short_prompt,
             "passed": self.passed,
@@ -112,15 +118,19 @@ def validate(
     short: Prompt | None,
     relative_time: Callable[[Setting], float],
 ) -> Validation:
-    """Tries candidates in order until one passes, and then the points with one number per phase.
+    """Tries candidates from safe to bold until one fails, and then the points with one number per phase.
+
+    Fixed-sequence testing (Learn then Test, arXiv 2110.01052, section 3.2): the order was fixed before any
+    held-out prompt was seen, and nothing behind the first failure is believed, so every test has the whole
+    level and the last candidate that passed breaks the promise no more often than one test would.
 
     Args:
-        candidates: from `points.candidates`.
-        baselines: from `points.uniform_candidates`.
+        candidates: from `points.candidates`, the safest first.
+        baselines: from `points.uniform_candidates`, the safest first.
         prompts: held-out prompts.
         evaluate: runs one prompt with a setting.
         statistics: of the calibration prompts, for the target sparsities.
-        law: what a single attempt would have to meet.
+        law: what each candidate must meet.
         short: a prompt below `min_kv_len`, or None.
         relative_time: of a setting, as `Space.relative_time`.
 
@@ -132,26 +142,32 @@ def validate(
         attempts: list[Attempt] = []
         for point in points:
             outcomes = [evaluate(point.setting, prompt) for prompt in prompts]
-            verdict = judge(outcomes, tuple(point.setting), law.for_each_of(len(points)))
+            verdict = judge(outcomes, tuple(point.setting), law)
             served = dense_where_idle(point.setting, verdict.sparsity)
             if served != point.setting:
                 point = replace(point, relative_time=relative_time(served))
             attempts.append(_attempt(point, outcomes, statistics, verdict))
-            if attempts[-1].passed:
+            if not attempts[-1].passed:
                 break
         return attempts
 
     attempts, compared = attempted(candidates), attempted(baselines)
-    checked = None
-    if short is not None and attempts:
-        outcome = evaluate(attempts[-1].setting, short)
+    chosen, checked = _chosen(attempts), None
+    if short is not None and chosen is not None:
+        outcome = evaluate(chosen.setting, short)
         checked = {
             "tokens": len(short.ids),
             "skipped_tiles": sum(sum(layers) for layers in outcome.skipped.values()),
             FINEST: outcome.losses[FINEST],
             "dense": ran_dense(outcome, law),
         }
-    return Validation(tuple(attempts), compared[-1] if compared else None, checked)
+    return Validation(tuple(attempts), _chosen(compared), checked)
+
+
+def _chosen(attempts: Sequence[Attempt]) -> Attempt | None:
+    # Earlier versions went from bold to safe, and the last one tried was the one that passed.
+    passed = [attempt for attempt in attempts if attempt.passed]
+    return (passed or [*attempts])[-1] if attempts else None
 
 
 def _attempt(

@@ -1,9 +1,8 @@
 """The law of passing: every loss's upper confidence bound is within its budget, and a phase skips.
 
 Non-inferiority, paired: every prompt is its own control, prompts are the unit that is resampled,
-and the upper confidence bound must stay within the budget, not the mean. When several candidates
-are tried, each is held to a stricter level (Bonferroni), so that trying more does not make a false
-pass more likely.
+and the upper confidence bound must stay within the budget, not the mean. Several candidates are tried
+in an order fixed beforehand, each at the full level (`validate.validate`).
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Law:
 
     @classmethod
     def of(cls, config: RunConfig) -> Law:
-        """A run's law for one attempt."""
+        """A run's law."""
         return cls(
             config.budget.limits,
             config.budget.confidence,
@@ -57,10 +56,6 @@ class Law:
             config.validation.bootstrap,
             config.seed,
         )
-
-    def for_each_of(self, attempts: int) -> Law:
-        """The law that each of several attempts must meet (Bonferroni)."""
-        return replace(self, confidence=1.0 - (1.0 - self.confidence) / max(attempts, 1))
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         config: the run's config.
 
     Returns:
-        `name`, `folder`, `verdict`, `budget`, `trials`, `pruned`, `front`, `heldout` (the chosen setting,
-        earlier candidates, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
+        `name`, `folder`, `verdict`, `budget`, `trials`, `pruned`, `front`, `heldout` (all candidates, the
+        chosen one, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
         `sparsity` and so on) and `provenance`. `losses` has every loss by its name in `LOSSES`; the `loss`
         of a layer that skips alone is `FINEST`.
 
@@ -60,7 +60,7 @@ def findings(folder: Path, config: RunConfig) -> Findings:
     thresholds = None
     if validation is not None and (folder / "thresholds.yaml").exists():
         thresholds = Thresholds.load(folder / "thresholds.yaml")
-    *earlier, attempt = (validation.attempts if validation else ()) or (None,)
+    attempt = validation.chosen if validation else None
     baseline = validation.baseline if validation else None
     with as_written(folder / "heldout.json"):
         outcomes = _outcomes(folder, attempt)
@@ -92,7 +92,9 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         "geometry": config.geometry.model_dump(mode="json"),
         **_search(folder, config, attempt),
         "heldout": {
-            "earlier": [_attempt(candidate) for candidate in earlier],
+            "attempts": [_attempt(candidate) for candidate in validation.attempts]
+            if validation
+            else [],
             "searched": _attempt(attempt),
             "uniform": _attempt(baseline),
         },

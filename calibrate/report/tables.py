@@ -31,12 +31,13 @@ def tables_of(found: Findings) -> dict[str, Table]:
 
 
 def heldout(found: Findings) -> Table:
-    """All candidates, the last of which is the result, and one number per phase, on the held-out prompts."""
+    """All candidates, from safe to bold, and one number per phase, on the held-out prompts."""
     rows = found["heldout"]
-    last, uniform = rows["searched"], rows["uniform"]
-    named = [(f"candidate {index}", row) for index, row in enumerate(rows["earlier"], start=1)]
-    if last is not None:
-        named.append(("chosen" if last["passed"] else "last candidate", last))
+    searched, uniform = rows["searched"], rows["uniform"]
+    named = [
+        ("chosen" if row == searched and row["passed"] else f"candidate {index}", row)
+        for index, row in enumerate(rows["attempts"], start=1)
+    ]
     if uniform is not None:
         named.append(("best single number", uniform))
     return Table(

@@ -10,10 +10,9 @@ from calibrate.loss.losses import LOSSES, largest_share
 from calibrate.model.section import Setting
 from skip_softmax.thresholds.types import Phase
 
-# The search prompts are few, and a winner is chosen on them, so its loss there is too good: the first
-# candidate already keeps a margin, and each further one may spend half of what the one before could.
-FIRST_SHARE = 0.7
-SHRINK = 0.5
+# Shares of the budget, on the search prompts, of the safest and the boldest candidate. The safest one must
+# pass or nothing does, and a bound above few held-out prompts can be three times their mean.
+SAFEST, BOLDEST = 0.3, 1.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,10 @@ def front(points: Sequence[Point], limits: Mapping[str, float]) -> list[Point]:
 
 
 def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: int) -> list[Point]:
-    """What the validation should try: the fastest point within each of shrinking shares of the budget.
+    """What the validation should try, in order: the fastest point within each of rising shares of the budget.
+
+    The order and the number are fixed before any held-out prompt is seen, as fixed-sequence testing
+    requires (`validate.validate`).
 
     Args:
         points: measured settings.
@@ -83,15 +85,16 @@ def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: i
         attempts: how many candidates at most.
 
     Returns:
-        Points, the fastest first.
+        Points, the safest first; each spends more of the budget and is faster than the one before.
 
     Raises:
         WorkFailed: no point skips any tiles within the budget.
     """
     chosen = _within_shares(points, limits, attempts)
     if not chosen:
+        boldest = _shares(attempts)[-1]
         raise WorkFailed(
-            f"no trial skips any tiles within the budget: {_nearest(points, limits)}, or give "
+            f"no trial skips any tiles within the budget: {_nearest(points, limits, boldest)}, or give "
             "the search more trials"
         )
     return chosen
@@ -108,15 +111,22 @@ def _within_shares(
     points: Sequence[Point], limits: Mapping[str, float], attempts: int
 ) -> list[Point]:
     chosen: list[Point] = []
-    for attempt in range(attempts):
-        share = FIRST_SHARE * SHRINK**attempt
-        within = [p for p in points if p.skips and p.share(limits) <= share and p not in chosen]
-        if within:
-            chosen.append(min(within, key=lambda p: (p.relative_time, p.share(limits))))
+    for share in _shares(attempts):
+        within = [p for p in points if p.skips and p.share(limits) <= share]
+        fastest = min(within, key=lambda p: (p.relative_time, p.share(limits)), default=None)
+        if fastest is not None and fastest not in chosen:
+            chosen.append(fastest)
     return chosen
 
 
-def _nearest(points: Sequence[Point], limits: Mapping[str, float]) -> str:
+def _shares(attempts: int) -> list[float]:
+    """Shares of the budget that the candidates may spend, rising; a single one takes the middle."""
+    if attempts == 1:
+        return [(SAFEST + BOLDEST) / 2]
+    return [SAFEST + (BOLDEST - SAFEST) * i / (attempts - 1) for i in range(attempts)]
+
+
+def _nearest(points: Sequence[Point], limits: Mapping[str, float], share: float) -> str:
     """How far the nearest point that skips is from the budget, and which budget to raise."""
     useful = [point for point in points if point.skips]
     if not useful:
@@ -126,6 +136,5 @@ def _nearest(points: Sequence[Point], limits: Mapping[str, float]) -> str:
     loss = LOSSES[name]
     return (
         f"the nearest one that skips has {loss.title} {loss.text(losses[name])} {loss.unit}, where a "
-        f"candidate may have {FIRST_SHARE * limits[name]:g} ({FIRST_SHARE:g} of the budget); raise "
-        f"`budget.{name}`"
+        f"candidate may have {share * limits[name]:g}; raise `budget.{name}`"
     )

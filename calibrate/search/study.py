@@ -27,7 +27,7 @@ from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.record.interrupts import AtOnce, held_back
 from calibrate.schema import SearchConfig
-from calibrate.search.points import FIRST_SHARE, SHRINK, Point
+from calibrate.search.points import BOLDEST, SAFEST, Point
 from calibrate.search.space import Params, Space
 from skip_softmax.thresholds.types import PHASES
 
@@ -36,15 +36,16 @@ Evaluate = Callable[[Setting, Prompt], Outcome]
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _METRICS = ["largest share of a budget", "predicted attention time"]
 _METRIC_BEFORE = "loss [nats/token]"  # of studies that earlier versions made: the KL
-# After the first warm starts, later ones target these shares of the budget, using the losses measured
-# so far: the shares that validation asks for. A second try corrects the first.
-_AIMS = (
-    ("analytic", FIRST_SHARE),
-    ("uniform", FIRST_SHARE),
-    ("analytic", FIRST_SHARE * SHRINK),
-    ("analytic", FIRST_SHARE),
-    ("uniform", FIRST_SHARE),
+# After the first warm starts, later ones target these shares of the budget, using the losses measured so
+# far: those of the candidates, so that the path from safe to bold has points. A second try corrects the
+# first.
+_MIDDLE = (SAFEST + BOLDEST) / 2
+_AIMS = tuple(
+    (name, share)
+    for share in (_MIDDLE, BOLDEST, SAFEST, BOLDEST, _MIDDLE)
+    for name in ("analytic", "uniform")
 )
+_SAMPLED = 4  # one trial in so many, at least, is the sampler's
 _SQLITE = "sqlite:///study.db"  # the kind of database; `_in_file` says which file
 _HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
 
@@ -152,8 +153,7 @@ def search(
     shared = config.storage is not None
     seeds = space.seeds()
     bounds = space.bounds()
-    # At least as many trials are left to the sampler.
-    aims = _AIMS[: max(config.trials - len(seeds), 0) // 2]
+    aims = _AIMS[: max(config.trials - len(seeds) - config.trials // _SAMPLED, 0)]
     # The value of a trial is its largest loss / scale; `whole` is the value that spends the budget. Values
     # of one study must compare, so a study that began with the KL itself keeps it.
     scales, whole = limits, 1.0

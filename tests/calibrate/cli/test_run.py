@@ -12,6 +12,7 @@ from conftest import (
     Finished,
     Result,
 )
+from report_files import chosen_of
 
 from skip_softmax.thresholds.file import Thresholds
 
@@ -60,7 +61,7 @@ def test_run_prints_the_table_on_stdout_uncut(
     assert result.code == 0, result.stderr
     assert "best single number" in result.stdout
     assert "…" not in result.stdout
-    kl = json.loads((finished.folder / "validation.json").read_text())["attempts"][-1]["kl"]["mean"]
+    kl = chosen_of(json.loads((finished.folder / "validation.json").read_text()))["kl"]["mean"]
     assert f"{kl:#.3g}" in result.stdout
 
 

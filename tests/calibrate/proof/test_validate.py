@@ -15,7 +15,7 @@ from calibrate.loss.losses import LOSSES, Loss
 from calibrate.loss.measure import Outcome
 from calibrate.prompts.build import Prompt
 from calibrate.proof.emit import emit
-from calibrate.proof.validate import validate
+from calibrate.proof.validate import Validation, validate
 from calibrate.proof.verdict import Law, judge, upper_bound
 from calibrate.schema import CostConfig, RunConfig
 from calibrate.search.cost import Cost, Curve, load_curves
@@ -168,26 +168,41 @@ def test_no_observed_drop_is_no_proof_of_no_drop() -> None:
     assert run(evaluator(0.001, drop=20.0), score_drop=None).passed
 
 
-def test_more_candidates_mean_a_stricter_level_and_stop_at_the_first_pass() -> None:
-    one = run(evaluator(0.004), score_drop=None)
-    three = run(evaluator(0.004), points=(point(3.0), point(2.0), point(1.0)), score_drop=None)
-    assert one.attempts[0].losses["kl"].confidence == pytest.approx(0.95)
-    assert three.attempts[0].losses["kl"].confidence == pytest.approx(1 - 0.05 / 3)
-    assert three.attempts[0].losses["kl"].upper > one.attempts[0].losses["kl"].upper
-    assert len(three.attempts) == 1
-
-
-def test_single_numbers_are_tried_until_one_holds() -> None:
-    """A file for an engine that takes one number should hold one, if a slower one would do."""
-    ten, five = point(10.0), point(5.0)
+def by_factor(*failing: float):
+    """Settings with one of these factors lose too much."""
 
     def evaluate(setting: Any, prompt: Any):
-        return evaluator(0.02 if setting == ten.setting else 0.002)(setting, prompt)
+        return evaluator(0.02 if setting["prefill"][0] in failing else 0.002)(setting, prompt)
 
-    found = run(evaluate, points=(five,), baselines=(ten, five), score_drop=None)
+    return evaluate
+
+
+def test_candidates_are_tried_at_the_full_level_until_one_fails() -> None:
+    """Fixed sequence: what lies behind the first failure is not believed, and not even run."""
+    four = tuple(point(factor) for factor in (1.0, 2.0, 3.0, 4.0))
+    found = run(by_factor(3.0), points=four, score_drop=None)
+    assert [attempt.setting["prefill"][0] for attempt in found.attempts] == [1.0, 2.0, 3.0]
+    assert {attempt.losses["kl"].confidence for attempt in found.attempts} == {0.95}
+    assert found.passed and found.chosen == found.attempts[1]
+    assert run(by_factor(), points=four, score_drop=None).chosen.setting == four[3].setting
+    none = run(by_factor(1.0), points=four, score_drop=None)
+    assert not none.passed and len(none.attempts) == 1 and none.chosen == none.attempts[0]
+
+
+def test_a_validation_of_an_earlier_version_went_from_bold_to_safe() -> None:
+    bold, safe = (
+        run(by_factor(10.0), points=(point(f),), score_drop=None).attempts[0] for f in (10.0, 5.0)
+    )
+    assert Validation((bold, safe), None, None).chosen == safe
+
+
+def test_single_numbers_are_tried_in_the_same_way() -> None:
+    """A file for an engine that takes one number should hold one, if a slower one would do."""
+    ten, five = point(10.0), point(5.0)
+    evaluate = by_factor(10.0)
+    found = run(evaluate, points=(five,), baselines=(five, ten), score_drop=None)
     assert found.baseline is not None and found.baseline.passed
     assert found.baseline.setting == five.setting
-    assert found.baseline.losses["kl"].confidence == pytest.approx(1 - 0.05 / 2)
     none_holds = run(evaluate, points=(five,), baselines=(ten,), score_drop=None)
     assert none_holds.baseline is not None and not none_holds.baseline.passed
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from optuna.trial import TrialState
-from report_files import PHASES, close, read
+from report_files import PHASES, chosen_of, close, read
 
 import calibrate
 from calibrate.errors import UserError
@@ -35,7 +35,7 @@ def test_trials_are_the_study(run: calibrate.Run, found: dict[str, Any]) -> None
             [row["sparsity"][phase] for row in found["trials"]],
             [trial.user_attrs["sparsity"][phase] for trial in trials],
         )
-    winner = run.validation["attempts"][-1]["setting"]
+    winner = chosen_of(run.validation)["setting"]
     (chosen,) = [row["number"] for row in found["trials"] if row["chosen"]]
     assert trials[chosen].user_attrs["setting"] == winner
     for point in found["front"]:
@@ -49,7 +49,7 @@ def test_trials_are_the_study(run: calibrate.Run, found: dict[str, Any]) -> None
 
 def test_heldout_numbers_are_the_validation(run: calibrate.Run, found: dict[str, Any]) -> None:
     for key, row in (
-        ("searched", run.validation["attempts"][-1]),
+        ("searched", chosen_of(run.validation)),
         ("uniform", run.validation["baseline"]),
     ):
         shown = found["heldout"][key]
@@ -110,7 +110,7 @@ def test_curves_are_the_statistics_at_bin_edges(
 
 
 def test_tasks_are_the_heldout_prompts(run: calibrate.Run, found: dict[str, Any]) -> None:
-    winner = digest(run.validation["attempts"][-1]["setting"])
+    winner = digest(chosen_of(run.validation)["setting"])
     keys = {row["key"] for row in map(_with_key, read(run.folder, "prompts.json")["heldout"])}
     rows = [
         row
@@ -123,7 +123,7 @@ def test_tasks_are_the_heldout_prompts(run: calibrate.Run, found: dict[str, Any]
         kl = shown["losses"]["kl"]
         close(sorted(kl["values"]), sorted(row["losses"]["kl"] for row in mine))
         close(kl["mean"], np.mean([row["losses"]["kl"] for row in mine]))
-        close(kl["mean"], run.validation["attempts"][-1]["by_task"][task]["kl"])
+        close(kl["mean"], chosen_of(run.validation)["by_task"][task]["kl"])
         assert kl["mean"] <= kl["upper"] <= max(kl["values"])
         drops = [row["losses"]["score_drop"] for row in mine]
         close(sorted(shown["losses"]["score_drop"]["values"]), sorted(drops))
@@ -177,12 +177,12 @@ def test_missing_statistics_are_named(copy: Path) -> None:
     [
         (("attempts",), None, "attempts"),
         (("attempts",), 3, "attempts"),
-        (("attempts", -1, "setting"), None, r"attempts\.0\.setting"),
+        (("attempts", -1, "setting"), None, r"attempts\.\d\.setting"),
         (("attempts", -1, "setting", "decode"), [1.0], "setting must have decode"),
         (("attempts", -1, "sparsity"), {"prefill": 0.5}, "sparsity must have decode"),
         (("attempts", -1, "by_length"), {}, "by_length must have prefill"),
-        (("attempts", -1, "relative_time"), "fast", r"attempts\.0\.relative_time.*'fast'"),
-        (("attempts", -1, "kl", "mean"), [], r"attempts\.0\.kl\.mean"),
+        (("attempts", -1, "relative_time"), "fast", r"attempts\.\d\.relative_time.*'fast'"),
+        (("attempts", -1, "kl", "mean"), [], r"attempts\.\d\.kl\.mean"),
         (("baseline",), {"name": "uniform"}, r"baseline\.setting"),
         (("short_prompt",), [], "short_prompt"),
     ],
@@ -207,9 +207,7 @@ def test_an_edited_validation_is_named_with_its_key(
 @pytest.mark.parametrize("name", ["heldout.json", "fit.json", "sensitivity.json", "run.json"])
 def test_other_edited_files_are_named(copy: Path, name: str) -> None:
     edited = {
-        "heldout.json": {
-            f"{digest(read(copy, 'validation.json')['attempts'][-1]['setting'])}:a": {}
-        },
+        "heldout.json": {f"{digest(chosen_of(read(copy, 'validation.json'))['setting'])}:a": {}},
         "fit.json": {"prefill": {}},
         "sensitivity.json": ["a"],
         "run.json": {"model": [], "seconds": {"validation": 1}},

@@ -379,10 +379,12 @@ def test_the_front_and_the_candidates() -> None:
     )
     limits = config().budget.limits
     assert front([slow, good, wild, beaten], limits) == [wild, good, slow]
-    assert candidates([slow, good, wild, beaten], limits, attempts=3) == [good, slow]
-    single = [point(0.006, 0.7, "uniform"), point(0.003, 0.8, "uniform")]
+    # From safe to bold, each faster than the one before, none above the budget.
+    assert candidates([slow, good, wild, beaten], limits, attempts=3) == [slow, good]
+    assert candidates([slow, good, wild, beaten], limits, attempts=1) == [good]
+    single = [point(0.003, 0.8, "uniform"), point(0.006, 0.7, "uniform")]
     beyond = point(0.05, 0.1, "uniform")
-    assert uniform_candidates([slow, *single, beyond], limits, attempts=3) == single
+    assert uniform_candidates([slow, *single[::-1], beyond], limits, attempts=3) == single
     assert uniform_candidates([slow], limits, attempts=3) == []
 
 
@@ -395,13 +397,13 @@ def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
         candidates([point(0.0, 1.0, share=0.0)], limits, attempts=3)
     with pytest.raises(
         WorkFailed,
-        match=r"nearest one that skips has KL 0.500 nats/token, .* 0.007 .*raise `budget.kl`",
+        match=r"nearest one that skips has KL 0.500 nats/token, .* 0.01; raise `budget.kl`",
     ):
         candidates([point(0.5, 0.7)], limits, attempts=3)
     dropping = dataclasses.replace(point(0.001, 0.7), losses={"kl": 0.001, "score_drop": 6.0})
     with pytest.raises(
         WorkFailed,
-        match=r"has score drop 6.00 points, .* 1.4 .*raise `budget.score_drop`",
+        match=r"has score drop 6.00 points, .* 2; raise `budget.score_drop`",
     ):
         candidates([dropping], limits, attempts=3)
 
@@ -439,6 +441,7 @@ def test_a_drop_of_the_score_counts_as_much_as_kl() -> None:
     slow, fast = point(0.001, 0.9), point(0.001, 0.5)
     fast = dataclasses.replace(fast, losses={"kl": 0.001, "score_drop": 1.8})
     assert fast.share(limits) == pytest.approx(0.9)
+    assert candidates([slow, fast], limits, attempts=2) == [slow, fast]
     assert candidates([slow, fast], limits, attempts=1) == [slow]
     assert candidates([slow, fast], {"kl": 0.01}, attempts=1) == [fast]
 

@@ -1,8 +1,8 @@
-"""What capture costs on this CPU: one counting pass against a plain forward of the same prompt.
+"""What capture costs on this CPU: one counting pass compared with a plain forward of the same prompt.
 
 Usage: python kernels/bench/capture_cpu.py [MODEL] > kernels/bench/results/capture-cpu.json
-The model defaults to the demo's. The gate runs first: the counting pass must give the plain model's
-logits.
+The model defaults to the demo's. The gate runs first: the logits of the counting pass must be
+the plain model's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(path: str) -> None:
             raise SystemExit(
                 f"gate: capture differs from the plain forward by {error:.2g}; no timing is reported"
             )
-        # In turns, so that a slow moment of the machine meets both.
+        # In turns, so that a slow moment of the machine affects both.
         pairs = [
             (
                 seconds(lambda p=prompt: forward(loaded, p)),

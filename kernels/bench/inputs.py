@@ -1,11 +1,11 @@
-"""Inputs whose tiles skip as asked: random scores skip nothing, so structure is planted.
+"""Inputs whose tiles are skipped as requested: random scores skip nothing, so structure is planted.
 
 Both kinds have a sink in the first tile, as causal language models do. `blocks` gives every KV tile a level:
 loud tiles are kept and quiet ones skipped, for all rows alike or for several groups of rows, each with
-levels of its own. `sink` plants the sink alone: which tiles fall below the threshold is then noise,
-independent from vote to vote, the hardest case for a kernel whose block holds several votes.
+levels of its own. `sink` plants only the sink, so noise decides, independently in each vote, which tiles fall
+below the threshold: the hardest case for a kernel whose block contains several votes.
 
-The bench times these inputs and the kernel tests compare decisions on them.
+The bench times these inputs, and the kernel tests compare decisions on them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 Kind = Literal["blocks", "sink"]
 
 QUIET, LOUD, CUT = -13.0, -2.5, -8.0  # level of quiet and loud tiles, and the threshold [nats]
-STRENGTH = 4.0  # of a planted channel in q; the key's part carries the level
-SINK = 6.0  # how far the sink stands above the mean score of `sink` inputs [nats]
+STRENGTH = 4.0  # of a planted channel in q; the level is in the key's channel
+SINK = 6.0  # how far the sink is above the mean score of `sink` inputs [nats]
 
 
 def planted(
@@ -48,14 +48,14 @@ def planted(
         kv_heads: KV heads.
         q_len: query rows per request.
         kv_len: keys per request [tokens].
-        head_dim: columns.
+        head_dim: columns of all three.
         tile_kv: keys per tile [tokens].
         sparsity: share of quiet tiles, in [0, 1]; `sink` takes any and is set by its scale factor.
         dtype: of all three.
-        device: where.
+        device: where they are made.
         seed: of the random numbers.
-        groups: of rows, each with its own quiet tiles and planted channel (`blocks` only).
-        tile_q: rows of a group that stand together; row r is of group r // tile_q % groups.
+        groups: how many groups of rows, each with its own quiet tiles and planted channel (`blocks` only).
+        tile_q: adjacent rows of one group; row r belongs to group r // tile_q % groups.
 
     Returns:
         q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D], scale factor [tokens].
@@ -71,7 +71,7 @@ def planted(
     v = normal(batch, kv_heads, kv_len, head_dim)
     tiles = -(-kv_len // tile_kv)
     if kind == "blocks":
-        # Tile 0 holds the sink, the last tiles the diagonal: quiet tiles are spread evenly between.
+        # Quiet tiles are spread evenly between the sink in tile 0 and the diagonal in the last tiles.
         shuffled = torch.rand(batch, kv_heads, groups, tiles, device=device, generator=generator)
         level = torch.where(shuffled < sparsity, QUIET, LOUD)
         level[..., 0] = 0.0

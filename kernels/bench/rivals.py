@@ -1,4 +1,4 @@
-"""Dense and skipping attention of others, as calls without arguments: what our kernels are compared with."""
+"""Attention of other libraries, as calls without arguments: what our kernels are compared with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WORKSPACE = 128 << 20  # of fmha_v2 [bytes]
 
 @cache
 def say(message: str) -> None:
-    """A line on stderr, once."""
+    """Prints a line on stderr, once per message."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -43,8 +43,8 @@ def sdpa(
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Attention of cuDNN and of flash, through PyTorch.
 
-    A causal call gets keys that are repeated here, outside the time, which favours them. A decode call is
-    a matter of bytes, so there its keys are shared by the kernel.
+    For a causal call the keys are repeated here, outside the timing, which favours the rivals. A decode call
+    is bound by memory traffic, so there the kernel itself shares keys between heads.
     """
     group = q.shape[1] // k.shape[1]
     if causal:
@@ -62,7 +62,7 @@ def sdpa(
 @cache
 def _flashinfer() -> ModuleType | None:
     if importlib.util.find_spec("flashinfer") is None:
-        say("flashinfer is not installed: it is not measured")
+        say("flashinfer is not installed, so it is not measured")
         return None
     return importlib.import_module("flashinfer")
 
@@ -88,11 +88,11 @@ def _fmha_v2() -> Callable[..., torch.Tensor] | None:
     prefill = importlib.import_module("flashinfer.prefill")
     function: Callable[..., torch.Tensor] | None = getattr(prefill, "trtllm_fmha_v2_prefill", None)
     if function is None:
-        say("this flashinfer has no trtllm_fmha_v2_prefill: it is not measured")
+        say("this flashinfer has no trtllm_fmha_v2_prefill, so it is not measured")
         return None
     missing = FMHA_V2_KEYWORDS - set(inspect.signature(function).parameters)
     if missing:
-        say(f"flashinfer's trtllm_fmha_v2_prefill has no {sorted(missing)}: it is not measured")
+        say(f"flashinfer's trtllm_fmha_v2_prefill has no {sorted(missing)}, so it is not measured")
         return None
     return function
 

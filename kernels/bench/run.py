@@ -1,6 +1,6 @@
 """Times of the kernels on this GPU: the gate first, then one row per measurement.
 
-The gate compares output and decisions with the reference on this device; when it is red nothing is
+The gate compares output and decisions with the reference on this device; if it is red, nothing is
 timed. Rivals are measured in the same run: cuDNN and flash attention through PyTorch, FlashInfer where it
 is installed. The table goes to stdout, everything else to stderr.
 """
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         0 done, 1 the gate is red or the work failed, 2 the input is wrong.
     """
     options = _options(arguments, prog)
-    # Only now: a mistake in the command is told before torch is loaded, and `--help` never loads it.
+    # Only now: a mistake in the command is reported before torch is loaded, and `--help` never loads it.
     import torch
 
     if not torch.cuda.is_available():
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         code = 1
         problem = (
             f"the inputs must fit the GPU's memory, but: {str(error).splitlines()[0]}; lower --length or "
-            "--decode, or end what else runs there"
+            "--decode, or stop what else runs on this GPU"
         )
     except NotImplementedError as error:
         code, problem = 2, f"each --backend must run each shape, but {error}"
@@ -114,24 +114,24 @@ def _options(arguments: list[str] | None, prog: str | None) -> argparse.Namespac
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument(
         "--backend", action="append", type=_backends, metavar="NAME[,NAME]",
-        help=f"kernels to time, of {', '.join(BACKENDS)}; may be repeated (default: triton)",
+        help=f"kernels to time, from {', '.join(BACKENDS)}; may be repeated (default: triton)",
     )  # fmt: skip
     parser.add_argument(
         "--length", nargs="+", type=_positive, default=[16384, 65536], metavar="TOKENS",
-        help="of prefill and statistics",
+        help="for prefill and statistics",
     )  # fmt: skip
     parser.add_argument(
         "--head-dim", nargs="+", type=_positive, default=[128, 64], metavar="SIZE",
-        help="of all phases",
+        help="for all phases",
     )  # fmt: skip
     parser.add_argument(
         "--decode", nargs="+", type=_case, default=[(64, 16384), (1, 131072)], metavar="BATCHxTOKENS",
-        help="cases of decode",
+        help="decode cases",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--repeats", type=_positive, default=15, help="times per measurement")
+    parser.add_argument("--repeats", type=_positive, default=15, help="timed calls per measurement")
     parser.add_argument("--output", type=Path, help="JSON lines are appended here")
-    parser.add_argument("--plot", type=Path, help="speed-up against sparsity, needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="speed-up against sparsity; needs matplotlib")
     parser.add_argument("--commit", default=_commit(), help="written into each row")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     options = parser.parse_args(arguments)
@@ -216,7 +216,7 @@ COLUMNS = (
 
 
 def _cells(row: Row) -> list[str]:
-    """A row as `COLUMNS` shows it; a dash where it has no such number."""
+    """A row as `COLUMNS` shows it; a dash where it has no number."""
 
     def number(key: str, form: str) -> str:
         return "–" if row.get(key) is None else form.format(row[key])
@@ -284,7 +284,7 @@ def plot(rows: list[Row], path: Path) -> None:
             axis.axhline(1.0, color="black", linestyle=":", label="cuDNN, dense")
         axis.set(
             xlabel="skipped tiles / visited tiles",
-            ylabel="speed-up to cuDNN's dense" if phase == "prefill" else "speed-up to own dense",
+            ylabel="speed-up over cuDNN dense" if phase == "prefill" else "speed-up over own dense",
             title=f"{phase}, head_dim {head_dim}",
         )
         axis.legend(fontsize=7)

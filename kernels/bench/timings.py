@@ -1,8 +1,8 @@
-"""The gate, and what is measured behind it; `run.py` is the command line.
+"""The gate, and the measurements that follow it; `run.py` is the command line.
 
-Times are medians of replays of captured graphs, by device events, queued one behind another: what the device
-does for one call, without the host's part. Everything that is compared takes turns, for the clock moves with
-the load. FlashInfer's calls are queued too, but neither captured nor in turns.
+Times are medians of queued replays of captured graphs, by device events: what the device does for one call,
+without the host's part. Calls that are compared take turns, because the clock changes with the load.
+FlashInfer's calls are queued too, but neither captured nor in turns.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TILE_Q, TILE_KV, DECODE_TILE_KV = 64, 128, 64  # [tokens]
 SPARSITIES = (0.0, 0.3, 0.57, 0.77, 0.91, 0.97)
 SINK_SPARSITIES = (0.57, 0.77, 0.91)
 DECODE_SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9, 0.99)
-AGREEMENT = 0.02  # relative error at which a rival computes something else
+AGREEMENT = 0.02  # from this relative error on, a rival computes something else
 DEVICE = "cuda"
 Row = dict[str, Any]
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def gate(dtype: torch.dtype, backend: Backend, q_len: int = 1000, kv_len: int = 1500) -> list[str]:
-    """What a backend computes unlike the reference on this device; empty: green."""
+    """Where a backend disagrees with the reference on this device; empty: green."""
     wrong = []
     for head_dim in (64, 128):
         q, k, v, factor = planted(
@@ -84,7 +84,7 @@ def _relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def ready(call: Callable[[], object], *, captured: bool = True) -> Callable[[], object]:
-    """The call after a first run, which compiles and allocates; as a graph, which leaves out the host."""
+    """The call after a first run, which compiles and allocates; captured as a graph to leave out the host."""
     call()
     torch.cuda.synchronize()
     if not captured:
@@ -101,7 +101,7 @@ def ready(call: Callable[[], object], *, captured: bool = True) -> Callable[[], 
 
 
 def median_times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median device time of each call [ms], taken in turns: the clock moves with the load.
+    """Median device time of each call [ms], taken in turns: the clock changes with the load.
 
     Args:
         calls: what is timed, by name; each is `ready`.
@@ -149,7 +149,7 @@ def sdpa_ready(
 def _working(
     name: str, make: Callable[[], Any], truth: torch.Tensor | None, *arguments: float
 ) -> Callable[..., torch.Tensor] | None:
-    """A rival's call, if it runs here and computes the truth (None: not asked); if not, stderr says why."""
+    """A rival's call, if it runs here and agrees with `truth` (None: unchecked); if not, stderr says why."""
     try:
         call: Callable[..., torch.Tensor] | None = make()
         if call is None:
@@ -225,21 +225,21 @@ def prefill_rows(
                 yield {**row("flashinfer", ms, ms, 0.0, {}), **_taken(few, captured=False)}
         if not trtllm:
             continue
-        # On `sink` inputs many tiles are so near the threshold that rounding decides.
+        # On `sink` inputs many tiles are so close to the threshold that rounding decides.
         truth = out if about["inputs"] == "blocks" else None
         theirs = _working("fmha_v2", partial(rivals.fmha_v2, q, k, v), truth, factor)
         trtllm = theirs is not None
         if theirs is not None:
             dense = milliseconds(partial(theirs, 0.0), few)
             armed = milliseconds(partial(theirs, factor), few)
-            # The same tiles and the same rule: our share of skipped tiles is theirs, but for rounding.
+            # The same tiles and the same rule: our share of skipped tiles is theirs, apart from rounding.
             yield {**row("fmha_v2", armed, dense, sparsity, about), **_taken(few, captured=False)}
 
 
 def _prefill_inputs(
     length: int, head_dim: int, dtype: torch.dtype
 ) -> Iterator[tuple[Row, torch.Tensor, torch.Tensor, torch.Tensor, float]]:
-    """What a row says about its inputs, the inputs, and the scale factor that skips so much of them."""
+    """What a row says about its inputs, the inputs, and the scale factor that skips the requested share."""
 
     def made(kind: Kind, sparsity: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         return planted(
@@ -289,7 +289,7 @@ def statistics_rows(
 
 
 def copy_bandwidth() -> float:
-    """What a device copy reads and writes [TB/s]; a graph would copy by another, slower engine."""
+    """What a device copy reads and writes [TB/s]; a graph would use another, slower copy engine."""
     source = torch.empty(2**30, dtype=torch.bfloat16, device=DEVICE).normal_()
     target = torch.empty_like(source)
     ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")

@@ -1,6 +1,6 @@
 """The public operations: check, choose, run.
 
-An explicit backend never falls back: it runs what was asked or says why it cannot.
+A backend asked for by name never falls back: it runs the call or raises an error that says why it cannot.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from skip_softmax.meaning.histogram import TileHistogram
 
 
 class _ForwardOnly(torch.autograd.Function):
-    """Passes an output on; a backward pass through it is refused by name."""
+    """Passes an output through; a backward pass through it raises an error that says why."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def attention(
     """Prefill attention that skips KV tiles whose softmax weight cannot matter (arXiv 2512.12087).
 
     Args:
-        q: queries [B, Hq, Sq, D], fp16, bf16, fp32 or fp64. The last query stands at position
+        q: queries [B, Hq, Sq, D], fp16, bf16, fp32 or fp64. The last query is at position
             kv_len - 1.
         k: keys [B, Hkv, Skv, D]; Hq is a multiple of Hkv.
         v: values [B, Hkv, Skv, Dv].
@@ -99,19 +99,19 @@ def attention(
         window: a query sees its own position and the `window - 1` before it; None: no window.
         tile_q: query rows that vote together [tokens], a power of two.
         tile_kv: keys per tile [tokens], a power of two.
-        backend: one by name, which runs or says why it cannot; or `auto`: hopper on sm_90 where it can, else
-            triton, and the reference on a CPU.
-        q_lens: valid queries per request [B], right-padded; None: Sq. Rows of padding come out as
-            zero.
+        backend: `auto` takes hopper on sm_90 if it can run the call, else triton, and the reference on a CPU;
+            a backend by name runs the call or raises.
+        q_lens: valid queries per request [B], right-padded; None: Sq. Padding rows of the
+            output are zero.
         kv_lens: KV length per request, counted from position 0 [B]; None: kv_start + Skv.
-        kv_start: absolute position of the first key held (sliding caches drop old keys).
+        kv_start: absolute position of the first key in `k` (sliding caches drop old keys).
         return_stats: also return tile counts.
 
     Returns:
         Output [B, Hq, Sq, Dv] in q's dtype, and with `return_stats` the tile counts [B, Hq].
 
     Raises:
-        ValueError: shapes, lengths, geometry or scale factors break a law.
+        ValueError: shapes, lengths, geometry or scale factors are invalid.
         NotImplementedError: the named backend cannot run this call.
     """
     call = call_of(
@@ -182,11 +182,10 @@ def attention_varlen(
 
     Returns:
         Output [total_q, Hq, Dv], and with `return_stats` the tile counts [requests, Hq]. A kernel leaves
-        rows of no request as they were in memory.
+        rows that belong to no request uninitialised.
 
     Raises:
-        ValueError: shapes, lengths (where `cu_seqlens` are on the CPU), geometry or scale factors break a
-            law.
+        ValueError: shapes, lengths (of `cu_seqlens` on the CPU), geometry or scale factors are invalid.
         NotImplementedError: the named backend cannot run this call.
     """
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
@@ -256,8 +255,8 @@ def decode_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Decode attention: one or a few new tokens per request against its cache, skipping KV tiles.
 
-    The query heads of one KV head vote together, for each query token alone. Token t of T sees
-    kv_len - T + t + 1 keys, and that is the length behind its threshold: sending tokens one by one or in a
+    The query heads of one KV head vote together, separately for each query token. Token t of T sees
+    kv_len - T + t + 1 keys, and that is the length in its threshold, so sending tokens one by one or in a
     short run gives the same result.
 
     Args:
@@ -273,14 +272,14 @@ def decode_attention(
         tile_kv: keys per tile [tokens], a power of two.
         running_max: what a tile is compared with, see `DecodeGeometry`.
         backend: `auto`, or one by name.
-        kv_start: absolute position of the first key held (contiguous caches only).
+        kv_start: absolute position of the first key in `k_cache` (contiguous caches only).
         return_stats: also return tile counts.
 
     Returns:
         Output in q's shape and dtype, and with `return_stats` the tile counts [B, Hkv].
 
     Raises:
-        ValueError: shapes, lengths, geometry or scale factors break a law.
+        ValueError: shapes, lengths, geometry or scale factors are invalid.
         NotImplementedError: the named backend cannot run this call.
     """
     run = q if q.dim() == 4 else q[:, :, None]
@@ -309,12 +308,12 @@ def _attend(
     requests: Requests,
     return_stats: bool,
 ) -> tuple[torch.Tensor, TileCounts]:
-    """Chooses who runs the call, and runs it; a kernel counts no tiles unless they are asked for."""
+    """Chooses who runs the call, and runs it; a kernel counts tiles only if `return_stats` is set."""
     room = choose(operation, backend, call, q.device)
     if room is not None:
         factor, factors = kernel_factors(scale_factor, call, q.device)
         if factor and requests.q_starts is None and not torch.compiler.is_compiling():
-            # Lengths on the device are not read: that would wait for it.
+            # Lengths on the device are not read: that would synchronise with it.
             if requests.kv_lens is None:
                 warn_if_dense(factor, call, [call.kv_len])
             elif not isinstance(requests.kv_lens, torch.Tensor):
@@ -348,7 +347,7 @@ def tile_gaps(
     q_lens: Lengths = None,
     kv_lens: Lengths = None,
 ) -> torch.Tensor:
-    """The gap of every tile: how far its largest row maximum stays below that row's running maximum.
+    """The gap of every tile: row maximum minus running maximum before it, of the row where this is largest.
 
     A tile is skipped exactly when scale_factor > kv_len * exp(gap).
 
@@ -368,7 +367,7 @@ def tile_gaps(
         [B, Hq, Tq, Tkv] nats; -inf where the tile is not visited, +inf at the first visited tile.
 
     Raises:
-        ValueError: shapes, lengths or geometry break a law.
+        ValueError: shapes, lengths or geometry are invalid.
     """
     call = call_of(
         q, k, k, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal
@@ -404,21 +403,21 @@ def tile_statistics(
         q: queries [B, Hq, Sq, D]; every request of the batch has this length.
         k: keys [B, Hkv, Skv, D].
         v: values [B, Hkv, Skv, Dv].
-        decode: each query token votes alone, with the heads of its KV head (`tile_q` is not used).
+        decode: the heads of a KV head vote separately for each query token (`tile_q` is not used).
         causal: as in `attention`, like the rest.
         scale: factor of the scores; None: 1 / sqrt(D).
         window: sliding window [tokens], or None.
         tile_q: query rows that vote together [tokens].
         tile_kv: keys per tile [tokens].
         running_max: decode only, see `DecodeGeometry`.
-        kv_start: absolute position of the first key held.
+        kv_start: absolute position of the first key in `k`.
         backend: `auto`, or one by name.
 
     Returns:
         Dense output [B, Hq, Sq, Dv] and the histogram, summed over the batch.
 
     Raises:
-        ValueError: shapes or geometry break a law.
+        ValueError: shapes or geometry are invalid.
     """
     call = call_of(
         q, k, v, tile_q=None if decode else tile_q, tile_kv=tile_kv, scale=scale, window=window,

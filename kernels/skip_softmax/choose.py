@@ -29,7 +29,7 @@ _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """The reference runs a call on a GPU because the kernels cannot; said once per reason."""
+    """The slow reference runs a call on a GPU because no kernel can; issued once per reason."""
 
 
 def backends(operation: Operation) -> list[str]:
@@ -38,7 +38,7 @@ def backends(operation: Operation) -> list[str]:
 
 
 def able(operation: Operation, call: Call, device: Device) -> list[str]:
-    """Which of them can run a call on a device, which need not be here; `auto` takes the first."""
+    """Backends that can run a call on a device, which need not be present; `auto` takes the first."""
     return [
         path.split(".")[0]
         for path in KERNELS[operation]
@@ -49,17 +49,17 @@ def able(operation: Operation, call: Call, device: Device) -> list[str]:
 def choose(
     operation: Operation, backend: Backend, call: Call, of: torch.device, stacklevel: int = 4
 ) -> ModuleType | None:
-    """The room that runs a call here; None: the reference does.
+    """The room of the kernel that runs a call here; None if the reference does.
 
     Args:
-        operation: what is asked.
-        backend: by whom.
-        call: of which shape.
-        of: where the tensors are.
+        operation: what to run.
+        backend: `auto`, or a backend by name.
+        call: its shapes and options.
+        of: the device of the tensors.
         stacklevel: frames between the warning and the caller of the operation.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: the backend does not exist.
         NotImplementedError: the named backend cannot run this call.
     """
     from skip_softmax.launch import device_of
@@ -79,7 +79,7 @@ def choose(
         if backend not in ("auto", path.split(".")[0]):
             continue
         if not _HAS_TRITON:
-            reason = "triton is not installed; `pip install skip-softmax-calibrate[gpu]` brings it"
+            reason = "triton is not installed; `pip install skip-softmax-calibrate[gpu]` adds it"
             continue
         room = _room(path)
         why_not = room.why_not(call, device_of(of))
@@ -99,7 +99,7 @@ def choose(
 
 
 def _room(path: str) -> ModuleType:
-    # Statements: torch.compile follows no other import.
+    # Import statements, because torch.compile cannot follow any other import.
     import skip_softmax.hopper.prefill
     import skip_softmax.triton.decode
     import skip_softmax.triton.prefill

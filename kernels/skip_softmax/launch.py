@@ -1,6 +1,6 @@
-"""What all kernels say on the host: the device, limits of a call, descriptors, outputs.
+"""What all kernels share on the host: the device, limits of a call, descriptors, outputs.
 
-Neither this file nor a kernel's room loads Triton before a kernel runs: `why_not` answers on any machine.
+Neither this file nor a kernel's room loads Triton before a kernel runs, so `why_not` works on any machine.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from skip_softmax.meaning.call import Call
 
 LOG2E = math.log2(math.e)
-MOST_TILE_BYTES = 2**16  # of keys or queries; shared memory holds several tiles
-# 3.6 crashes on products inside a branch when it compiles for sm_100.
+MOST_TILE_BYTES = 2**16  # of keys or queries; several tiles must fit in shared memory
+# Triton 3.6 crashes on products inside a branch when it compiles for sm_100.
 KNOWS_BLACKWELL = (3, 7)
-# Triton reads it when a kernel is decorated, so it cannot change later.
+# Triton reads the variable when a kernel is decorated, so it cannot change later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
 class Device:
-    """What kernels must know of a device; `device_of` asks a real one.
+    """What kernels must know about a device; `device_of` asks a real one.
 
     Attributes:
-        major: compute capability, 9 for sm_90.
+        major: major compute capability, 9 for sm_90.
         shared: shared memory of one program [bytes].
         processors: multiprocessors.
-        on_cpu: no GPU: Triton's interpreter, or nothing.
-        triton: the Triton that compiles for it.
+        on_cpu: whether there is no GPU, so that only Triton's interpreter can run a kernel.
+        triton: version of the Triton that compiles for it.
     """
 
     major: int
@@ -48,7 +48,7 @@ class Device:
 
 
 def device_of(of: torch.device) -> Device:
-    """The device of tensors; Triton's interpreter stands for an sm_90 with few processors."""
+    """The device of tensors; on a CPU, Triton's interpreter counts as an sm_90 with few processors."""
     return Device(9, processors=8, on_cpu=True) if of.type == "cpu" else _gpu(of)
 
 
@@ -66,7 +66,7 @@ def _gpu(of: torch.device) -> Device:
 
 
 def why_not_here(call: Call, device: Device) -> str | None:
-    """What every kernel asks: why it cannot run a call on a device, or None."""
+    """Why no kernel can run a call on a device, or None; every kernel asks this, then adds its own limits."""
     if device.on_cpu and not INTERPRETED:
         return (
             "tensors on the CPU run only in Triton's interpreter; "
@@ -86,7 +86,7 @@ def why_not_here(call: Call, device: Device) -> str | None:
 
 
 def why_too_large(call: Call, tokens: int, most: int = MOST_TILE_BYTES) -> str | None:
-    """Whether the tile of so many tokens has more bytes than shared memory can do with."""
+    """Why a tile of `tokens` rows does not fit in shared memory, or None."""
     columns = width(max(call.head_dim, call.value_dim))
     size = tokens * columns * call.dtype.itemsize
     if size > most:
@@ -98,7 +98,7 @@ def why_too_large(call: Call, tokens: int, most: int = MOST_TILE_BYTES) -> str |
 
 
 def why_not_blackwell(device: Device) -> str | None:
-    """Whether the device's Triton fails on it; see KNOWS_BLACKWELL."""
+    """Why the device's Triton cannot compile for it, or None; see KNOWS_BLACKWELL."""
     if device.major >= 10 and device.triton < KNOWS_BLACKWELL:
         version = ".".join(map(str, device.triton))
         return f"Triton {version} fails to compile this kernel for Blackwell; install 3.9"
@@ -107,10 +107,10 @@ def why_not_blackwell(device: Device) -> str | None:
 
 @contextmanager
 def launching_on(x: torch.Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the tensors'.
+    """Makes the tensor's device current, because Triton launches on the current device.
 
     Raises:
-        NotImplementedError: the kernel needs more of the device than it has.
+        NotImplementedError: the kernel needs more shared memory or registers than the device has.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -126,10 +126,10 @@ def launching_on(x: torch.Tensor) -> Iterator[None]:
 
 
 def precision(dtype: torch.dtype, tile_kv: int) -> str:
-    """How products of fp32 are made.
+    """How products of fp32 are computed.
 
-    From six products of bf16 parts, which take less shared memory than three of TF32; the interpreter knows
-    the latter only. Below 32 keys, where those go wrong, in plain fp32.
+    As six products of bf16 parts, which take less shared memory than three of TF32; the interpreter knows
+    only the latter. Below 32 keys, where both give wrong results, in plain fp32.
     """
     if dtype != torch.float32:
         return "tf32"
@@ -154,7 +154,7 @@ def width(head_dim: int) -> int:
 
 
 def descriptor_fits(x: torch.Tensor) -> bool:
-    """Whether TMA can show the tensor [B, H, S, D] as a matrix of rows `stride(2)` apart."""
+    """Whether TMA can address the tensor [B, H, S, D] as a matrix of rows `stride(2)` apart."""
     row, column = x.stride()[2:]
     # The stride of a dimension of size 1 is never used, and may be anything.
     batch, head = (
@@ -183,7 +183,7 @@ def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def empty_output(q: torch.Tensor, columns: int) -> torch.Tensor:
-    """A dense tensor [B, H, S, columns] whose heads and tokens nest as q's do."""
+    """An uninitialised tensor [B, H, S, columns] whose heads and tokens are nested in memory as q's are."""
     heads, rows = q.shape[1:3]
     if q.stride(1) < q.stride(2):
         strides = rows * heads * columns, columns, heads * columns, 1
@@ -195,7 +195,7 @@ def empty_output(q: torch.Tensor, columns: int) -> torch.Tensor:
 def empty_results(
     q: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor | None, stats: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `prefill` returns, with nothing in it."""
+    """Uninitialised output and tile counts of `prefill`."""
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     counts = q.new_empty((requests if stats else 0, q.shape[1], 2), dtype=torch.int64)
     return empty_output(q, v.shape[-1]), counts

@@ -1,6 +1,6 @@
-"""The Hopper kernel of prefill on the host: which calls it can run, and the launch.
+"""The host side of the Hopper prefill kernel: which calls it can run, and the launch.
 
-The kernel itself is in `prefill_kernel.py`, and loads Triton.
+The kernel itself is in `prefill_kernel.py`; only a launch imports it, and Triton with it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from skip_softmax.launch import (
 from skip_softmax.meaning.call import Call, Requests
 
 ROWS = 64  # query rows of a warpgroup, which vote together
-# Registers per thread of consumers and producer, by warpgroups of consumers: all that a processor has.
+# Registers per thread of consumers and producer, by consumer warpgroups: all that a multiprocessor has.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 # At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
 GROUPS = {64: 3, 128: 2}
 TILE_KV = 128
-# With fewer items per program, those that start last decide when all are done: long ones must not be among
-# them. So several KV heads are read at a time, up to so many bytes (L2 has 50 MB in two parts). With more
-# items, one KV head at a time is as fast dense, and faster where tiles are skipped.
+# With fewer items per program than this, those that start last decide when the launch ends, so they must be
+# short: several KV heads are processed together, up to NEAR_BYTES (L2 has 50 MB in two parts). With more
+# items, one KV head at a time is as fast when dense, and faster where tiles are skipped.
 FEW_ITEMS = 48
 NEAR_BYTES = 2**25
 
@@ -72,14 +72,14 @@ def run(
 
 
 def _near(kv_heads: int, size: int) -> int:
-    """How many KV heads of `size` bytes of keys and values are read at a time: all or an equal part."""
+    """How many KV heads of `size` bytes of keys and values are processed together: all or an equal part."""
     return max(
         n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * size <= max(NEAR_BYTES, size)
     )
 
 
 def _has_descriptor(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether TMA can follow a tensor of two bytes per number."""
+    """Whether TMA can address a tensor of 16-bit numbers."""
     return strides[-1] == 1 and all(
         n == 1 or (step > 0 and step % 8 == 0)
         for n, step in zip(shape[:-1], strides[:-1], strict=True)
@@ -87,7 +87,7 @@ def _has_descriptor(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> Any:
-    """Shows [B, H, S, D] in boxes of `rows` tokens of one head; tokens beyond S read as zero."""
+    """Describes [B, H, S, D] to TMA in boxes of `rows` tokens of one head; tokens beyond S read as zero."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -118,10 +118,9 @@ def hopper(
     most_q: int,
     stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skip-softmax prefill attention on Hopper, votes of 64 x 128; nothing in it waits for the device.
+    """Skip-softmax prefill attention on Hopper with votes of 64 x 128; never synchronises with the device.
 
-    Arguments and results are those of `prefill`, without window and geometry; `why_not` says what is
-    supported.
+    Arguments and results are those of the Triton kernel's `prefill`, without window and geometry.
     """
     from skip_softmax.hopper.prefill_kernel import _hopper
 
@@ -137,12 +136,12 @@ def hopper(
     if not k.shape[2]:
         return out.zero_(), counts
     processors = device_of(q.device).processors
-    # Counts the items given out, beyond the first of each program.
+    # Counts the items handed out after each program's first.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
     heavy, light = REGISTERS[groups]
     few = items < FEW_ITEMS * processors
     near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size()) if few else 1
-    # Rows beyond a short request's end, and early rows that see no key, make items without tiles.
+    # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
     ragged = any(x is not None for x in (q_lens, kv_lens, q_starts))
     with launching_on(q):
         _hopper[(min(items, processors),)](
@@ -151,7 +150,7 @@ def hopper(
             most_q, k.shape[2], items, heads // k.shape[1], k.shape[1], blocks,
             near, *out.stride()[:3],
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
-            # Known to be dense on the host: the kernel without skipping.
+            # False where the host knows that the call is dense: the kernel without a branch.
             ARMED=factors is not None or factor > 0,
             EMPTY=ragged or (causal and k.shape[2] < most_q),
             STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,

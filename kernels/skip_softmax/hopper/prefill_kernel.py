@@ -1,7 +1,8 @@
 """Prefill attention that skips KV tiles, for Hopper (sm_90), in Triton's Gluon (BLASST, arXiv 2512.12087).
 
-A program holds GROUPS consumer warpgroups of 64 query rows each, and one producer warp. The warpgroup is the
-voting group: it decides alone, by one barrier of its own, and takes its branch alone.
+A program has GROUPS consumer warpgroups of 64 query rows each, and one producer warp. The rows of a warpgroup
+vote together, so each warpgroup decides by one barrier of its own and branches independently of the others. A
+call is armed when it may skip: some scale factor is above 0.
 
     producer   item -> K ring (2 tiles) --------------------> consumers   s = q k^T
                        V ring (3 tiles) <- "keeps" or "skips" --------    top = max s; any row keeps?
@@ -10,9 +11,24 @@ voting group: it decides alone, by one barrier of its own, and takes its branch 
 
 While a warpgroup computes the softmax of one tile, the tensor cores run its own product p v of the tile
 before and the other warpgroups' products. A skipped tile costs its q k^T, 64 maxima per thread and one
-barrier, so that skipped tiles run back to back.
+barrier, so skipped tiles run back to back.
 
-What was tried, and what it gave, is in kernels/bench/hopper.md.
+Barriers. A program numbers its tiles n = 0, 1, ... across all its items. Tile n uses slot n % 2 of the K ring
+and n % 3 of the V ring; n // 2 and n // 3, odd or even, are the parities of these slots' barriers.
+
+    k_full, v_full, q_full   TMA -> consumers: the slot is filled. The producer itself completes v_full where
+                             every warpgroup skips and nothing was fetched.
+    K_FREE, V_FREE, Q_FREE   consumers -> producer: the slot may be overwritten
+    DECIDED                  consumers -> producer: every warpgroup has written whether it keeps the tile
+    ITEM_THERE, ITEM_FREE    the number of the next item: written, read (a ring of 2)
+
+In an armed call the producer settles tile n - 2 once it has fetched the keys of tile n: it waits for DECIDED,
+and fetches the values if some warpgroup keeps the tile and they are not there yet. An item's last two tiles
+are thus settled by tiles of later items, or at the end. An item without tiles settles none: after two of them
+the producer would wait for ITEM_FREE while the consumers wait for v_full. Where such items can occur (EMPTY),
+the producer settles both tiles at each of them.
+
+What was tried, and what came of it, is in kernels/bench/hopper.md.
 """
 
 import triton
@@ -48,7 +64,7 @@ from skip_softmax.hopper.primitives import (
     write,
 )
 
-# Names that changed between Triton 3.6 and 3.9. No `from __future__ import annotations` in this file: an
+# These names changed between Triton 3.6 and 3.9. No `from __future__ import annotations` in this file: an
 # aggregate needs the types of its fields, not their names.
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
@@ -58,7 +74,7 @@ V_STAGES = gl.constexpr(3)
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, which vote together
 
 
-# --- What every role knows --------------------------------------------------------------------------------
+# --- Shared by producer and consumers ---------------------------------------------------------------------
 
 
 @_aggregate
@@ -142,7 +158,7 @@ class _Item:
     kv_start: gl.tensor
     q_len: gl.tensor
     kv_len: gl.tensor
-    held: gl.tensor  # rows that the output holds, padding included
+    held: gl.tensor  # rows of the output, padding included
 
     @gluon.constexpr_function
     def __init__(self, request, head, kv_head, row, q_start, kv_start, q_len, kv_len, held):
@@ -159,7 +175,7 @@ class _Item:
 
 @gluon.jit
 def _item(number, c):
-    """The heads of a group share keys, so they come together; of `near` KV heads, long blocks come first."""
+    """The item of a number: heads that share keys are adjacent; in `near` KV heads, long blocks are first."""
     member = number % c.group
     rest = number // c.group
     pack = rest // (c.near * c.blocks)
@@ -191,7 +207,7 @@ def _item(number, c):
 
 @gluon.jit
 def _tiles(item, row, rows, c):
-    """Tiles that `rows` rows from `row` on visit, and how many of them every row sees whole."""
+    """How many tiles the `rows` rows from `row` on visit, and how many of these every row sees in full."""
     end = gl.minimum(row + rows, item.q_len)
     seen = item.kv_len
     whole = item.kv_len
@@ -205,7 +221,7 @@ def _tiles(item, row, rows, c):
 
 @gluon.jit
 def _tensor_batch(item, c):
-    """Packed requests lie in one batch entry."""
+    """The item's batch entry in the tensors; packed requests share entry 0."""
     batch = item.request
     if c.q_starts is not None:
         batch = 0
@@ -223,7 +239,7 @@ def _fetch(source, batch, head, row, tiles, full, slot, BYTES: gl.constexpr):
 
 @gluon.jit
 def _settle(n, v, batch, head, row, fetched, s, c):
-    """Waits for all decisions on tile `n`, and fetches its values if they are wanted and not there.
+    """Waits for all decisions on tile `n`, and fetches its values if they are wanted and not there yet.
 
     Returns whether any warpgroup keeps the tile.
     """
@@ -235,14 +251,14 @@ def _settle(n, v, batch, head, row, fetched, s, c):
     if fetched == 0:
         if keep != 0:
             _fetch(v, batch, head, row, s.v, s.v_full, slot, c.TILE * c.D * 2)
-        else:
+        else:  # nobody reads the slot: its phase completes without a load
             mbarrier.arrive(s.v_full.index(slot), count=1)
     return keep
 
 
 @gluon.jit
 def _give(number, turn):
-    """Tells the consumers the number of the next item; one past the last item ends their loop (`_take`)."""
+    """Hands the consumers the number of the next item; `c.items` or more ends their loop (`_take`)."""
     wait_for(ITEM_FREE + turn % 2, (turn // 2) & 1 ^ 1)
     write(ITEM_AT + 4 * (turn % 2), number)
     arrive(ITEM_THERE + turn % 2)
@@ -255,7 +271,7 @@ def _produce(q, k, v, s, c, counter):
     turn = 0
     q_phase = 1
     n = 0  # tiles so far, over all items
-    # The two tiles before, whose decisions are still to come; they may belong to the item before.
+    # State of tiles n - 1 and n - 2, which are not settled yet and may belong to earlier items.
     keep = 1
     fetched1 = 0
     fetched2 = 0
@@ -269,7 +285,7 @@ def _produce(q, k, v, s, c, counter):
         _give(number, turn)
         turn += 1
         item = _item(number, c)
-        # Sparsity varies between heads, so whoever is free takes the next item; asked for early.
+        # Sparsity varies between heads, so a program that is free takes the next item; requested early.
         following = c.items
         if counter is not None:
             following = gl.num_programs(0) + uniform(gl.atomic_add(counter, 1, sem="relaxed"))
@@ -280,16 +296,18 @@ def _produce(q, k, v, s, c, counter):
             k_slot = n % K_STAGES
             v_slot = n % V_STAGES
             v_phase = (n // V_STAGES) & 1 ^ 1
+            # A slot is free once every consumer warp has arrived for the tile that used it before. The
+            # parity is that tile's, so the first round of a ring passes at once.
             wait_for(K_FREE + k_slot, (n // K_STAGES) & 1 ^ 1)
             if c.ARMED:
-                # A consumer that skips gives a slot back without having waited for its values.
+                # A warpgroup that skips frees the slot without waiting for its values: they may be in flight.
                 wait_for(V_FREE + v_slot, v_phase)
                 mbarrier.wait(s.v_full.index(v_slot), v_phase)
             _fetch(k, batch, item.kv_head, key, s.k, s.k_full, k_slot, TILE_BYTES)
             if c.ARMED:
                 if n >= 2:
                     keep = _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
-                # After a kept tile the next ones are likely to be kept: they are fetched ahead.
+                # After a kept tile the next ones will probably be kept: their values are fetched ahead.
                 if (keep != 0) & (fetched1 == 0) & (n >= 1):
                     _fetch(v, batch1, head1, row1, s.v, s.v_full, (n - 1) % V_STAGES, TILE_BYTES)
                     fetched1 = 1
@@ -304,7 +322,7 @@ def _produce(q, k, v, s, c, counter):
                 head1 = item.kv_head
                 row1 = key
             if tile == 0:
-                # Not before the keys: the last tiles of the item before may still wait to be settled.
+                # Only now: consumers may need values of tile n - 2 before they free the old queries.
                 for w in gl.static_range(c.GROUPS):
                     wait_for(Q_FREE + w, q_phase)
                     _fetch(
@@ -324,14 +342,12 @@ def _produce(q, k, v, s, c, counter):
             n += 1
         if c.ARMED & c.EMPTY:
             if visited == 0:
-                # The last tiles of an earlier item are settled two tiles later. An item without tiles brings
-                # none, and after two of them nobody would take the next item: the consumers wait for values,
-                # and this warp for them. Only where such items can be: it costs other calls up to 5 %.
+                # Why: top of the file. Compiled into calls without such items, this costs up to 5 %.
                 if n >= 2:
                     _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
                 if n >= 1:
                     _settle(n - 1, v, batch1, head1, row1, fetched1, s, c)
-                # Settled again with the tiles to come, which then fetches nothing.
+                # The tiles to come settle both again, which then fetches nothing.
                 fetched1 = 1
                 fetched2 = 1
         number = following
@@ -348,7 +364,7 @@ def _produce(q, k, v, s, c, counter):
 
 @gluon.jit
 def _take(turn):
-    """The number of the next item; one past the last item ends the loop."""
+    """The number of the next item; `c.items` or more ends the loop."""
     wait_for(ITEM_THERE + turn % 2, (turn // 2) & 1)
     number = read(ITEM_AT + 4 * (turn % 2))
     arrive(ITEM_FREE + turn % 2)
@@ -357,7 +373,7 @@ def _take(turn):
 
 @gluon.jit
 def _announce(keep, slot, W: gl.constexpr, c):
-    """Tells the producer; the values of a skipped tile are given back at once."""
+    """Tells the producer what warpgroup W decided; a skipped tile's slot for values is freed at once."""
     write(KEEP_AT + 4 * (slot * c.GROUPS + W), keep)
     arrive(DECIDED + slot)
     if keep == 0:
@@ -381,7 +397,7 @@ def _product(weights, s, slot, acc, c):
 
 @gluon.jit
 def _both(queries, weights, acc, s, k_slot, old, old_phase, c, S: gl.constexpr):
-    """Starts q k^T of one tile and p v of the tile before; the scores are finished, p v is under way."""
+    """Starts q k^T of one tile and p v of the tile before; returns finished scores and p v in flight."""
     scores = _scores(queries, s, k_slot, c, S)
     mbarrier.wait(s.v_full.index(old), old_phase)
     flying = _product(weights, s, old, acc, c)
@@ -390,7 +406,7 @@ def _both(queries, weights, acc, s, k_slot, old, old_phase, c, S: gl.constexpr):
 
 @gluon.jit
 def _taken(scores, slot, tile, item, row, MASKED: gl.constexpr, c, S: gl.constexpr):
-    """Finished scores, -inf where a row does not see the key; the slot of the keys is given back."""
+    """Frees the keys' slot, and returns the scores with -inf where a row does not see the key."""
     arrive(K_FREE + slot)
     if MASKED:
         key = tile * c.TILE + gl.arange(0, c.TILE, gl.SliceLayout(0, S))
@@ -407,13 +423,13 @@ def _taken(scores, slot, tile, item, row, MASKED: gl.constexpr, c, S: gl.constex
 
 @gluon.jit
 def _tops(scores, scale, c):
-    """Row maxima as far as one thread sees them, [ROWS, 4]: enough to vote, without asking the neighbours."""
+    """Row maxima over each thread's own scores, [ROWS, 4]: enough to vote, without exchange among threads."""
     return gl.max(gl.max(gl.reshape(scores, [ROWS, c.TILE // 8, 4, 2]), 3), 1) * scale
 
 
 @gluon.jit
 def _vote(tops, m, needed, slot, MASKED: gl.constexpr, W: gl.constexpr, c):
-    """Whether the warpgroup keeps the tile: some valid row has exp(top - m) >= threshold."""
+    """Announces whether the warpgroup keeps the tile: some valid row has exp(top - m) >= threshold."""
     least = gl.convert_layout(m + needed, gl.SliceLayout(1, tops.type.layout))
     wanted = tops >= least[:, None]
     if MASKED:
@@ -425,7 +441,7 @@ def _vote(tops, m, needed, slot, MASKED: gl.constexpr, W: gl.constexpr, c):
 
 @gluon.jit
 def _soften(scores, tops, scale, m, l, MASKED: gl.constexpr, S: gl.constexpr):
-    """Unnormalised weights, the factor of what was summed before, and the new state."""
+    """Unnormalised weights, the factor that rescales earlier sums, and the new l and m."""
     m_new = gl.maximum(m, gl.convert_layout(gl.max(tops, 1), gl.SliceLayout(1, S)))
     top = m_new
     if MASKED:
@@ -438,7 +454,7 @@ def _soften(scores, tops, scale, m, l, MASKED: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def _rescaled(acc, alpha, O: gl.constexpr):
-    # Factors of 1 change no bit, and a row's maximum seldom moves.
+    # A factor of 1 changes no bit, and maxima seldom move.
     if moved(alpha) != 0:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
     return acc
@@ -448,7 +464,7 @@ def _rescaled(acc, alpha, O: gl.constexpr):
 def _finished(flying, slot, phase):
     """Waits for p v.
 
-    The barrier was passed long ago: it keeps ptxas from moving the wait above the softmax.
+    The phase of V_FREE is long complete: it only keeps ptxas from moving the wait above the softmax.
     """
     wait_for(V_FREE + slot, phase ^ 1)
     return warpgroup_mma_wait(0, deps=[flying])
@@ -459,15 +475,17 @@ def _walk(
     first, last, queries, item, row, scale, needed, acc, l, m, weights, keep, kept, n, s, c,
     W: gl.constexpr, MASKED: gl.constexpr, S: gl.constexpr, O: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
-    """Tiles `first` to `last`; MASKED where some row does not see all of their keys.
+    """Walks tiles `first` to `last`; MASKED where some row does not see all of their keys.
 
-    `weights` are those of the last tile, if it was kept: their product with its values is still to be made.
+    `weights` are those of the tile before, if it was kept: their product with its values is still to do.
     """
     for tile in range(first, last):
         k_slot = n % K_STAGES
         slot = n % V_STAGES
         old = (n - 1) % V_STAGES
         old_phase = ((n - 1) // V_STAGES) & 1
+        # `_taken` frees the keys of tile n. If tile n - 1 was kept, its values are still needed: `_both`
+        # waits for v_full, and V_FREE follows once p v is done. If it was skipped, `_announce` freed them.
         mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
         if not c.ARMED:
             scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
@@ -508,9 +526,9 @@ def _walk(
 
 @gluon.jit
 def _clean(values, held, W: gl.constexpr, c):
-    """Zeroes the rows of a tile that no request holds: a cache may hold anything there, NaN too.
+    """Zeroes the rows of a tile from `held` on: a cache may contain anything there, even NaN.
 
-    Every warpgroup writes the whole tile, with the same bytes.
+    Every warpgroup writes the whole tile, all with the same bytes.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // c.D, c.D // 8], [4, 1], [1, 0])
     tile = values.load(L)
@@ -538,7 +556,7 @@ def _consume(
         row = item.row + ROWS * W
         visited, shared = _tiles(item, item.row, ROWS * c.GROUPS, c)
         mine, whole = _tiles(item, row, ROWS, c)
-        # Dense, every warpgroup walks the block's tiles: those beyond its own are masked throughout.
+        # In a dense call every warpgroup walks all tiles of the block; those beyond its own are all masked.
         last = mine if c.ARMED else visited
         acc = gl.zeros([ROWS, c.D], gl.float32, O)
         l = gl.full([ROWS], 0.0, gl.float32, ROW)
@@ -551,6 +569,7 @@ def _consume(
             # Padding rows never vote.
             valid = row + gl.arange(0, ROWS, ROW) < item.q_len
             needed = gl.where(valid, threshold, float("inf"))
+        # q_full and Q_FREE change phase once per item with tiles, here as in the producer.
         if visited > 0:
             mbarrier.wait(s.q_full.index(W), q_phase)
             q_phase ^= 1
@@ -578,7 +597,7 @@ def _consume(
                 n, s, c, W, True, S, O, A,
             )  # fmt: skip
             arrive(Q_FREE + W)
-            if keep != 0:
+            if keep != 0:  # the last tile's p v; its values are there once it is settled
                 slot = (n - 1) % V_STAGES
                 mbarrier.wait(s.v_full.index(slot), ((n - 1) // V_STAGES) & 1)
                 if (c.kv_lens is not None) | (c.kv_starts is not None):
@@ -590,7 +609,8 @@ def _consume(
         elif visited > 0:
             arrive(Q_FREE + W)
         if c.ARMED:
-            for tile in range(last, visited):  # tiles of the other warpgroups only
+            # Tiles of other warpgroups only: the barriers count every warpgroup, so this one arrives too.
+            for tile in range(last, visited):
                 mbarrier.wait(s.k_full.index(n % K_STAGES), (n // K_STAGES) & 1)
                 arrive(K_FREE + n % K_STAGES)
                 _announce(0, n % V_STAGES, W, c)

@@ -1,25 +1,25 @@
-"""PTX words that Gluon lacks, and the barriers they work on."""
+"""PTX operations that Gluon lacks, and the barriers that they use."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Barriers of the words below, at each of which a warp arrives once.
+# Numbers of the barriers; a warp arrives at each at most once per phase.
 K_FREE = gl.constexpr(0)
 V_FREE = gl.constexpr(2)
 DECIDED = gl.constexpr(5)
 Q_FREE = gl.constexpr(8)
 ITEM_THERE = gl.constexpr(11)
 ITEM_FREE = gl.constexpr(13)
-# Bytes of the words behind them: a warpgroup's decision on a tile, and the number of an item.
+# Byte offsets of the words after them: a warpgroup's decision on a tile, and the number of an item.
 KEEP_AT = gl.constexpr(512)
 ITEM_AT = gl.constexpr(768)
 
-# Gluon's own arrive makes the whole warpgroup meet first, and its reduction to a scalar goes through shared
-# memory; both would stand between two products of a skipped tile. These words keep their barriers, the
-# warpgroups' decisions and the item numbers in 1024 bytes of their own (so the rest of shared memory stays
-# aligned for TMA): 16 mbarriers, then decisions, then items. A thread is chosen by
-# `elect`, and loaded scalars pass through `redux`, because ptxas then knows that a warp does not diverge;
-# a predicate on %tid costs it the uniform registers of the whole loop.
+# Gluon's own arrive first synchronises the whole warpgroup, and its reduction to a scalar goes through shared
+# memory; both would delay the next product after a skipped tile. The operations below keep their barriers,
+# the warpgroups' decisions and the item numbers in 1024 bytes of their own, so that the rest of shared memory
+# stays aligned for TMA: 16 mbarriers, then decisions, then items. `elect` chooses a thread, and loaded
+# scalars pass through `redux`, because ptxas then knows that the warp does not diverge; with a predicate on
+# %tid it gives up uniform registers in the whole loop.
 
 
 @gluon.jit
@@ -37,7 +37,7 @@ def _ptx(text: gl.constexpr, a=0, b=0):
 
 @gluon.jit
 def declare():
-    """Makes room for the barriers and words, and two registers; once, before all others."""
+    """Declares the barriers and words, and two registers; must run once, before the other operations."""
     _ptx(
         """
         .shared .align 1024 .b8 skip_words[1024];
@@ -50,7 +50,7 @@ def declare():
 
 @gluon.jit
 def init(barrier, count):
-    """Sets a barrier that completes a phase after `count` arrivals."""
+    """Initialises a barrier whose phases complete after `count` arrivals."""
     _ptx(
         """{
         .reg .pred first;
@@ -69,7 +69,7 @@ def init(barrier, count):
 
 @gluon.jit
 def arrive(barrier):
-    """One arrival of each warp that executes it, for all that its threads did before."""
+    """Arrives once for each warp that executes it; covers all that the warp's threads did before."""
     _ptx(
         """{
         .reg .pred first;
@@ -87,7 +87,7 @@ def arrive(barrier):
 
 @gluon.jit
 def wait_for(barrier, phase):
-    """Waits until a phase of a barrier, by its parity, is complete."""
+    """Waits until the barrier's phase of this parity is complete."""
     _ptx(
         """{
         .reg .pred done;
@@ -106,7 +106,7 @@ def wait_for(barrier, phase):
 
 @gluon.jit
 def write(byte, value):
-    """By one thread of the warp."""
+    """Writes a word, by one thread of the warp."""
     _ptx(
         """{
         .reg .pred first;
@@ -124,7 +124,7 @@ def write(byte, value):
 
 @gluon.jit
 def read(byte):
-    """By the thread that arrives for its warp: racecheck follows a read to its own thread's arrival only."""
+    """Reads a word in the thread that arrives for its warp: racecheck orders a read by that arrival only."""
     return _ptx(
         """{
         .reg .pred first;
@@ -142,7 +142,7 @@ def read(byte):
 
 @gluon.jit
 def uniform(x):
-    """The same value, known to be one per warp."""
+    """The same value, which ptxas now knows to be uniform across the warp."""
     return _ptx("redux.sync.or.b32 $0, $1, 0xffffffff;", x)
 
 
@@ -181,13 +181,13 @@ def log2_threshold(factor, kv_len):
 
 @gluon.jit
 def meet(W: gl.constexpr):
-    """The threads of warpgroup W wait for each other."""
+    """Synchronises the threads of warpgroup W."""
     _ptx("bar.sync $1, 128; mov.b32 $0, 0;", 8 + W)
 
 
 @gluon.jit
 def moved(alpha):
-    """Whether any row of the warp has a factor below 1: its warps may differ."""
+    """Whether any row of the warp has a factor below 1; the answer may differ between warps."""
     gl.inline_asm_elementwise(
         "min.f32 skip_alpha, $2, $3; mov.b32 $0, $2; mov.b32 $1, $3;",
         "=f,=f,f,f",

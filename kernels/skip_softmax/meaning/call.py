@@ -23,23 +23,22 @@ class DenseCallWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Call:
-    """What is computed, without the tensors: enough to say which kernel can do it, and to do it.
+    """What is computed, without the tensors: enough to decide which kernel can run it, and to run it.
 
     Attributes:
         q_len: query rows of a request, of the longest where they differ [tokens].
-        kv_len: its KV length, from position 0 on [tokens]; the last query row is position kv_len - 1.
+        kv_len: its KV length, from position 0 on [tokens]; the last query row is at position kv_len - 1.
         q_heads: query heads, a multiple of `kv_heads`.
         kv_heads: KV heads.
         head_dim: columns of queries and keys.
         value_dim: columns of values.
         dtype: of all three.
         scale: factor of the scores.
-        tile_q: query rows per vote; None: decode, where the heads of a KV head vote for each query token
-            alone.
+        tile_q: query rows per vote; None: decode, where the heads of a KV head vote once per query token.
         tile_kv: keys per tile.
         causal: whether a row sees no key after its own position.
         window: a row sees only its own position and the `window - 1` before it; None: no window.
-        kv_start: absolute position of the first key that the key tensor holds (a sliding cache drops keys).
+        kv_start: absolute position of the first key in the key tensor (a sliding cache drops keys).
         running_max: decode only, what a tile is compared with (`DecodeGeometry`).
         criterion: what a tile is judged by.
         page: rows of a page of the cache; 0: keys and values are contiguous.
@@ -94,7 +93,7 @@ class Call:
 
     @property
     def vote_heads(self) -> int:
-        """Heads that vote apart from each other: query heads in prefill, KV heads in decode."""
+        """Heads that vote separately: query heads in prefill, KV heads in decode."""
         return self.kv_heads if self.decode else self.q_heads
 
 
@@ -114,12 +113,12 @@ def call_of(
     q_len: int | None = None,
     kv_len: int | None = None,
 ) -> Call:
-    """The call that tensors [batch, heads, tokens, head_dim] make; with a `table`, k and v are pages.
+    """The call of tensors [batch, heads, tokens, head_dim]; with a `table`, k and v are pages.
 
-    The lengths are the tensors', unless packed requests give them.
+    The lengths are those of the tensors, unless packed requests give them.
 
     Raises:
-        ValueError: they do not fit together, or geometry breaks a law.
+        ValueError: the tensors do not fit together, or the geometry is invalid.
     """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], {_got(q, k, v)}")
@@ -155,12 +154,12 @@ def _got(*tensors: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Requests:
-    """Where the requests of a call lie in its tensors.
+    """Where the requests of a call are in its tensors.
 
     Attributes:
         q_lens: valid query rows of each [requests], right-padded; None: all.
         kv_lens: KV length of each [requests]; None: all.
-        q_starts: packed requests: where the queries of each start, and the end [requests + 1]; else None.
+        q_starts: where the queries of each packed request start, and the end [requests + 1]; or None.
         kv_starts: the same for keys.
         table: page numbers [requests, pages], or None.
     """
@@ -172,7 +171,7 @@ class Requests:
     table: torch.Tensor | None = None
 
     def as_kernels_read(self, call: Call, q: torch.Tensor) -> Requests:
-        """On q's device, int32, one number behind the other; numbers of the host are checked."""
+        """The same, contiguous int32 on q's device; numbers on the host are checked."""
         return Requests(
             _kernel_lengths("q_lens", self.q_lens, q, call.q_len),
             _kernel_lengths("kv_lens", self.kv_lens, q, call.kv_len),
@@ -183,7 +182,7 @@ class Requests:
         )
 
     def each(self, call: Call, batch: int) -> Iterator[tuple[int, slice, slice, Call]]:
-        """Batch entry, query rows and keys in the tensors, and the call of every request by itself."""
+        """Of every request: its batch entry, its query rows and keys in the tensors, and its own call."""
         if self.q_starts is not None and self.kv_starts is not None:
             starts = zip(self.q_starts.tolist(), self.kv_starts.tolist(), strict=True)
             for (q0, k0), (q1, k1) in pairwise(starts):
@@ -197,7 +196,7 @@ class Requests:
 
 
 def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> None:
-    """`cu_seqlens` rise from 0 or more to the tokens at most; looked at on the host only: no wait."""
+    """Checks that `cu_seqlens` rise within 0 to `total`; on the host only, to avoid a synchronisation."""
     if starts.device.type != "cpu" or torch.compiler.is_compiling():
         return
     lengths = starts.diff()
@@ -209,7 +208,7 @@ def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> N
 
 
 def check_table(table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int) -> None:
-    """A block table is [batch, pages]; a paged cache comes with its lengths and its first keys."""
+    """Checks that a block table is [batch, pages], and that a paged cache has lengths and its first keys."""
     integers = table.dtype in (torch.int32, torch.int64)
     if table.dim() != 2 or table.shape[0] != batch or not integers:
         raise ValueError(
@@ -221,7 +220,7 @@ def check_table(table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int
 
 
 def gathered(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[pages, Hkv, page, D] -> [B, Hkv, tokens, D]; an entry that names no page gives zeros."""
+    """[pages, Hkv, page, D] -> [B, Hkv, tokens, D]; an invalid page number gives zeros."""
     named = (table >= 0) & (table < cache.shape[0])
     pages = cache[torch.where(named, table, 0).long()]
     pages = pages.masked_fill(~named[:, :, None, None, None], 0.0)
@@ -229,7 +228,7 @@ def gathered(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def check_pages(table: torch.Tensor, calls: Iterable[Call], pages: int) -> None:
-    """Entries that a request's keys need name pages of the cache; the others may hold anything."""
+    """Checks that entries which a request's keys need are pages of the cache; others may be anything."""
     for row, call in zip(table.tolist(), calls, strict=True):
         first = 0
         if call.window is not None:
@@ -243,7 +242,7 @@ def check_pages(table: torch.Tensor, calls: Iterable[Call], pages: int) -> None:
 
 
 def _kernel_lengths(name: str, lengths: Lengths, q: torch.Tensor, most: int) -> torch.Tensor | None:
-    """int32 [batch] on q's device; the host's numbers are checked, the kernel clamps the device's."""
+    """int32 [batch] on q's device; lengths on the host are checked, the kernel clamps those on the device."""
     if lengths is None:
         return None
     if isinstance(lengths, torch.Tensor) and (
@@ -286,8 +285,8 @@ def scale_factors(value: ScaleFactor, call: Call, device: torch.device) -> torch
 def kernel_factors(
     value: ScaleFactor, call: Call, device: torch.device
 ) -> tuple[float, torch.Tensor | None]:
-    """One number for all heads, or fp32 [heads]; a tensor on the device is taken as it is: no wait."""
-    # Without tensors: every layer passes here in every step.
+    """One number for all heads, or fp32 [heads]; a tensor on the device is not read, to avoid waiting."""
+    # No tensors on this path: every layer takes it in every step.
     if isinstance(value, int | float):
         if not (math.isfinite(value) and value >= 0):
             raise _no_scale_factor(value)
@@ -305,7 +304,7 @@ def _checked_shape(value: ScaleFactor, call: Call) -> torch.Tensor:
     kind, heads = "KV" if call.decode else "query", call.vote_heads
     law = f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head)"
     try:
-        # A tensor of the device stays there as it is.
+        # A tensor on the device stays there, unread.
         factors = value if isinstance(value, torch.Tensor) else torch.tensor(value).double()
     except (TypeError, ValueError):
         raise TypeError(f"{law}, but got {value!r}; 0 means dense") from None
@@ -321,11 +320,11 @@ def _no_scale_factor(value: object) -> ValueError:
 
 
 def warn_if_dense(largest: float, call: Call, kv_lens: Iterable[int]) -> None:
-    """Says that requests run dense because their threshold would be 1 or more.
+    """Warns that requests run dense because their threshold would be 1 or more.
 
     Args:
         largest: scale factor of any head [tokens].
-        call: who votes; the first token of a decode run sees the fewest keys.
+        call: what runs; in decode, the first token of a run sees the fewest keys.
         kv_lens: KV length of each request; one without keys is empty, not dense.
     """
     before = call.q_len - 1 if call.decode else 0

@@ -1,11 +1,11 @@
-"""When a tile may be skipped: the one place that decides it in plain terms; the kernels say it in their own.
+"""When a tile may be skipped: the definition in plain PyTorch, which the kernels implement in their terms.
 
-A tile's gap is how far its largest row maximum stays below that row's running maximum before the tile
-(`reference.py`). The tile is skipped exactly when its critical scale factor, kv_len * exp(gap), is below the
-call's scale factor. The kernels ask it of each row: `keeps` in `triton/primitives.py`, `_vote` in
-`hopper/prefill_kernel.py`. A tile is skipped when no row of the vote keeps it.
+A row's gap is its maximum in the tile minus its running maximum before the tile; a tile's gap is the largest
+of its valid rows' (`reference.py`). The tile is skipped exactly when its critical scale factor,
+kv_len * exp(gap), is below the call's scale factor. The kernels decide row by row (`keeps` in
+`triton/primitives.py`, `_vote` in `hopper/prefill_kernel.py`) and skip a tile if no row of a vote keeps it.
 
-A call is *armed* when it may skip: some scale factor of it is above 0. Where the host knows that none is, the
+A call is *armed* when it may skip: one of its scale factors is above 0. If the host knows that none is, the
 kernels run without the branch.
 """
 
@@ -21,7 +21,7 @@ Criterion = Literal["max"]
 
 
 def has_threshold(scale_factor: Any, kv_len: Any) -> Any:
-    """Whether anything may be skipped, of numbers or tensors.
+    """Whether anything may be skipped; for numbers or tensors.
 
     0 is dense; a threshold of 1 or more has no meaning, and is dense too; so is NaN, which fails both
     comparisons.
@@ -50,7 +50,7 @@ def skips(gap: torch.Tensor, scale_factor: torch.Tensor, kv_len: torch.Tensor) -
     Args:
         gap: tile gaps [nats]; +inf at the first visited tile.
         scale_factor: float64 [tokens], broadcast against `gap`.
-        kv_len: KV length of the call [tokens], the same.
+        kv_len: KV length of the call [tokens], broadcast likewise.
 
     Returns:
         bool, in the shape of `gap`; a tile that is not visited (-inf) counts as skipped.

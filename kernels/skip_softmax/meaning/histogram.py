@@ -22,7 +22,7 @@ NEVER = BINS - 1
 
 @dataclass(frozen=True)
 class TileHistogram:
-    """Tiles by critical scale factor, of one attention call.
+    """The tiles of one attention call by critical scale factor.
 
     Attributes:
         counts: visited tiles, int64 [heads, BINS]; query heads in prefill, KV heads in decode.

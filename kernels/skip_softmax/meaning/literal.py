@@ -1,8 +1,8 @@
-"""Algorithm 1 of arXiv 2512.12087 to the letter, thresholds of 1 and more too, where our kernels run dense.
+"""Algorithm 1 of arXiv 2512.12087 to the letter, also for thresholds of 1 or more, where kernels run dense.
 
-Engines that guard nothing go on comparing a tile with the rows' maxima over the tiles kept so far, so they
-skip tiles that dominate: what is left is the first tile, and tiles that exceed all kept before them by
-ln(threshold). For measuring only; below a threshold of 1 it equals `reference.attend`.
+Engines without that guard still compare a tile with the rows' maxima over the tiles kept so far, so they skip
+even dominant tiles: they keep the first tile, and tiles that exceed all those kept before by ln(threshold).
+For measurement only; below a threshold of 1 it equals `reference.attend`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from skip_softmax.meaning.call import Call
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale_factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.attend`, but the running maximum skips tiles and the threshold has no limit."""
+    """As `reference.attend`, but the running maximum ignores skipped tiles, and any threshold applies."""
     visited = torch.zeros(call.vote_heads, dtype=torch.int64, device=q.device)
     skipped = torch.zeros_like(visited)
     out = q.new_zeros(q.shape[0], call.q_len, v.shape[-1])

@@ -12,10 +12,10 @@ For one query head, a tile of query rows, and KV tiles in ascending absolute pos
             keep tile j; M[r] = max(M[r], m[r])
     out[r] = softmax over the kept scores of row r, times v
 
-Prefill: the rows of `tile_q` consecutive queries of one head vote. Decode: the heads of one GQA group vote
-for each query token alone, and kv_len is what that token sees. Below a threshold of 1 a skipped tile cannot
-raise M, so M is the plain running max and a dense pass knows every decision. A threshold of 1 or more is
-dense (`criterion.py`).
+Prefill: the rows of `tile_q` consecutive queries of one head vote together. Decode: the heads of one GQA
+group vote, separately for each query token, and kv_len is the number of keys that the token sees. Below a
+threshold of 1 a skipped tile cannot raise M, so M is the plain running max, and one dense pass gives every
+decision. A call whose threshold is 1 or more runs dense (`criterion.py`).
 
 Scores, softmax and both products are computed in float32 for lower precisions, in float64 for float64; only
 the output is rounded to the input's dtype. Memory grows with kv_len, never with its square.
@@ -35,7 +35,7 @@ from skip_softmax.meaning.call import Call
 from skip_softmax.meaning.criterion import critical_log2, has_threshold, skips
 from skip_softmax.meaning.histogram import TileHistogram
 
-# Scores held at once [elements]; bounds memory, large enough to keep the matrix products busy.
+# Scores in memory at once [elements]: a bound on memory, large enough for efficient matrix products.
 _BLOCK_ELEMENTS = 1 << 21
 
 
@@ -48,8 +48,8 @@ class Block:
         first_tile: index of the first KV tile of this block.
         scores: masked scores [q_heads, rows, tiles * tile_kv].
         visited: bool [votes, tiles]; a vote is a query tile (prefill) or a query token (decode).
-        gaps: [vote_heads, votes, tiles] nats; +inf first visited tile, -inf not visited.
-        blind: some row sees no key at all.
+        gaps: [vote_heads, votes, tiles] nats; +inf at the first visited tile, -inf where not visited.
+        blind: whether some row sees no key at all.
     """
 
     rows: slice
@@ -64,7 +64,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def as_documented(function: F) -> F:
-    """Without gradients, and in the precision that is promised also where autocast would lower it."""
+    """Runs without gradients, and in the precision promised above even where autocast would lower it."""
 
     @wraps(function)
     def run(q: torch.Tensor, *others: Any) -> Any:
@@ -214,8 +214,8 @@ def _vote_gaps(scores: torch.Tensor, visited: torch.Tensor, call: Call) -> torch
 
 
 def largest_gap(tile_max: torch.Tensor, before: torch.Tensor, call: Call) -> torch.Tensor:
-    """Row maxima of tiles and what they are compared with, [q_heads, rows, tiles] -> the gap of each vote."""
-    # A row that sees no key of the tile votes skip, also where it has seen none before (-inf minus -inf).
+    """The gap of each vote, from tiles' row maxima and what they are compared with [q_heads, rows, tiles]."""
+    # A row that sees no key of the tile votes skip, even if it has seen none before (-inf minus -inf).
     gap = torch.where(torch.isneginf(tile_max), -torch.inf, tile_max - before)
     if call.decode:
         return gap.view(call.kv_heads, -1, *gap.shape[1:]).amax(1)
@@ -259,7 +259,7 @@ def _vote_sum(weights: torch.Tensor, block: Block, call: Call) -> torch.Tensor:
 
 
 def _row_to_vote(rows: torch.Tensor, call: Call, fill: float = 0.0) -> torch.Tensor:
-    """[rows, ...] -> [votes, rows per vote, ...]; padding rows hold `fill` and so never vote."""
+    """[rows, ...] -> [votes, rows per vote, ...]; padding rows are `fill`, so they never vote."""
     tile_q = call.tile_q or 1
     padding = -rows.shape[0] % tile_q
     if padding:
@@ -273,7 +273,7 @@ def by_tile(scores: torch.Tensor, call: Call) -> torch.Tensor:
 
 
 def vote_kv_lens(block: Block, call: Call) -> torch.Tensor:
-    """KV length behind each vote's threshold [tokens], float64 [votes]."""
+    """KV length in each vote's threshold [tokens], float64 [votes]."""
     votes = block.visited.shape[0]
     if not call.decode:
         return torch.full((votes,), call.kv_len, dtype=torch.float64, device=block.gaps.device)
@@ -314,7 +314,7 @@ def _visible(rows: slice, tiles: range, call: Call, device: torch.device) -> tor
 
 
 def _padded_keys(k: torch.Tensor, tiles: range, call: Call) -> torch.Tensor:
-    """Keys (or values) of whole tiles; positions that are not held are zero, and masked by `_visible`."""
+    """Keys (or values) of whole tiles; positions outside the tensor are zero, and `_visible` masks them."""
     start, stop = tiles.start * call.tile_kv, tiles.stop * call.tile_kv
     held = k[:, max(start - call.kv_start, 0) : max(min(stop, call.kv_len) - call.kv_start, 0)]
     front = max(call.kv_start - start, 0)

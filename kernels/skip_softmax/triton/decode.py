@@ -1,6 +1,6 @@
-"""The Triton kernel of decode on the host: which calls it can run, how a shape is computed, the launch.
+"""The host side of the Triton decode kernel: which calls it can run, how a shape is computed, the launch.
 
-The kernel itself is in `decode_kernel.py`, and loads Triton.
+The kernel itself is in `decode_kernel.py`; only a launch imports it, and Triton with it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Config(NamedTuple):
         per_processor: programs per multiprocessor, which sets the number of splits.
         warps: of `_decode`.
         stages: of its pipeline.
-        ahead: whether v is loaded ahead of its use too (module docstring).
-        join: splits that `_combine` reads at once, at most.
+        ahead: whether v, too, is loaded ahead of its use (see `decode_kernel.py`).
+        join: most splits that `_combine` reads at once.
         join_warps: of `_combine`.
         join_columns: columns of the output per program of `_combine`, a power of two; 0: all.
     """
@@ -51,14 +51,14 @@ class Config(NamedTuple):
 
 # Measured on an H100, see kernels/bench/results.
 AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
-# For many small tiles: two programs per processor do not ask for enough bytes at a time.
+# For many small tiles: two programs per processor do not have enough bytes in flight.
 AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
 # For calls that cannot load v ahead: few programs are split further, many are not.
 LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)
 LATE_MANY = Config(4, warps=2, stages=2)
-# At most so many bytes of one tile of k and v may be loaded ahead: its buffers are twice as many.
+# Largest tile of k and v together that is loaded ahead [bytes]; its buffers take twice as much.
 AHEAD_BYTES = 2**15
-SMALL_BYTES = 2**14  # of a small tile, k and v
+SMALL_BYTES = 2**14  # up to this, a tile of k and v is small
 MANY_TILES = 64  # tiles per processor
 
 
@@ -75,7 +75,7 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"page size {call.page} is not a power of two from 16"
     reason = why_not_here(call, device) or why_too_large(call, call.tile_kv)
     if reason is None and call.dtype == torch.float32 and rows > 32:
-        # Then shared memory holds the parts of the queries too (wgmma).
+        # For wgmma, shared memory must then hold the parts of the queries too.
         reason = why_too_large(
             call, next_power_of_2(rows) + call.tile_kv, most=MOST_TILE_BYTES * 3 // 2
         )
@@ -127,7 +127,7 @@ def choose(
         small = rows == 16 and tile_bytes <= SMALL_BYTES
         config = AHEAD_SMALL if small and many else AHEAD
     splits = max(1, min(config.per_processor * processors // batch_heads, tiles // 4))
-    # Page numbers share the stages with what they lead to; of 32 rows, more stages would spill.
+    # Loads of page numbers take stages of the pipeline too; with 32 rows, more stages would spill.
     stages = 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
     return config, splits, stages
 
@@ -135,19 +135,19 @@ def choose(
 def stages_that_fit(
     stages: int, k_bytes: int, v_bytes: int, rows: int, single: bool, armed: bool, shared: int
 ) -> int:
-    """The pipeline of a call that does not load v ahead, as long as shared memory allows.
+    """Stages of the pipeline that fit in shared memory, for a call that does not load v ahead.
 
     Args:
-        stages: as wanted.
+        stages: how many are wanted.
         k_bytes: of a tile of keys.
-        v_bytes: of a tile of values; armed, only one is held at a time.
-        rows: of the score tile; its products read shared memory later from 64 rows on (wgmma).
-        single: whether numbers are fp32, which are kept in parts too.
+        v_bytes: of a tile of values; an armed call needs room for only one.
+        rows: of the score tile; from 64 on its products are wgmma, which read shared memory later.
+        single: whether tensors are fp32, whose parts need room too.
         armed: whether tiles may be skipped.
-        shared: what a program may have [bytes].
+        shared: shared memory that a program may use [bytes].
     """
     many = rows >= 64
-    # What else is there, as compiled: queries, weights on their way to the product, parts of fp32.
+    # What else the compiled kernel has there: queries, weights before the product, parts of fp32.
     room = shared - 1024 * (40 if many else 16 + rows if single else 16)
     tiles = (room - v_bytes) // k_bytes if armed else room // (k_bytes + v_bytes)
     return max(1, min(stages, tiles + (not many)))
@@ -169,7 +169,7 @@ def decode(
     splits: int,
     stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skip-softmax decode attention; nothing in it waits for the device.
+    """Skip-softmax decode attention; never synchronises with the device.
 
     Args:
         q: queries [B, Hq, T, D].
@@ -178,11 +178,11 @@ def decode(
         kv_lens: KV length per request, int32 [B]; None: Skv.
         table: page numbers, int32 [B, pages per request], or None.
         factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
-        factors: scale factor per KV head, fp32 [Hkv]; wins over `factor`.
+        factors: scale factor per KV head, fp32 [Hkv]; overrides `factor`.
         scale: factor of the scores.
         window: sliding window [tokens], or None.
         tile_kv: keys per tile.
-        seeded: what a tile is compared with (module docstring).
+        seeded: what a tile is compared with (see `decode_kernel.py`).
         splits: programs per KV head and request; 0 chooses.
         stats: whether to count tiles.
 

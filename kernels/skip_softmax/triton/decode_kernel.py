@@ -1,23 +1,25 @@
 """Decode attention that skips KV tiles, in Triton: a few query tokens per request, split over the keys.
 
 A program owns one KV head of one request and a range of its KV tiles. All query heads of that KV head vote
-together, each query token alone. K is always read; V is read only after the decision, which is what saves
-memory traffic:
+together, separately for each query token. K is always read; V is read only after the decision, which is what
+saves memory traffic:
 
     for each tile j of the range:
         s, top   = q k_j^T, its row maxima
         bits     = the tokens that keep the tile
         if bits: p, l, acc, with v_j loaded here
 
-Loaded there, every kept tile waits for the whole latency of v_j. With `ahead` the load stands outside the
-`if` and is masked by `bits` (a skipped tile makes no traffic): Triton's pipeliner then decides `stages - 1`
-tiles before it computes p and acc, and v_j is under way meanwhile. The seed tiles (below) are then the first
-steps of the same loop. Decisions and the order of sums are the same in both.
+With the load there, every kept tile waits for the full latency of v_j. With `ahead` the load is outside the
+`if`, masked by `bits` (a skipped tile causes no traffic): Triton's pipeliner then decides `stages - 1` tiles
+before it computes p and acc, while v_j is in flight. The seed tiles (below) are then the first steps of the
+same loop. Decisions and the order of sums are the same either way.
+
+A call is armed when it may skip: some scale factor is above 0.
 
 What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
-`seeded`: the row maximum over the first and the last visited tile, which every program computes for
-itself and which are never skipped. `ascending`: the running maximum over all earlier tiles, which only a
-program that walks them all knows, so it runs with a single split.
+`seeded`: the row maximum over the first and the last visited tile, which are never skipped; every program
+computes it for itself. `ascending`: the running maximum over all earlier tiles, which only a program that
+walks them all knows, so an armed call has a single split.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ def _in_use(keys, begin, limit, WINDOWED: tl.constexpr):
 def _page_of(
     table, start, begin, limit, TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr
 ):
-    """Page number of each key of a tile, or of all where a page holds the tile; a contiguous cache has none.
+    """Page number of each key of a tile, or one for all where a page contains the tile; 0 without pages.
 
-    k and v share it: asked for again under the mask of v, it would wait for the decision.
+    k and v share it: a second load under the mask of v would wait for the decision.
     """
     if PAGE == 0:
         return 0
@@ -93,7 +95,7 @@ def _decode(
     PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        # `_combine` may take its place on the device already; it waits there for these programs.
+        # `_combine` may start before these programs end; it waits for them in `gdc_wait`.
         tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -141,8 +143,8 @@ def _decode(
     else:
         table += batch.to(tl.int64) * stride_table
 
-    # Armed and seeded: what every tile is compared with, from the first and the last tiles. With AHEAD they
-    # are the first `count` steps of the loop below.
+    # Armed and seeded: `seed`, with which every tile is compared, needs the first and the last tiles. With
+    # AHEAD they are the first `count` steps of the loop below.
     firsts = 0
     high_first = 0
     count = 0
@@ -178,7 +180,8 @@ def _decode(
                         seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale
                     )
 
-    # This split's share of the tiles.
+    # This split's range of tiles. Splits share nothing before `_combine`: each has its own acc, l and m, and
+    # the same `seed`, so decisions do not depend on their number.
     tiles = tl.maximum(high - low, 0)
     first = low + (tiles * split) // tl.num_programs(0)
     last = low + (tiles * (split + 1)) // tl.num_programs(0)
@@ -187,7 +190,8 @@ def _decode(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     kept = 0
     if AHEAD:
-        # V is loaded outside the branch, masked by the decision: the pipeliner keeps it under way.
+        # v is loaded outside the branch, masked by the decision, so that the pipeliner can load it ahead. The
+        # first `count` steps keep nothing (bits = 0): after them `seed` is complete.
         for i in tl.range(0, count + last - first, num_stages=STAGES):
             tile = first + i - count
             if ARMED and SEEDED:
@@ -232,7 +236,7 @@ def _decode(
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
             m = m_new
     else:
-        # V is loaded where it is used: armed inside the branch, dense ahead as k is.
+        # v is loaded where it is used: inside the branch if armed, else ahead like k.
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * TILE_KV
             page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
@@ -262,7 +266,7 @@ def _decode(
                     kept += count_bits(bits, TOKENS)
                 if bits != 0:
                     absent = (bits & ballot) == 0
-                    # A split's own running maximum may lie below a tile that its token skips.
+                    # A tile that a token skips may still exceed the running maximum of this split.
                     m_new = tl.where(absent, m, tl.maximum(m, tile_max))
                     values = _load_keys(
                         v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
@@ -309,7 +313,7 @@ def _combine(
     HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one row by their log-sum-exp."""
-    if EARLY:
+    if EARLY:  # waits until all programs of `_decode` have written their parts
         tl.extra.cuda.gdc_wait()
     blocks: tl.constexpr = (HEAD_DIM_V + WIDTH_V - 1) // WIDTH_V
     row = tl.program_id(0) // blocks

@@ -1,6 +1,6 @@
-"""The Triton kernel of prefill on the host: which calls it can run, how a shape is computed, the launch.
+"""The host side of the Triton prefill kernel: which calls it can run, how a shape is computed, the launch.
 
-The kernel itself is in `prefill_kernel.py`, and loads Triton.
+The kernel itself is in `prefill_kernel.py`; only a launch imports it, and Triton with it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Config:
 
     block_m: int
     warps: int
-    stages: int  # of the way that loads values ahead
-    sparse_stages: int = 2  # of the way that loads them after the decision
+    stages: int  # of the path that loads values ahead
+    sparse_stages: int = 2  # of the path that loads them after the decision
     tma: bool = True
-    two_ways: bool = False  # whether an armed call also has the way that loads values ahead
-    private: bool = False  # whether each warpgroup votes alone on that way (`private_votes`)
+    two_ways: bool = False  # whether an armed call also has the path that loads values ahead
+    private: bool = False  # whether each warpgroup votes alone on that path (`private_votes`)
     registers: int | None = None
-    probe: int = 8  # tiles before the first choice of a way
-    span: int = 64  # tiles until the next
+    probe: int = 8  # tiles before the path is first chosen
+    span: int = 64  # tiles between later choices
 
 
 def why_not(call: Call, device: Device) -> str | None:
@@ -79,29 +79,29 @@ def choose(major: int, shared: int, size: int, columns: int, tile_q: int, tile_k
     """The fastest known configuration of a shape; measured on an H100, see kernels/bench/results.
 
     Args:
-        major: compute capability of the device.
-        shared: what a program may have [bytes].
+        major: major compute capability of the device.
+        shared: shared memory that a program may use [bytes].
         size: of an element [bytes].
-        columns: of a tile, the wider of k and v.
+        columns: of a tile of k or v, whichever is wider.
         tile_q: query rows per vote.
         tile_kv: keys per tile.
     """
     if size == 4:
         config = Config(64, warps=8, stages=1, tma=False)
     elif columns <= 64 and tile_kv <= 128 and tile_q <= 64:
-        # Three small programs per processor hide each other's waits.
+        # Three small programs per multiprocessor hide each other's waits.
         config = Config(64, warps=4, stages=2, sparse_stages=3, registers=168)
     elif columns <= 64:
         config = Config(128, warps=8, stages=3, sparse_stages=3)
     elif columns <= 128 and tile_kv <= 64:
         config = Config(128, warps=4, stages=2, sparse_stages=3)
     elif columns <= 128 and tile_kv <= 128 and major == 9:
-        # One large program per processor: its two ways differ by more than a switch costs.
+        # One large program per multiprocessor: its two paths differ by more than switching costs.
         config = Config(128, warps=8, stages=3, sparse_stages=3, two_ways=True)
     else:
         config = Config(128 if major > 9 and columns <= 128 else 64, warps=8, stages=2)
     if major < 9 and size == 2 and columns > 64:
-        # Without wgmma the scores of 128 rows do not fit the registers.
+        # Without wgmma the scores of 128 rows do not fit in registers.
         config = Config(64, warps=8, stages=2)
     block_m = max(config.block_m, tile_q)
     room = shared - size * block_m * columns - 2048
@@ -141,14 +141,14 @@ def prefill(
     most_q: int,
     stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skip-softmax prefill attention; nothing in it waits for the device.
+    """Skip-softmax prefill attention; never synchronises with the device.
 
     Args:
         q: queries [B, Hq, Sq, D]; packed requests are one batch entry [1, Hq, total, D].
         k: keys [B, Hkv, Skv, D].
         v: values [B, Hkv, Skv, Dv].
         factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
-        factors: scale factor per query head, fp32 [Hq]; wins over `factor`.
+        factors: scale factor per query head, fp32 [Hq]; overrides `factor`.
         causal: a row sees no key after its own position.
         scale: factor of the scores.
         window: sliding window [tokens], or None.
@@ -156,7 +156,7 @@ def prefill(
         tile_kv: keys per tile.
         q_lens: valid rows per request, int32 [B], or None.
         kv_lens: KV length per request, int32 [B], or None.
-        q_starts: packed requests: where each starts, and the end, int32 [requests + 1]; else None.
+        q_starts: where each packed request starts, and the end, int32 [requests + 1]; None: not packed.
         kv_starts: the same for keys.
         most_q: rows of the longest request.
         stats: whether to count tiles.
@@ -168,9 +168,9 @@ def prefill(
 
     on, columns = device_of(q.device), max(width(q.shape[-1]), width(v.shape[-1]))
     config = choose(on.major, on.shared, q.element_size(), columns, tile_q, tile_kv)
-    # Known to be dense on the host: the kernel without skipping.
+    # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
-    # Before q is copied: the fake kernel knows only the q that was given.
+    # Before q is copied: the fake kernel sees only the q that was passed.
     out, counts = empty_results(q, v, q_starts, stats)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     counts.zero_()

@@ -10,11 +10,11 @@ A program owns BLOCK_M query rows of one head and walks the KV tiles in ascendin
             p    = exp2(s - max(m, top)), 0 on rows whose vote is not in bits
             acc, l, m  take p, and v_j                        # v_j is loaded here, not before
 
-A call is armed when it may skip: some scale factor is above 0. The kernel of a call that is known not to be
-(ARMED false) has no branch.
+A call is armed when it may skip: some scale factor is above 0. The kernel of a call known to be dense (ARMED
+false) has no branch.
 
-The block may hold several votes of `tile_q` rows: the branch skips what all of them skip, and a row whose
-vote skips alone has its weights zeroed, so decisions are those of `tile_q` x `tile_kv` whatever BLOCK_M is.
+A block may contain several votes of `tile_q` rows. The branch skips a tile that all of them skip; if only
+some do, their rows get zero weights. So decisions are those of `tile_q` x `tile_kv` for every BLOCK_M.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _walk(
     ARMED: tl.constexpr, AHEAD: tl.constexpr, PRIVATE: tl.constexpr, TMA: tl.constexpr,
     STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles `first` to `last`; MASKED where some row of the block does not see all of their keys.
+    """Walks tiles `first` to `last`; MASKED where some row of the block does not see all of their keys.
 
-    Armed and not AHEAD jumps over a tile that every vote skips, and loads values after the decision.
+    An armed walk without AHEAD jumps over a tile that every vote skips, and loads values after the decision.
     AHEAD loads them in the pipeline, and gives the rows of a skipping vote zero weights: the same result.
     """
     for tile in tl.range(first, last, num_stages=STAGES):
@@ -66,7 +66,8 @@ def _walk(
                 position, start + tl.arange(0, TILE_KV), kv_len, window, CAUSAL, WINDOWED
             )
             scores = tl.where(seen, scores, float("-inf"))
-        # The decision: every row says whether it wants the tile, and a vote keeps what one of its rows wants.
+        # Here m is each row's maximum over all earlier tiles, the same whether they were skipped or not. A
+        # vote keeps the tile if any of its rows wants it.
         tile_max = tl.max(scores, 1) * scale
         m_new = tl.maximum(m, tile_max)  # a skipped tile cannot raise it
         if ARMED:
@@ -82,6 +83,7 @@ def _walk(
         else:
             absent = ballot == 0
         if ARMED and not AHEAD:
+            # `bits` is one scalar for the program: all its warps branch together.
             if bits != 0:
                 values = load_tile(
                     v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA,
@@ -110,17 +112,17 @@ def _prefill(
     STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    # The last rows of a causal call see most: they start first, so that no long program starts last.
+    # The last rows of a causal call see most keys: they start first, so that no long program starts last.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     batch = tl.program_id(2)
     VOTES: tl.constexpr = BLOCK_M // TILE_Q
 
-    # Where the request's rows and keys lie, and how many they are.
+    # Where the request's rows and keys start, and how many there are.
     q_offset = head.to(tl.int64) * stride_qh
     o_offset = head.to(tl.int64) * stride_oh
     k_offset = (head // GROUP).to(tl.int64) * stride_kh
     v_offset = (head // GROUP).to(tl.int64) * stride_vh
-    most_rows = q_len  # rows that the output holds, padding included
+    most_rows = q_len  # rows of the output, padding included
     if q_starts is None:
         q_offset += batch.to(tl.int64) * stride_qb
         o_offset += batch.to(tl.int64) * stride_ob
@@ -168,13 +170,13 @@ def _prefill(
         row0, BLOCK_M, low, high, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
     )
 
-    # Masked tiles at the window's edge, whole tiles, masked tiles at the diagonal: three walks, one state.
+    # Three walks, one state: masked tiles at the window's edge, whole tiles, masked tiles at the diagonal.
     acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     kept = tl.zeros([BLOCK_M], tl.int32)  # tiles that each row's vote kept
     busy = 0  # tiles that some vote kept
-    # Armed, a tile is branched over unless a second way exists (see below).
+    # An armed call branches, but with two paths (below) its masked tiles take the one that does not.
     EDGE_AHEAD: tl.constexpr = TWO_WAYS or not ARMED
     EDGE_STAGES: tl.constexpr = STAGES if EDGE_AHEAD else SPARSE_STAGES
     if WINDOWED:
@@ -185,10 +187,9 @@ def _prefill(
             PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
         )  # fmt: skip
     if ARMED and TWO_WAYS:
-        # Two ways through the same tiles. Where nearly all are kept, values come ahead in the pipeline
-        # and the product overlaps the next tile; elsewhere values are loaded after the decision, or never.
-        # The share of kept tiles in the last span chooses, so one launch suits every head and every part
-        # of a row.
+        # Two paths through the same tiles. Where nearly all are kept, values are loaded ahead in the
+        # pipeline and the product overlaps the next tile; elsewhere they are loaded after the decision, if
+        # at all. The share of tiles kept in one span chooses the path of the next, in each program.
         stop = tl.minimum(low_full + PROBE, high_full)
         sparse = True
         tile = low_full
@@ -239,7 +240,7 @@ def _prefill(
         mask=inside,
     )
     if STATS:
-        # Visited tiles are counted from lengths, kept ones were counted on the way, once per vote.
+        # Visited tiles follow from the lengths; kept ones were counted per row: one row of each vote is read.
         votes = tl.arange(0, VOTES)
         first, last = visited_tiles(
             row0 + votes * TILE_Q, TILE_Q, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED

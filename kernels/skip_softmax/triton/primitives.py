@@ -1,6 +1,6 @@
-"""Words that the Triton kernels share: visited tiles, masks, the skip decision, the online softmax.
+"""What the Triton kernels share: visited tiles, masks, the skip decision, the online softmax.
 
-Scores live in the log2 domain inside the kernels (natural logits times log2 e), so that every exponential
+Inside the kernels scores are in the log2 domain (natural logits times log2 e), so that every exponential
 is one `exp2`. A row's running maximum `m` starts at -inf; `l` is the row sum, `acc` the unnormalised output.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 def log2_threshold(scale_factor, kv_len):
     """log2 of the threshold scale_factor / kv_len; -inf (nothing is below it) where the call is dense."""
     length = kv_len.to(tl.float32)
-    scale_factor += length * 0.0  # one number per length
+    scale_factor += length * 0.0  # broadcast to one number per length
     # 0 and a threshold of 1 or more are dense; so is NaN, which fails both comparisons.
     active = (scale_factor > 0.0) & (scale_factor < length)
     return tl.where(active, tl.log2(tl.where(active, scale_factor, 1.0) / length), float("-inf"))
@@ -23,9 +23,9 @@ def visited_tiles(
     first, rows, q_len, kv_len, window, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [low, high) of which some of `rows` query rows from `first` (one or several) on sees a key.
+    """Tiles [low, high) in which one of the `rows` query rows from `first` on sees a key.
 
-    The walk, its counts and the statistics all ask here. Without rows `high` is 0.
+    `first` is one number or several. The walks, their counts and the statistics use it; no rows: `high` is 0.
     """
     offset = kv_len - q_len
     end = tl.minimum(first + rows, q_len)
@@ -43,7 +43,7 @@ def whole_tiles(
     first, rows, low, high, q_len, kv_len, window, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Those of the tiles [low, high) whose keys every row sees, so that nothing in them is masked."""
+    """Those of the tiles [low, high) in which every row sees all keys, so that nothing is masked."""
     offset = kv_len - q_len
     low_whole = 0
     keys = kv_len
@@ -80,9 +80,9 @@ def keeps(tile_max, before, threshold):
 
 @triton.jit
 def kept_votes(wanted, ballot):
-    """The votes that keep the tile, as bits of one scalar; zero: the whole block skips it.
+    """The votes that keep the tile, as bits of one scalar; if it is zero, the whole block skips the tile.
 
-    `ballot` holds each row's vote as one bit, and 0 for padding rows, which never vote.
+    `ballot` has each row's vote as one bit, and 0 for padding rows, which never vote.
     """
     return tl.reduce_or(tl.where(wanted, ballot, 0), 0)
 
@@ -91,9 +91,9 @@ def kept_votes(wanted, ballot):
 def private_votes(wanted):
     """Lets the 64 rows of each warpgroup vote alone (sm_90, 8 warps, 128 rows).
 
-    A reduction over all rows makes both warpgroups wait for each other in every tile; kept apart, one
-    computes its softmax while the other has the tensor cores. Each thread holds two rows of the score tile,
-    and the barrier of its warpgroup returns the OR of what the 128 threads bring.
+    A reduction over all rows makes the two warpgroups wait for each other in every tile; voting apart, one
+    computes its softmax while the other uses the tensor cores. Each thread has two rows of the score tile,
+    and the barrier of its warpgroup returns the OR over the 128 threads.
 
     Returns:
         Each row's vote, int32 [rows]: nonzero keeps the tile.
@@ -123,7 +123,7 @@ def private_votes(wanted):
 
 @triton.jit
 def count_bits(bits, VOTES: tl.constexpr):
-    """How many votes `bits` holds."""
+    """How many of the votes are set in `bits`."""
     total = bits & 1
     for vote in tl.static_range(1, VOTES):
         total += (bits >> vote) & 1
@@ -163,7 +163,7 @@ def online_softmax(
 
 @triton.jit
 def place_of(offset, stride):
-    """Row and column of an offset in the matrix that a descriptor shows; once per head, for it divides."""
+    """Row and column of an offset in the matrix of a descriptor; used once per head, because it divides."""
     row = offset // stride
     return row.to(tl.int32), (offset - row * stride).to(tl.int32)
 
@@ -176,8 +176,8 @@ def load_tile(
     """Rows `first` to `first + ROWS` of one head, [ROWS, WIDTH]; columns beyond COLUMNS are zero.
 
     The head starts at `offset` for pointers, at row and column `place` for a descriptor.
-    MASKED: rows from `limit` on may lie outside the tensor. CLEAN: they must come out as zero, for a cache
-    may hold anything there, NaN too (scores are masked anyway, values are not).
+    MASKED: rows from `limit` on may be outside the tensor. CLEAN: they must read as zero, because a cache may
+    contain anything there, even NaN (scores are masked anyway, values are not).
     """
     if TMA:
         tile = x.load([place[0] + first, place[1]])

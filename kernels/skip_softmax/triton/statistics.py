@@ -1,6 +1,6 @@
-"""The Triton kernel of tile statistics on the host: which calls it can run, and the launch.
+"""The host side of the Triton kernel of tile statistics: which calls it can run, and the launch.
 
-The kernel itself is in `statistics_kernel.py`, and loads Triton.
+The kernel itself is in `statistics_kernel.py`; only a launch imports it, and Triton with it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run(
     single, wide = q.dtype == torch.float32, max(q.shape[-1], v.shape[-1]) > 128
     small = single or wide
     block_m = 64 if small else 128
-    # What shared memory holds beside the queries.
+    # As many keys as fit in shared memory beside the queries.
     block_n = min(tile_kv, 32 if single and wide else 64 if small else 128)
     vote_rows = call.tile_q or pack
     subs = max(1, vote_rows // block_m)

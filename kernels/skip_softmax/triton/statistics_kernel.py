@@ -1,11 +1,10 @@
 """Dense attention that also counts its tiles by critical scale factor, in Triton and in one pass.
 
 A program walks the tiles of some rows as dense attention does, and notes two numbers per row and tile:
-the gap, and log2 of the tile's softmax weight. What a tile weighs is known only once the row's sum is,
+the gap, and log2 of the tile's softmax weight. A tile's share of the row is known only with the row's sum,
 at the end of the walk; then the program reads its notes back, joins the rows of each vote, and adds the
-votes to the histogram. The notes of one program fill tiles x rows numbers, and only as many programs run
-as the device holds at once, each taking rows again and again: memory grows with kv_len, never with its
-square.
+votes to the histogram. One program's notes are tiles x rows numbers, and there are only as many programs as
+run at once, each taking one item after another: memory grows with kv_len, never with its square.
 
 Weights are added as integers (units of 2^-40), so that a histogram does not depend on the order of its sums.
 """
@@ -34,7 +33,7 @@ def _observe(
     WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr, TMA: tl.constexpr,
     TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Dense attention over key blocks `first` to `last`, noting each row's gap and weight of each."""
+    """Dense attention over key blocks `first` to `last`, noting each row's gap and weight in each."""
     for block in tl.range(first, last, num_stages=STAGES):
         start = block * BLOCK_N
         keys = load_tile(
@@ -92,7 +91,7 @@ def _tally(
         last_key = tl.minimum(last_key, position)
     lse = tl.load(row_lse + rows)
 
-    # The length behind each vote's threshold.
+    # The KV length in each vote's threshold.
     length = tl.zeros([VOTES], tl.float32) + kv_len
     if DECODE:  # a token's own length
         length = (token0 + tl.arange(0, VOTES) * VOTE_ROWS // PACK + (kv_len - q_len) + 1).to(
@@ -113,7 +112,7 @@ def _tally(
         gap = tl.max(tl.max(tl.reshape(gap, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
         weight = tl.sum(tl.sum(tl.reshape(weight, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
 
-        # The bin of the critical scale factor, as `histogram.bin_index` finds it.
+        # The bin of the critical scale factor, as `histogram.bin_index` computes it.
         critical = length_log2[None, :] + tl.minimum(gap, 0.0)
         edge = tl.floor((tl.maximum(critical, LOW - 1.0) - LOW) * PER_OCTAVE) + 1.0
         index = tl.minimum(tl.maximum(edge, 0.0), BINS - 2.0).to(tl.int32)
@@ -146,7 +145,7 @@ def _statistics(
     lse_base = tl.program_id(0) * NOTE_ROWS
     offset = kv_len - q_len
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        # The longest rows of a causal call come first, so that no program ends late.
+        # The rows of a causal call that see most keys come first, so that no program ends late.
         head = item % HEADS
         batch = (item // HEADS) // blocks
         item_block = blocks - 1 - (item // HEADS) % blocks
@@ -217,7 +216,7 @@ def _statistics(
                     edge = (block // PARTS == row_first) | (block // PARTS == row_last)
                     scores = tl.where(seen & edge[:, None], scores, float("-inf"))
                     seed = tl.maximum(seed, tl.max(scores, 1) * scale)
-                # A row without keys must not make NaN of -inf - -inf.
+                # For a row without keys, -inf - -inf would be NaN.
                 seed = tl.where(seed == float("-inf"), 0.0, seed)
 
             # Dense attention over the masked and the whole blocks, noting gaps and weights on the way.
@@ -260,7 +259,7 @@ def _statistics(
                 # A row that saw no key weighs nothing, like padding.
                 tl.where(valid & (l > 0.0), m + tl.log2(total), float("inf")),
             )
-        # Notes were written by other threads of this program.
+        # `_tally` reads notes that other threads of this program wrote.
         tl.debug_barrier()
         _tally(
             counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,

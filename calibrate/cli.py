@@ -149,7 +149,8 @@ def show(
     rows = expectations(thresholds, statistics)
     dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
     shown = [tables.phases(thresholds), *([tables.expected(rows)] if rows else [])]
-    terminal.show(*shown, tables.layers(thresholds), *dense)
+    left = tables.left_dense(thresholds.evidence)
+    terminal.show(*shown, *left, tables.layers(thresholds), *dense)
 
 
 @app.command()
@@ -335,9 +336,9 @@ def _finish(finished: Any, as_json: bool) -> None:
             {"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence}
         )
     else:
-        from calibrate.report.tables import heldout
+        from calibrate.report.tables import heldout, left_dense
 
-        terminal.show(heldout(finished.findings))
+        terminal.show(heldout(finished.findings), *left_dense(evidence))
     if evidence["verdict"] != "passed":
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "

@@ -22,6 +22,7 @@ from calibrate.model.forward import dense_logits
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
+from calibrate.proof.dense import left_dense, nothing_skipped
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import Validation, validate
 from calibrate.proof.verdict import Law
@@ -32,7 +33,7 @@ from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, load_curves
 from calibrate.search.points import Point, candidates, uniform_candidates
 from calibrate.search.space import Space, build_space
-from calibrate.search.study import open_study, points, search
+from calibrate.search.study import least_pruned, open_study, points, search
 from calibrate.statistics.capture import capture, empty_statistics, without_unseen
 from calibrate.statistics.counts import Statistics
 from calibrate.statistics.fit import fit_phase
@@ -276,7 +277,11 @@ class Stages:
         heldout = self.prompts["heldout"]
         # A phase that skips nothing is left dense, which costs less than the kernel that could skip.
         found = [point.without_idle(self.space.relative_time) for point in points(self.study)]
-        within = self.config.budget.limits, self.config.validation.attempts
+        limits = self.config.budget.limits
+        if not any(point.skips for point in found):
+            pruned = least_pruned(self.study, limits)
+            raise WorkFailed(nothing_skipped(self.statistics, self.config.target, limits, pruned))
+        within = limits, self.config.validation.attempts
         chosen = candidates(found, *within)
         # The best single number is picked as the winner is: within the same shares of the budget.
         baselines = uniform_candidates(found, *within)
@@ -356,8 +361,9 @@ class Stages:
         )
 
     def _write_thresholds(self, result: Validation) -> None:
-        assert result.chosen is not None  # `candidates` gives at least one
-        winner: Setting = result.chosen.served
+        attempt = result.chosen
+        assert attempt is not None  # `candidates` gives at least one
+        winner: Setting = attempt.served
         thresholds = emit(
             thresholds_for(self.loaded, self.config, winner),
             result,
@@ -366,6 +372,14 @@ class Stages:
             self.cost,
             self.config.budget,
             self.provenance(self.config),
+            left_dense(
+                attempt,
+                points(self.study),
+                self.statistics,
+                self.config.target,
+                self.config.budget.limits,
+                self.space.layers,
+            ),
         )
         thresholds.save(self.folder / "thresholds.yaml")
 

@@ -6,6 +6,7 @@ Both use the run's model, prompts and dense outputs; what was measured once is o
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from calibrate.engines.catalogue import find_engine
 from calibrate.errors import UserError, WorkFailed
@@ -14,8 +15,10 @@ from calibrate.model.section import Setting, thresholds_for
 from calibrate.pipeline import Stages
 from calibrate.prompts.build import Prompt
 from calibrate.proof.assess import Assessment, Evaluate, assess
+from calibrate.proof.dense import reach
 from calibrate.proof.emit import emit
 from calibrate.proof.project import Projection, describe, project, tiles_for
+from calibrate.proof.validate import Attempt
 from calibrate.proof.verdict import Law
 from calibrate.record import provenance
 from calibrate.record.files import read_json
@@ -59,20 +62,30 @@ def project_run(
     chosen = tuple(phase for phase in ran if phases is None or phase in phases)
     if not chosen:
         raise UserError(f"--phase must be one of the run's: {', '.join(ran)}")
-    if engine.joint and len(chosen) < len(PHASES):
-        raise UserError(
-            f"{engine.title} applies one number to both phases, but only {chosen[0]} is projected; leave "
-            "--phase out, or calibrate both phases"
-        )
     shape = source.model
-    tiles = tiles_for(
-        engine, gpu, source.geometry, chosen, shape.head_dim, shape.q_heads // shape.kv_heads
-    )
-    ours = _at(run.config, tiles, engine_name, chosen)
     winner: Setting = {
         phase: tuple(max(source.per_head(i, phase)) for i in range(shape.layers))
         for phase in chosen
     }
+    skipping = tuple(phase for phase in chosen if any(winner[phase]))
+    if not skipping:
+        raise UserError(
+            f"--phase must name a phase that skips, but the run leaves {' and '.join(chosen)} dense; choose "
+            "another one, or leave --phase out"
+        )
+    if engine.joint and len(skipping) < len(PHASES):
+        raise UserError(
+            f"{engine.title} applies one number to both phases, but only {skipping[0]} is projected"
+            + (
+                "; leave --phase out, or calibrate both phases"
+                if len(chosen) < len(PHASES)
+                else ", because the run leaves the other one dense; use another engine"
+            )
+        )
+    tiles = tiles_for(
+        engine, gpu, source.geometry, skipping, shape.head_dim, shape.q_heads // shape.kv_heads
+    )
+    ours = _at(run.config, tiles, engine_name, chosen)
     found = _projected(run, ours, winner, engine_name)
     return _emitted(run, ours, found, source, engine_name)
 
@@ -180,6 +193,7 @@ def _emitted(
         run.cost,
         ours.budget,
         run.provenance(ours),
+        _left_dense(run, ours, attempt, source),
     )
     direct = {**describe(found.direct.setting), "holds": found.refused is None}
     if found.refused is not None:
@@ -198,6 +212,23 @@ def _emitted(
     target = run.folder / f"projected-{engine}.yaml"
     thresholds.save(target)
     return target
+
+
+def _left_dense(
+    run: Stages, ours: RunConfig, attempt: Attempt, source: Thresholds
+) -> dict[str, Any]:
+    """As the run's own file says; a phase that only the projection leaves dense has its own reason."""
+    known = source.evidence.get("dense", {})
+    idle = [phase for phase, factors in attempt.served.items() if not any(factors)]
+    dense = {
+        phase: known.get(phase)
+        or {
+            "reason": "the projected number skips no tile there",
+            **reach(run.statistics, phase, ours.target),
+        }
+        for phase in idle
+    }
+    return {"dense": dense} if dense else {}
 
 
 def _require_same_model(thresholds: Thresholds, run: Stages) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ def emit(
     cost: Cost,
     budget: BudgetConfig,
     provenance: dict[str, Any],
+    dense: Mapping[str, Any],
 ) -> Thresholds:
     """Builds the file.
 
@@ -34,6 +36,7 @@ def emit(
         cost: where predicted times come from.
         budget: what the winner had to meet.
         provenance: versions, seeds and hashes; nothing that differs between two equal runs.
+        dense: what the winner leaves dense, of `left_dense`.
 
     Returns:
         Thresholds with the validated setting, or with 0 everywhere.
@@ -59,15 +62,22 @@ def emit(
         update={
             "scale_factor": ScaleFactors(**uniform),
             "layers": layers,
-            "fit": {phase: _curve(fit["model"]) for phase, fit in fits.items()},
-            "evidence": _evidence(validation, times, cost, budget),
+            "fit": {
+                phase: _curve(fit["model"], dense.get("dense", {}).get(phase))
+                for phase, fit in fits.items()
+            },
+            "evidence": _evidence(validation, times, cost, budget, dense),
             "provenance": provenance,
         }
     )
 
 
 def _evidence(
-    validation: Validation, times: dict[Phase, float], cost: Cost, budget: BudgetConfig
+    validation: Validation,
+    times: dict[Phase, float],
+    cost: Cost,
+    budget: BudgetConfig,
+    dense: Mapping[str, Any],
 ) -> dict[str, Any]:
     evidence: dict[str, Any] = {
         "verdict": "passed" if validation.passed else "failed",
@@ -88,6 +98,7 @@ def _evidence(
             "weighted": round(1 / chosen.relative_time, 3),
             "source": cost.source,
         }
+        evidence |= dense
     if validation.baseline is not None:
         evidence["uniform_baseline"] = {
             "loss": _loss(validation.baseline),
@@ -126,10 +137,13 @@ def _sparsity(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _curve(curve: dict[str, Any]) -> dict[str, Any]:
+def _curve(curve: dict[str, Any], dense: Mapping[str, Any] | None) -> dict[str, Any]:
     """A refused curve keeps its reason but not its numbers, so that nobody uses them by mistake."""
-    if curve["refused"] is not None:
-        return {"refused": curve["refused"], "points": curve["points"]}
+    refused = curve["refused"]
+    if refused is None and dense is not None:
+        refused = f"the phase is left dense: {dense['reason']}"
+    if refused is not None:
+        return {"refused": refused, "points": curve["points"]}
     kept = {key: value for key, value in curve.items() if value is not None}
     return {
         key: [_round(v) for v in value] if isinstance(value, (list, tuple)) else _round(value)

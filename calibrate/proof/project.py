@@ -7,7 +7,7 @@ predicted loss is that of the run's winner, and steps down until the measured lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def project(
     """Finds the fastest expressible setting near the winner that meets the budget on the held-out prompts.
 
     Args:
-        winner: the run's validated setting, in the phases to project.
+        winner: the run's validated setting, in the phases to project; it skips in one of them.
         known: trials of the run; those that the engine can express are candidates too.
         space: the run's search space; predicts losses and times.
         engine: what can be expressed.
@@ -176,7 +176,9 @@ def _dense_layers(winner: Setting, engine: Engine) -> set[int]:
 
 
 def _nearest(winner: Setting, phase: Phase, dense: set[int], space: Space) -> float:
-    """The largest single number whose predicted loss is at most the winner's [tokens]."""
+    """The largest single number whose predicted loss is at most the winner's [tokens]; 0: dense."""
+    if not any(winner[phase]):
+        return 0.0
     allowed = space.predicted_loss({phase: winner[phase]})[phase]
     log2_factors = grid(math.log2(space.target.largest_scale_factor(phase)), _PER_OCTAVE)
     for log2_factor in reversed(log2_factors):
@@ -187,17 +189,20 @@ def _nearest(winner: Setting, phase: Phase, dense: set[int], space: Space) -> fl
 
 
 def _expressible(
-    known: Sequence[Point], engine: Engine, phases: Iterable[Phase], limits: Mapping[str, float]
+    known: Sequence[Point], engine: Engine, winner: Setting, limits: Mapping[str, float]
 ) -> list[Setting]:
     """Settings of trials that the engine can express and that were within the budget, fastest first."""
-    found = []
+    found: list[Setting] = []
+    skipping = [phase for phase in winner if any(winner[phase])]
     for point in sorted(known, key=lambda p: p.relative_time):
-        setting = {phase: point.setting[phase] for phase in phases}
+        setting = {phase: point.setting[phase] for phase in skipping}
         zeros = [{i for i, f in enumerate(factors) if f == 0} for factors in setting.values()]
         single = all(len(set(factors) - {0.0}) == 1 for factors in setting.values())
         same = all(zero == zeros[0] for zero in zeros) and (
             engine.form == "scalar+ignore" or not zeros[0]
         )
-        if single and same and point.share(limits) <= 1.0 and setting not in found:
-            found.append(setting)
+        # A phase that the winner leaves dense stays dense.
+        whole = {phase: setting.get(phase, factors) for phase, factors in winner.items()}
+        if single and same and point.share(limits) <= 1.0 and whole not in found:
+            found.append(whole)
     return found

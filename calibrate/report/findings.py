@@ -42,7 +42,8 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         config: the run's config.
 
     Returns:
-        `name`, `folder`, `verdict`, `budget`, `trials`, `pruned`, `front`, `heldout` (all candidates, the
+        `name`, `folder`, `verdict`, `budget`, `dense`, `layers_dense` (what is left dense, as in the
+        evidence of the thresholds file), `trials`, `pruned`, `front`, `heldout` (all candidates, the
         chosen one, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
         `sparsity` and so on) and `provenance`. `losses` has every loss by its name in `LOSSES`; the `loss`
         of a layer that skips alone is `FINEST`.
@@ -88,6 +89,7 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         "folder": folder.resolve().name,
         "verdict": _verdict(validation, thresholds),
         "budget": _budget(config),
+        **_left_dense(thresholds),
         "min_kv_len": {phase: config.target.min_kv_len[phase] for phase in config.target.phases},
         "geometry": config.geometry.model_dump(mode="json"),
         **_search(folder, config, attempt),
@@ -157,6 +159,12 @@ def _verdict(validation: Validation | None, thresholds: Thresholds | None) -> di
     if not passed and reason is None:
         reason = "a short prompt did not come out dense"
     return {"passed": passed, "reason": reason}
+
+
+def _left_dense(thresholds: Thresholds | None) -> dict[str, Any]:
+    """Phases and layers that are left dense, with the reasons; files of earlier versions name none."""
+    evidence = {} if thresholds is None else thresholds.evidence
+    return {key: _rounded(evidence.get(key, {})) for key in ("dense", "layers_dense")}
 
 
 def _budget(config: RunConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from calibrate.record.files import write_output
 from calibrate.report.figures import Figures, slider_start
 from calibrate.report.findings import Findings, findings
 from calibrate.report.style import DARK, LIGHT
-from calibrate.report.tables import percent_text, speedup_text, tables_of
+from calibrate.report.tables import left_dense, percent_text, speedup_text, tables_of
 from calibrate.schema import RunConfig
 from calibrate.search.study import read_study
 
@@ -49,6 +49,7 @@ def write_report(folder: Path, config: RunConfig, output: Path | None = None) ->
         verdict=sentence(found).partition(": "),
         keys=_keys(found),
         tables=tables_of(found),
+        dense=left_dense(found),
         start={phase: slider_start(found, phase) for phase in found["phases"]},
         config=yaml.safe_dump(found["provenance"]["config"], sort_keys=False),
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibrate.loss.losses import FINEST, LOSSES
+from calibrate.proof.dense import reach_text
 from calibrate.report.findings import Findings
 from calibrate.terminal import Table
 from skip_softmax.thresholds.file import Thresholds
@@ -172,6 +173,21 @@ def phases(thresholds: Thresholds) -> Table:
         rows,
         tuple(notes),
     )
+
+
+def left_dense(evidence: Mapping[str, Any]) -> list[str]:
+    """What a result leaves dense and why, a line each; of a file's evidence, or of findings."""
+    lines = [
+        f"{phase} is left dense: {entry['reason']} ({reach_text(entry)})"
+        for phase, entry in evidence.get("dense", {}).items()
+    ]
+    for phase, reasons in evidence.get("layers_dense", {}).items():
+        for reason, numbers in reasons.items():
+            which = (
+                f"layer {numbers[0]} is" if len(numbers) == 1 else f"layers {_ranges(numbers)} are"
+            )
+            lines.append(f"{phase}: {which} left dense: {reason}")
+    return lines
 
 
 def layers(thresholds: Thresholds) -> Table:
@@ -367,6 +383,17 @@ def _bound_cells(losses: dict[str, Any]) -> list[str]:
     return [
         loss.text(losses[name][part]) for name, loss in LOSSES.items() for part in ("mean", "upper")
     ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0, 3 to 5` for 0, 3, 4, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _listed(pairs: dict[str, Any]) -> str:

@@ -131,10 +131,16 @@ def _nearest(points: Sequence[Point], limits: Mapping[str, float], share: float)
     useful = [point for point in points if point.skips]
     if not useful:
         return f"none that ran to its end skips; raise `budget.{next(iter(limits))}`"
-    losses = min(useful, key=lambda p: p.share(limits)).losses
+    name, text = against_budget(min(useful, key=lambda p: p.share(limits)), limits, share)
+    return f"the nearest one that skips has {text}; raise `budget.{name}`"
+
+
+def against_budget(point: Point, limits: Mapping[str, float], share: float) -> tuple[str, str]:
+    """The loss of which a point spends most of the budget: its name, and beside a share of it in words."""
+    losses = point.losses
     name = max(losses.keys() & limits, key=lambda n: losses[n] / limits[n])
     loss = LOSSES[name]
-    return (
-        f"the nearest one that skips has {loss.title} {loss.text(losses[name])} {loss.unit}, where a "
-        f"candidate may have {share * limits[name]:g}; raise `budget.{name}`"
+    return name, (
+        f"{loss.title} {loss.text(losses[name])} {loss.unit}, where a candidate may have "
+        f"{share * limits[name]:g}"
     )

@@ -118,6 +118,14 @@ def points(study: optuna.Study) -> list[Point]:
     ]
 
 
+@held_back()
+def least_pruned(study: optuna.Study, limits: Mapping[str, float]) -> float | None:
+    """The least share of a budget that a pruned trial would have spent; None: none was pruned."""
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+    whole = limits[FINEST] if _values_are_kl(study) else 1.0
+    return min((_pruned_at(trial) / whole for trial in pruned), default=None)
+
+
 def losses_of(trial: FrozenTrial) -> dict[str, float]:
     """A completed trial's losses, mean over the search prompts; its KL only if an earlier version made it."""
     measured = trial.user_attrs.get("losses")
@@ -157,7 +165,7 @@ def search(
     # The value of a trial is its largest loss / scale; `whole` is the value that spends the budget. Values
     # of one study must compare, so a study that began with the KL itself keeps it.
     scales, whole = limits, 1.0
-    if study.metric_names is not None and study.metric_names[0] == _METRIC_BEFORE:
+    if _values_are_kl(study):
         scales, whole = {FINEST: 1.0}, limits[FINEST]
     nats = limits[FINEST] / whole
 
@@ -245,6 +253,10 @@ def _at_least(outcomes: Sequence[Outcome], prompts: int) -> dict[str, float]:
         name: (sum(o.losses[name] for o in outcomes) + missing * loss.least) / prompts
         for name, loss in LOSSES.items()
     }
+
+
+def _values_are_kl(study: optuna.Study) -> bool:
+    return study.metric_names is not None and study.metric_names[0] == _METRIC_BEFORE
 
 
 def _pruned_at(trial: FrozenTrial) -> float:

@@ -121,6 +121,9 @@ def _fit(
     config: FitConfig,
 ) -> Curve:
     """Curve through tiles skipped [lengths, scale factors of the grid] of those visited [lengths]."""
+    if not skipped.any():
+        reason = "no threshold below 1 skips a tile"
+        return Curve(None, None, None, 0, None, None, None, reason)
     low, high = config.sparsity_range
     points: list[tuple[float, float, float]] = []
     for length, at_edges, tiles in zip(kv_len, skipped.tolist(), visited.tolist(), strict=True):

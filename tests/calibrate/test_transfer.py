@@ -188,9 +188,16 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
     assert code == 2 and "one number to both phases" in err
     code, _, err = call("project", copied, "--engine", "native")
     assert code == 2 and "needs no projection" in err
-    # At 64x256 tiles a prompt of 384 tokens has nothing to skip: said, not exported.
-    code, _, err = call("project", copied, "--engine", "trtllm", "--gpu", "sm90")
-    assert code == 1 and "none skips" in err
+    # At 64x256 tiles prefill of 384 tokens has nothing to skip: said, not exported; decode still has.
+    sm90 = ("project", copied, "--engine", "trtllm", "--gpu", "sm90")
+    code, _, err = call(*sm90, "--phase", "prefill")
+    assert code == 1 and "none that ran to its end skips" in err
+    code, _, err = call(*sm90)
+    assert code == 0, err
+    made = Thresholds.load(copied / "projected-trtllm.yaml")
+    assert made.evidence["dense"]["prefill"]["reason"] == "the projected number skips no tile there"
+    assert made.evidence["sparsity"]["decode"]["achieved"] > 0
+    assert {made.per_head(layer, "prefill") for layer in range(4)} == {(0.0,) * 4}
 
 
 @pytest.mark.usefixtures("tiny_tiles")

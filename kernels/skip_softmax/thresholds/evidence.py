@@ -137,6 +137,22 @@ class ImportedSection(_Evidence):
     engine: str = "native"
 
 
+class DenseSection(_Evidence):
+    """Why a phase is left dense, and how much it could skip at most.
+
+    Attributes:
+        reason: in words.
+        most: skipped / visited tiles at the largest scale factor.
+        at: that scale factor [tokens].
+        first: the smallest scale factor that skips a tile [tokens], where `most` is 0; None: none does.
+    """
+
+    reason: str
+    most: _Share
+    at: _Positive
+    first: _Positive | None = None
+
+
 class EvidenceSection(_Evidence):
     """The parts of `evidence` that are read."""
 
@@ -146,3 +162,5 @@ class EvidenceSection(_Evidence):
     predicted_speedup: SpeedSection = SpeedSection()
     uniform_baseline: BaselineSection = BaselineSection(loss={}, sparsity={})
     imported: ImportedSection = ImportedSection()
+    dense: dict[Phase, DenseSection] = {}
+    layers_dense: dict[Phase, dict[str, list[Annotated[int, Field(ge=0)]]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_a_short_prompt_that_skips_fails_the_file() -> None:
     assert not leaking.passed
 
 
-def emitted(tmp_path: Path, result: Any) -> Thresholds:
+def emitted(tmp_path: Path, result: Any, dense: Any = MappingProxyType({})) -> Thresholds:
     template = Thresholds.load(write(tmp_path, GOOD)).model_copy(
         update={"layers": (), "evidence": {}}
     )
@@ -231,7 +232,14 @@ def emitted(tmp_path: Path, result: Any) -> Thresholds:
     }
     fits = {"prefill": {"model": curve}, "decode": {"model": {**curve, "refused": "poor"}}}
     file = emit(
-        template, result, fits, {"prefill": 0.8, "decode": 0.5}, COST, config().budget, {"seed": 0}
+        template,
+        result,
+        fits,
+        {"prefill": 0.8, "decode": 0.5},
+        COST,
+        config().budget,
+        {"seed": 0},
+        dense,
     )
     file.save(tmp_path / "out.yaml")
     return Thresholds.load(tmp_path / "out.yaml")

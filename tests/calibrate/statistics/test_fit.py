@@ -82,7 +82,7 @@ def test_saturated_points_are_dropped() -> None:
 
 def test_a_layer_without_tiles_has_no_curve() -> None:
     fit = fit_phase(Statistics.empty({}, 2, 1, 1, [64]), "decode", FitConfig())
-    assert fit["model"]["refused"] == "only 0 usable points"
+    assert fit["model"]["refused"] == "no threshold below 1 skips a tile"
     assert len(fit["layers"]) == 2
 
 

@@ -94,7 +94,7 @@ def nothing_skipped(
             "`target.min_kv_len`, which limits scale factors, or calibrate on longer prompts"
         )
     return (
-        f"no trial that ran to its end skips any tiles ({texts}); the nearest of those that were stopped "
+        f"no trial skips any tiles within the budget ({texts}); the nearest of those that were stopped "
         f"early spends at least {pruned:.3g} times the budget; raise `budget.{next(iter(limits))}`, or give "
         "the search more trials"
     )

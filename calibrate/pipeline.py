@@ -25,7 +25,7 @@ from calibrate.prompts.build import SPLITS, Prompt, Split, build
 from calibrate.proof.dense import left_dense, nothing_skipped
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import Validation, validate
-from calibrate.proof.verdict import Law
+from calibrate.proof.verdict import Law, require_provable
 from calibrate.record import provenance
 from calibrate.record.files import as_written, read_json, write_json
 from calibrate.record.folder import Notes, measured_once
@@ -99,7 +99,13 @@ class Stages:
         self._rows = rows
 
     def run(self) -> None:
-        """Runs all stages that are not on disk yet."""
+        """Runs all stages that are not on disk yet.
+
+        Raises:
+            UserError: the budget cannot be proven with as many held-out prompts.
+        """
+        if not self.notes.finished("validation"):
+            require_provable(self.config)
         self.capture()
         self.fit()
         self.sensitivity()

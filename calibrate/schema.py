@@ -156,8 +156,9 @@ class BudgetConfig(_Section):
 
     kl: float = Field(default=0.01, gt=0)
     """Mean KL(dense || sparse) of the next-token distributions [nats/token]."""
-    score_drop: float | None = Field(default=2.0, gt=0, le=100)
-    """Drop of the share of reference tokens that the model ranks first [points]; null: only reported."""
+    score_drop: float | None = Field(default=None, gt=0, le=100)
+    """Mean drop of the share of reference tokens that the model ranks first [points]; null: only reported.
+    A few points take hundreds of held-out prompts to prove: a run says how many before it begins."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Each upper confidence bound, not the mean, must lie within its budget."""
 
@@ -250,8 +251,14 @@ class ValidationConfig(_Section):
     """How many points of the front are tried at most, the safest first, until one fails."""
     short_prompt: int | None = Field(default=256, ge=16)
     """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""
-    bootstrap: int = Field(default=9999, ge=999, le=1_000_000)
-    """Resamples of the confidence intervals."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired_keys(cls, data: Any) -> Any:
+        # Earlier versions resampled; their run folders must still open.
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if key != "bootstrap"}
+        return data
 
 
 class CostConfig(_Section):

@@ -6,6 +6,7 @@ and report go through the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,9 +26,9 @@ class Loss:
             [continuation + 1, vocabulary] and the prompt.
         format: how a value is printed.
         least: the smallest possible value.
-        unseen: from `prompts.decode_tokens`, the value of one more prompt that a proof assumes, for a
-            loss that can be the same on all prompts seen and still not be on others; None: no such
-            prompt is assumed.
+        most: the largest possible value. If there is one, the upper bound of the mean assumes nothing
+            else (`bounds.bounded_upper`); if not, it takes the loss as lognormal within each task
+            (`bounds.lognormal_upper`), and `least` must be 0.
     """
 
     title: str
@@ -35,7 +36,7 @@ class Loss:
     compare: Callable[[torch.Tensor, torch.Tensor, Prompt], float]
     format: str
     least: float
-    unseen: Callable[[int], float] | None = None
+    most: float = math.inf
 
     @property
     def axis(self) -> str:
@@ -79,8 +80,7 @@ LOSSES = {
         compare=lambda dense, sparse, prompt: score(dense, prompt) - score(sparse, prompt),
         format=".2f",
         least=-100.0,
-        # One token worse: a sample without any change still proves only so much.
-        unseen=lambda tokens: 100.0 / tokens,
+        most=100.0,
     ),
 }
 

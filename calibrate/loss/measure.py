@@ -42,6 +42,16 @@ class Outcome:
     visited: dict[Phase, list[int]]
     skipped: dict[Phase, list[int]]
 
+    @property
+    def answered(self) -> bool:
+        """Whether the dense run ranks every reference token first: greedy generation gives the answer."""
+        return self.dense_score == 100.0
+
+    @property
+    def answer_lost(self) -> bool:
+        """Whether the dense run gives the whole answer and the sparse run does not."""
+        return self.answered and self.losses["score_drop"] > 0
+
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Outcome:
         """What `asdict` made of an outcome, in this version or an earlier one."""

@@ -169,6 +169,7 @@ def _evidence(
             **{name: asdict(bound) for name, bound in verdict.losses.items()},
             "heldout_prompts": len(outcomes),
         },
+        "failing_prompts": asdict(verdict.failing),
         "sparsity": {
             phase: {
                 "achieved": share,

@@ -92,6 +92,8 @@ def _evidence(
             "sparsity": _sparsity(chosen),
             "attempts": len(validation.attempts),
         }
+        if chosen.failing is not None:
+            evidence["failing_prompts"] = _rounded(asdict(chosen.failing))
     if chosen is not None and validation.passed:
         evidence["predicted_speedup"] = {
             **{phase: round(1 / time, 3) for phase, time in times.items()},
@@ -113,10 +115,7 @@ def _evidence(
 
 def _loss(attempt: Attempt) -> dict[str, Any]:
     return {
-        **{
-            name: {key: _round(value) for key, value in asdict(bound).items()}
-            for name, bound in attempt.losses.items()
-        },
+        **{name: _rounded(asdict(bound)) for name, bound in attempt.losses.items()},
         "heldout_prompts": attempt.prompts,
         "by_task": {
             task: {k: _round(v) for k, v in row.items()} for task, row in attempt.by_task.items()
@@ -149,6 +148,10 @@ def _curve(curve: dict[str, Any], dense: Mapping[str, Any] | None) -> dict[str, 
         key: [_round(v) for v in value] if isinstance(value, (list, tuple)) else _round(value)
         for key, value in kept.items()
     }
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _round(value) for key, value in row.items()}
 
 
 def _round(value: float) -> float:

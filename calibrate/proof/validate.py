@@ -13,7 +13,7 @@ from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
-from calibrate.proof.verdict import Bound, Law, Verdict, judge, ran_dense
+from calibrate.proof.verdict import Bound, Failing, Law, Verdict, judge, ran_dense
 from calibrate.search.points import Point, dense_where_idle
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.types import Phase
@@ -34,6 +34,7 @@ class Attempt:
         by_length: per phase and length: target (from the statistics) and achieved sparsity.
         by_task: mean losses per task.
         prompts: how many held-out prompts.
+        failing: those that lose their answer; None: an earlier version did not count them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Attempt:
     by_length: dict[Phase, dict[int, dict[str, float]]]
     by_task: dict[str, dict[str, float]]
     prompts: int
+    failing: Failing | None = None
 
     @property
     def served(self) -> Setting:
@@ -196,6 +198,7 @@ def _attempt(
             for task in sorted({outcome.task for outcome in outcomes})
         },
         prompts=len(outcomes),
+        failing=verdict.failing,
     )
 
 

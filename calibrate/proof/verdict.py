@@ -1,22 +1,33 @@
 """The law of passing: every loss's upper confidence bound is within its budget, and a phase skips.
 
-Non-inferiority, paired: every prompt is its own control, prompts are the unit that is resampled,
-and the upper confidence bound must stay within the budget, not the mean. Several candidates are tried
+Non-inferiority, paired: every prompt is its own control, and the upper confidence bound must stay
+within the budget, not the mean; `bounds` says what each bound assumes. Several candidates are tried
 in an order fixed beforehand, each at the full level (`validate.validate`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats as scipy_stats
 
+from calibrate.errors import UserError
 from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome, sparsity
+from calibrate.proof.bounds import (
+    bounded_upper,
+    failing_share_upper,
+    lognormal_upper,
+    prompts_needed,
+)
 from calibrate.schema import RunConfig
 from skip_softmax.thresholds.types import Phase
+
+_NEGLIGIBLE = 0.01
+"""Losses below this share of the budget count as this much: they may be 0, and how far below they are
+would otherwise pass for spread. It adds at most 1 % of the budget to the mean."""
 
 
 @dataclass(frozen=True)
@@ -29,33 +40,40 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Failing:
+    """How many prompts lose their answer: what a mean over few prompts cannot know.
+
+    Attributes:
+        seen: held-out prompts whose answer is lost (`Outcome.answer_lost`).
+        of: held-out prompts that the dense run answers in full; no other can lose its answer.
+        upper: exact upper bound of the share of such prompts that lose their answer, in [0, 1].
+        confidence: of the bound.
+    """
+
+    seen: int
+    of: int
+    upper: float
+    confidence: float
+
+
+@dataclass(frozen=True)
 class Law:
     """What a setting must meet.
 
     Attributes:
         limits: budget of each loss that has one.
         confidence: of every bound.
-        decode_tokens: longest continuation of a prompt [tokens].
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        seed: of the draws behind a bound.
     """
 
     limits: dict[str, float]
     confidence: float
-    decode_tokens: int
-    resamples: int
     seed: int
 
     @classmethod
     def of(cls, config: RunConfig) -> Law:
         """A run's law."""
-        return cls(
-            config.budget.limits,
-            config.budget.confidence,
-            config.prompts.decode_tokens,
-            config.validation.bootstrap,
-            config.seed,
-        )
+        return cls(config.budget.limits, config.budget.confidence, config.seed)
 
 
 @dataclass(frozen=True)
@@ -64,11 +82,13 @@ class Verdict:
 
     Attributes:
         losses: every loss, with its bound.
+        failing: prompts that lose their answer; reported, not judged.
         sparsity: achieved, per phase.
         reasons: why it does not pass; empty: it does.
     """
 
     losses: dict[str, Bound]
+    failing: Failing
     sparsity: dict[Phase, float]
     reasons: tuple[str, ...]
 
@@ -94,7 +114,7 @@ def judge(
         law: budgets and confidence.
         objections: what else speaks against the setting.
     """
-    losses = {name: _bound(name, outcomes, law) for name in LOSSES}
+    losses = {name: upper_bound(name, outcomes, law) for name in LOSSES}
     achieved = {phase: sparsity(outcomes, phase) for phase in phases}
     reasons = list(objections)
     if achieved and not any(achieved.values()):
@@ -106,7 +126,29 @@ def judge(
                 f"{loss.title} {loss.text(bound.mean)}, upper bound {loss.text(bound.upper)} "
                 f"above the budget of {limit:g} {loss.unit}"
             )
-    return Verdict(losses, achieved, tuple(reasons))
+    return Verdict(losses, _failing(outcomes, law), achieved, tuple(reasons))
+
+
+def require_provable(config: RunConfig) -> None:
+    """Refuses a budget that no result on the held-out prompts could prove.
+
+    Raises:
+        UserError: there are too few of them.
+    """
+    law, prompts = Law.of(config), config.prompts.heldout
+    for name, limit in law.limits.items():
+        loss = LOSSES[name]
+        if math.isinf(loss.most):
+            continue
+        needed = prompts_needed(limit, law.confidence, high=loss.most)
+        if prompts < needed:
+            best = bounded_upper([0.0] * prompts, law.confidence, high=loss.most)
+            raise UserError(
+                f"budget.{name}: an upper bound of at most {limit:g} {loss.unit} must be possible, but with "
+                f"`prompts.heldout: {prompts}` it is {loss.text(best)} even if no prompt loses anything; "
+                f"give at least {needed} held-out prompts (more if some may lose), a larger budget, or "
+                f"`budget.{name}: null`, which reports the loss without testing it"
+            )
 
 
 def ran_dense(outcome: Outcome, law: Law) -> bool:
@@ -118,37 +160,35 @@ def ran_dense(outcome: Outcome, law: Law) -> bool:
     return skipped == 0 and outcome.losses[FINEST] < 0.1 * law.limits[FINEST]
 
 
-def upper_bound(values: Sequence[float], confidence: float, resamples: int, seed: int) -> Bound:
-    """One-sided upper bound of a mean over prompts: bias-corrected bootstrap (scipy, BCa).
+def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
+    """Mean of a loss over prompts, with the upper bound that its entry in `LOSSES` asks for.
 
     Args:
-        values: one per prompt.
-        confidence: level of the bound, in (0, 1).
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        name: of the loss.
+        outcomes: of the prompts.
+        law: confidence, and the budget.
 
     Returns:
-        Mean and bound; a sample whose values are all equal has no spread to resample, so its bound
-        is its mean.
+        Mean and bound; infinite where a prompt's loss is no number, or the bound has none to go by.
     """
-    sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    if np.ptp(sample) == 0:
-        return Bound(mean, mean, confidence)
-    result = scipy_stats.bootstrap(
-        (sample,),
-        np.mean,
-        confidence_level=confidence,
-        alternative="less",
-        method="BCa",
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    )
-    return Bound(mean, float(result.confidence_interval.high), confidence)
+    loss, values = LOSSES[name], [outcome.losses[name] for outcome in outcomes]
+    mean = float(np.mean(values))
+    if not np.isfinite(values).all():
+        return Bound(mean, math.inf, law.confidence)
+    if math.isfinite(loss.most):
+        upper = bounded_upper(values, law.confidence, high=loss.most)
+    else:
+        upper = lognormal_upper(
+            values,
+            law.confidence,
+            [outcome.task for outcome in outcomes],
+            floor=_NEGLIGIBLE * law.limits.get(name, mean),
+            seed=law.seed,
+        )
+    return Bound(mean, upper, law.confidence)
 
 
-def _bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
-    values, unseen = [outcome.losses[name] for outcome in outcomes], LOSSES[name].unseen
-    assumed = [] if unseen is None else [unseen(law.decode_tokens)]
-    bound = upper_bound([*values, *assumed], law.confidence, law.resamples, law.seed)
-    return replace(bound, mean=float(np.mean(values)))
+def _failing(outcomes: Sequence[Outcome], law: Law) -> Failing:
+    seen = sum(outcome.answer_lost for outcome in outcomes)
+    of = sum(outcome.answered for outcome in outcomes)
+    return Failing(seen, of, failing_share_upper(seen, of, law.confidence), law.confidence)

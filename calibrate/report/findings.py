@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from calibrate.errors import UserError
 from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome
+from calibrate.proof.bounds import OWN_SPREAD
 from calibrate.proof.validate import Attempt, Validation
-from calibrate.proof.verdict import Bound, upper_bound
+from calibrate.proof.verdict import Bound, Law, upper_bound
 from calibrate.record.files import as_written, read_json
 from calibrate.record.provenance import digest
 from calibrate.schema import RunConfig
@@ -189,11 +191,12 @@ def _attempt(attempt: Attempt | None) -> dict[str, Any] | None:
         "speedup": six(1 / attempt.relative_time),
         "sparsity": _rounded(attempt.sparsity),
         "prompts": attempt.prompts,
+        "failing": _rounded(asdict(attempt.failing)) if attempt.failing else None,
     }
 
 
 def _bound(bound: Bound) -> dict[str, Any]:
-    # BCa has no answer for some tiny samples.
+    # Too few prompts have no bound.
     upper = six(bound.upper) if math.isfinite(bound.upper) else None
     return {"mean": six(bound.mean), "upper": upper, "confidence": six(bound.confidence)}
 
@@ -303,24 +306,23 @@ def _tasks(
     tasks: dict[str, Any] = {}
     if attempt is None:
         return tasks
+    law = replace(Law.of(config), confidence=attempt.losses[FINEST].confidence)
     for task in sorted({outcome.task for outcome in outcomes}):
         mine = [outcome for outcome in outcomes if outcome.task == task]
-        losses = {name: [outcome.losses[name] for outcome in mine] for name in LOSSES}
         tasks[task] = {
             "prompts": len(mine),
             "lengths": [outcome.length for outcome in mine],
-            "losses": {n: _task_bound(values, config, attempt) for n, values in losses.items()},
+            "losses": {name: _task_bound(name, mine, law) for name in LOSSES},
             "dense_score": six(float(np.mean([outcome.dense_score for outcome in mine]))),
         }
     return tasks
 
 
-def _task_bound(values: Sequence[float], config: RunConfig, attempt: Attempt) -> dict[str, Any]:
-    confidence = attempt.losses[FINEST].confidence
-    bound = _bound(upper_bound(values, confidence, config.validation.bootstrap, config.seed))
-    if len(values) < 2:  # one prompt has no spread
+def _task_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> dict[str, Any]:
+    bound = _bound(upper_bound(name, outcomes, law))
+    if len(outcomes) < OWN_SPREAD:  # too few to know the task's spread from
         bound["upper"] = None
-    return {"values": [six(value) for value in values], **bound}
+    return {"values": [six(outcome.losses[name]) for outcome in outcomes], **bound}
 
 
 def _speed(

@@ -41,6 +41,8 @@ def heldout(found: Findings) -> Table:
     ]
     if uniform is not None:
         named.append(("best single number", uniform))
+    failing = searched["failing"]
+    setting = "Chosen" if searched["passed"] else "Last candidate"
     return Table(
         "Held-out prompts: loss against sparsity",
         (
@@ -60,6 +62,7 @@ def heldout(found: Findings) -> Table:
             ]
             for name, row in named
         ],
+        notes=() if failing is None else (f"{setting}: {failing_text(failing)}",),
     )
 
 
@@ -159,6 +162,8 @@ def phases(thresholds: Thresholds) -> Table:
             if name in measured
         )
         notes.append(f"{', '.join(losses)} on {measured['heldout_prompts']} held-out prompts")
+    if "failing_prompts" in evidence:
+        notes.append(failing_text(evidence["failing_prompts"]))
     return Table(
         f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}",
         (
@@ -360,6 +365,16 @@ def _thresholds(found: Findings) -> Table:
 def percent_text(share: float | None) -> str:
     """A share in percent, one decimal; a dash for none."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def failing_text(failing: Mapping[str, Any]) -> str:
+    """One line on the prompts that lose their answer, from a `proof.verdict.Failing`."""
+    if failing["of"] == 0:
+        return "the dense run answers no held-out prompt in full, so none can lose its answer"
+    return (
+        f"{failing['seen']} of {failing['of']} held-out prompts that the dense run answers in full lose "
+        f"their answer (upper bound {percent_text(failing['upper'])} of such prompts)"
+    )
 
 
 def speedup_text(times: float) -> str:

@@ -70,3 +70,10 @@ def test_a_tilde_is_the_users_folder() -> None:
     home = os.path.expanduser("~")
     assert config.model.path == f"{home}/model"
     assert (config.model.tokenizer, config.output) == (f"{home}/tokenizer", f"{home}/runs/x")
+
+
+def test_a_retired_key_of_an_old_run_folder_is_read_over_and_others_are_not(tmp_path: Path) -> None:
+    text = "model: {path: x}\nvalidation: {attempts: 2, bootstrap: 9999}\n"
+    assert load_config(written(tmp_path, text)).validation.attempts == 2
+    with pytest.raises(FileError, match=r"run.yaml:2: validation.bootstraps: unknown key"):
+        load_config(written(tmp_path, text.replace("bootstrap", "bootstraps")))

@@ -103,6 +103,15 @@ class LossSection(_Evidence):
     heldout_prompts: int
 
 
+class FailingSection(_Evidence):
+    """Held-out prompts that lose their answer, of those that the dense run answers in full."""
+
+    seen: int
+    of: int
+    upper: _Share
+    confidence: _Share
+
+
 class ShareSection(_Evidence):
     """Skipped / visited tiles."""
 
@@ -158,6 +167,7 @@ class EvidenceSection(_Evidence):
 
     verdict: Literal["passed", "failed", "not validated"] = "not validated"
     loss: LossSection | None = None
+    failing_prompts: FailingSection | None = None
     sparsity: dict[Phase, SparsitySection] = {}
     predicted_speedup: SpeedSection = SpeedSection()
     uniform_baseline: BaselineSection = BaselineSection(loss={}, sparsity={})

@@ -75,7 +75,7 @@ def test_messages_do_not_take_paths_for_markup_or_wrap_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", ["budget.kl=1e-13", "budget.score_drop=0.5"])
+@pytest.mark.parametrize("budget", ["budget.kl=1e-13", "budget.confidence=0.999999"])
 def test_a_budget_that_cannot_be_met_exits_1_and_leaves_nothing_that_skips(
     call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path, budget: str
 ) -> None:
@@ -97,7 +97,23 @@ def test_a_budget_that_cannot_be_met_exits_1_and_leaves_nothing_that_skips(
     assert str(written) in result.message
     thresholds = Thresholds.load(written)
     assert thresholds.evidence["verdict"] == "failed"
-    assert "score drop" in thresholds.evidence["reason"]
+    assert "upper bound" in thresholds.evidence["reason"]
     for layer in range(thresholds.model.layers):
         for phase in ("prefill", "decode"):
             assert set(thresholds.per_head(layer, phase)) == {0.0}
+
+
+def test_a_budget_that_nothing_could_prove_is_refused_before_any_work(
+    call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    result = call("run", smoke(), "-o", folder, "--set", "budget.score_drop=3")
+    assert result.code == 2 and len(result.message.splitlines()) == 1
+    for part in (
+        "budget.score_drop: an upper bound of at most 3 points must be possible",
+        "with `prompts.heldout: 8` it is 33.05 even if no prompt loses anything",
+        "at least 106 held-out prompts",
+        "`budget.score_drop: null`",
+    ):
+        assert part in result.message
+    assert not (folder / "prompts.json").exists()

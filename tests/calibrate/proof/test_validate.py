@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from thresholds_files import GOOD, write
 
 from calibrate.errors import UserError
@@ -17,8 +18,8 @@ from calibrate.loss.measure import Outcome
 from calibrate.prompts.build import Prompt
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import Validation, validate
-from calibrate.proof.verdict import Law, judge, upper_bound
-from calibrate.schema import CostConfig, RunConfig
+from calibrate.proof.verdict import Law, judge, require_provable, upper_bound
+from calibrate.schema import CostConfig, RunConfig, load_config
 from calibrate.search.cost import Cost, Curve, load_curves
 from calibrate.search.points import Point
 from calibrate.statistics.counts import Statistics
@@ -36,7 +37,8 @@ def config(**budget: object) -> RunConfig:
         {
             "model": {"path": "unused"},
             "prompts": {"lengths": [1024], "decode_tokens": 8},
-            "budget": {"kl": 0.01, "score_drop": 5.0, **budget},
+            # 12 prompts that lose nothing prove 23.5 points.
+            "budget": {"kl": 0.01, "score_drop": 30.0, **budget},
         }
     )
 
@@ -67,6 +69,7 @@ def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int =
 
 
 TEN = point(10.0)
+LENIENT = Law.of(config(score_drop=60.0))
 
 
 def run(evaluate: Any, points: Any = (TEN,), baselines: Any = (), short: Any = None, **budget: Any):
@@ -82,15 +85,65 @@ def run(evaluate: Any, points: Any = (TEN,), baselines: Any = (), short: Any = N
     )
 
 
-def test_the_bound_covers_the_true_mean_as_often_as_it_says() -> None:
-    random = np.random.default_rng(1)
-    covered = [
-        upper_bound(random.exponential(size=40).tolist(), 0.95, resamples=999, seed=0).upper >= 1.0
-        for _ in range(200)
+def test_a_true_loss_at_the_budget_passes_no_more_often_than_promised() -> None:
+    """Two tasks, one of which loses 10 times as much and spreads more: 12 prompts each."""
+    random, law = np.random.default_rng(1), Law.of(config(kl=1.0, score_drop=None))
+    light = random.lognormal(np.log(2 / 11) - 0.125, 0.5, (200, 12))
+    heavy = random.lognormal(np.log(20 / 11) - 1.125, 1.5, (200, 12))
+    template = evaluator(0.0)({}, HELDOUT[0])
+
+    def passes(light: Any, heavy: Any) -> bool:
+        outcomes = [
+            replace(template, task=task, losses={"kl": float(loss), "score_drop": 0.0})
+            for task, losses in (("text", light), ("needle_single", heavy))
+            for loss in losses
+        ]
+        return judge(outcomes, ("prefill",), law).passed
+
+    # With a chance of 5 % each, more than 20 of 200 pass in one of 1000 runs of this test.
+    assert sum(map(passes, light, heavy)) <= 20
+    assert sum(map(passes, light / 20, heavy / 20)) >= 180, "but what is well within must pass"
+
+
+def test_every_task_is_a_stratum_and_the_bound_does_not_depend_on_the_order() -> None:
+    law = Law.of(config())
+    outcomes = [evaluator(0.004)({}, prompt) for prompt in HELDOUT]
+    tasked = [replace(o, task="ab"[i % 2]) for i, o in enumerate(outcomes)]
+    heavy = [
+        replace(o, losses={**o.losses, "kl": o.losses["kl"] * (0.1 if o.task == "a" else 1.0)})
+        for o in tasked
     ]
-    # A binomial with p = 0.95 is above 0.87 in 200 draws with near certainty; skewed samples cost a
-    # little.
-    assert 0.87 <= np.mean(covered) < 1.0
+    blind = [replace(o, task="a") for o in heavy]
+    bound = upper_bound("kl", heavy, law)
+    assert bound.upper < upper_bound("kl", blind, law).upper
+    assert upper_bound("kl", heavy[::-1], law).upper == pytest.approx(bound.upper, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["kl", "score_drop"])
+def test_a_loss_that_is_no_number_does_not_pass(loss: float, name: str) -> None:
+    outcomes = [evaluator(0.004)({}, prompt) for prompt in HELDOUT]
+    broken = replace(outcomes[3], losses={**outcomes[3].losses, name: loss})
+    verdict = judge([*outcomes[:3], broken, *outcomes[4:]], ("prefill",), LENIENT)
+    assert judge(outcomes, ("prefill",), LENIENT).passed and not verdict.passed
+
+
+def test_prompts_that_lose_their_answer_are_counted_among_those_answered() -> None:
+    outcomes = [evaluator(0.004)({}, prompt) for prompt in HELDOUT]  # dense: 50 points
+    none = judge(outcomes, ("prefill",), LENIENT).failing
+    assert (none.seen, none.of, none.upper) == (0, 0, 1.0), "nothing to lose says nothing"
+    full = [replace(o, dense_score=100.0) for o in outcomes[:10]]
+    lost = replace(full[0], losses={**full[0].losses, "score_drop": 12.5})
+    better = replace(outcomes[11], losses={**outcomes[11].losses, "score_drop": 12.5})
+    kept = judge([*full, *outcomes[10:]], ("prefill",), LENIENT)
+    assert (kept.failing.seen, kept.failing.of) == (0, 10)
+    assert kept.failing.upper == pytest.approx(1 - 0.05**0.1)
+    some = judge([lost, *full[1:], outcomes[10], better], ("prefill",), LENIENT)
+    assert (some.failing.seen, some.failing.of) == (1, 10), (
+        "a drop from 50 points is no lost answer"
+    )
+    assert some.failing.upper > kept.failing.upper
+    assert some.passed, "reported, not judged"
 
 
 def test_within_the_budget_passes() -> None:
@@ -106,7 +159,7 @@ def test_within_the_budget_passes() -> None:
         (evaluator(0.0095), "upper bound .* above the budget of 0.01 nats/token"),
         (
             evaluator(0.001, drop=20.0),
-            "score drop 20.00, upper bound .* above the budget of 5 points",
+            "score drop 20.00, upper bound .* above the budget of 30 points",
         ),
         (evaluator(0.001, skipped=0), "nothing was skipped in prefill and decode"),
     ],
@@ -294,3 +347,22 @@ def test_cost_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_curves(CostConfig(curves=str(tmp_path / "rows.jsonl")), 1024, 64)
     with pytest.raises(UserError, match="cannot be read"):
         load_curves(CostConfig(curves=str(tmp_path / "none.jsonl")), 1024, 64)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_has_a_budget_that_its_heldout_prompts_can_prove(path: Path) -> None:
+    require_provable(load_config(path))
+
+
+def test_a_budget_that_nothing_could_prove_says_how_many_prompts_it_takes() -> None:
+    require_provable(config())
+    assert run(evaluator(0.004, drop=0.0)).passed, "no drop at all is what it allows for"
+    for budget, said in (
+        ({"score_drop": 20.0}, r"of at most 20 points must be possible, .* 12` it is 23.51 even"),
+        ({"score_drop": 3.0}, r"at least 106 held-out prompts .*`budget.score_drop: null`"),
+        ({"confidence": 0.99}, r"at most 30 points must be possible"),
+    ):
+        with pytest.raises(UserError, match=said):
+            require_provable(config(**budget))
+        assert budget.get("confidence") or not run(evaluator(0.004, drop=0.0), **budget).passed
+    require_provable(config(score_drop=None))

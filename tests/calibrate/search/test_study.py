@@ -41,7 +41,7 @@ def config(**search_changes: object) -> RunConfig:
         {
             "model": {"path": "unused"},
             "prompts": {"lengths": [4096]},
-            "budget": {"kl": 0.01},
+            "budget": {"kl": 0.01, "score_drop": 2.0},
             "target": {"min_kv_len": {"prefill": 4000, "decode": 4000}},
             "search": {"trials": 12, **search_changes},
         }

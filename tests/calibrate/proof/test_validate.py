@@ -19,6 +19,7 @@ from calibrate.prompts.build import Prompt
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import Validation, validate
 from calibrate.proof.verdict import Law, judge, require_provable, upper_bound
+from calibrate.report.tables import phases
 from calibrate.schema import CostConfig, RunConfig, load_config
 from calibrate.search.cost import Cost, Curve, load_curves
 from calibrate.search.points import Point
@@ -305,6 +306,13 @@ def test_what_passed_is_emitted_with_its_evidence(tmp_path: Path) -> None:
     assert file.scale_factor.prefill == 7.0
     assert file.evidence["predicted_speedup"]["decode"] == 2.0
     assert file.evidence["loss"]["heldout_prompts"] == 12
+    none = {"seen": 0, "of": 0, "upper": 1.0, "confidence": 0.95}
+    assert file.evidence["failing_prompts"] == none
+    assert "answers no held-out prompt in full" in " ".join(phases(file).notes)
+    some = {"seen": 1, "of": 10, "upper": 0.394, "confidence": 0.95}
+    lost = file.model_copy(update={"evidence": {**file.evidence, "failing_prompts": some}})
+    assert phases(lost).notes[-1].startswith("1 of 10 held-out prompts that the dense run answers")
+    assert "(upper bound 39.4 % of such prompts)" in phases(lost).notes[-1]
     assert file.fit["prefill"]["a"] == 1.0
     assert "a" not in file.fit["decode"], "nobody can use a refused curve by mistake"
 

@@ -247,7 +247,7 @@ class SearchConfig(_Section):
 class ValidationConfig(_Section):
     """The proof on held-out prompts."""
 
-    attempts: int = Field(default=4, ge=1)
+    attempts: int = Field(default=5, ge=1)
     """How many points of the front are tried at most, the safest first, until one fails."""
     short_prompt: int | None = Field(default=256, ge=16)
     """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""

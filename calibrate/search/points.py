@@ -11,8 +11,9 @@ from calibrate.model.section import Setting
 from skip_softmax.thresholds.types import Phase
 
 # Shares of the budget, on the search prompts, of the safest and the boldest candidate. The safest one must
-# pass or nothing does, and a bound above few held-out prompts can be three times their mean.
-SAFEST, BOLDEST = 0.3, 1.0
+# pass or nothing does: of 28 calibrations that began at 0.3 with 24 held-out prompts, 8 ended there, with an
+# upper bound 3 to 6 times the mean (`notebooks/studies/calibrations.json`).
+SAFEST, BOLDEST = 0.1, 1.0
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ _METRIC_BEFORE = "loss [nats/token]"  # of studies that earlier versions made: t
 _MIDDLE = (SAFEST + BOLDEST) / 2
 _AIMS = tuple(
     (name, share)
-    for share in (_MIDDLE, BOLDEST, SAFEST, BOLDEST, _MIDDLE)
+    for share in (_MIDDLE, SAFEST, BOLDEST, _MIDDLE, BOLDEST)
     for name in ("analytic", "uniform")
 )
 _SAMPLED = 4  # one trial in so many, at least, is the sampler's

@@ -114,36 +114,54 @@ def scored(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
-    """Means over calibrations with standard errors; only runs in which both settings passed are compared."""
-    both = [row for row in rows if "searched" in row and "single" in row]
+    """Means over calibrations with their standard errors; settings are compared where both passed.
+
+    Args:
+        rows: of `scored`; those without `fresh` were not scored again.
+        budget: of the KL [nats/token].
+    """
     done = [row for row in rows if "searched" in row]
-
-    def mean(values: list[float]) -> list[float]:
-        error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        return [round(float(np.mean(values)), 4), round(float(error), 4)] if values else []
-
-    kl = [row["searched"]["fresh"]["kl"] for row in done]
+    both = [row for row in done if "single" in row]
     out: dict[str, Any] = {
         "calibrations": len(rows),
         "passed": len(done),
-        "with_a_proven_single_number": len(both),
-        "true_kl_share_of_budget": mean([value / budget for value in kl]),
-        "true_kl_above_budget": sum(value > budget for value in kl),
+        "both_passed": len(both),
         "winners": dict(Counter(row["searched"]["name"] for row in done)),
     }
-    for name in ("searched", "single"):
-        out[name] = {
-            "relative_time": mean([row[name]["relative_time"] for row in both]),
-            "true_kl_share_of_budget": mean([row[name]["fresh"]["kl"] / budget for row in both]),
-            **{p: mean([r[name]["fresh"]["sparsity"][p] for r in both]) for p in ("prefill", "decode")},
-        }  # fmt: skip
-    for phase in ("prefill", "decode") if both else ():
-        searched, single = (
-            np.mean([row[name]["fresh"]["sparsity"][phase] for row in both])
-            for name in ("searched", "single")
-        )
-        out[f"{phase}_tiles_ratio"] = round(float(searched / single), 3)
+    for where in ("heldout", "fresh"):
+        found = {
+            name: [r[name] for r in both if where in r[name]] for name in ("searched", "single")
+        }
+        kl = [_kl(row["searched"], where) for row in done if where in row["searched"]]
+        out[where] = {
+            "scored": len(kl),
+            "above_budget": sum(value > budget for value in kl),
+            "share_of_budget": _mean([value / budget for value in kl]),
+            "compared": len(found["searched"]),
+        }
+        for name, attempts in found.items():
+            out[where][name] = {
+                "relative_time": _mean([attempt["relative_time"] for attempt in attempts]),
+                "share_of_budget": _mean([_kl(attempt, where) / budget for attempt in attempts]),
+                **{
+                    phase: _mean([attempt[where]["sparsity"][phase] for attempt in attempts])
+                    for phase in ("prefill", "decode")
+                },
+            }
     return out
+
+
+def _kl(attempt: dict[str, Any], where: str) -> float:
+    kl = attempt[where]["kl"]
+    return float(kl["mean"] if isinstance(kl, dict) else kl)
+
+
+def _mean(values: list[float]) -> list[float]:
+    """Mean and standard error."""
+    if len(values) < 2:
+        return values
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return [round(float(np.mean(values)), 4), round(float(error), 4)]
 
 
 def main() -> None:

@@ -229,7 +229,7 @@ def test_later_warm_starts_spend_the_budget_that_predictions_missed(
         later = [point.losses["kl"] / budget for point in found[6:] if point.name == name]
         assert max(first) < 0.2 or min(first) > 1.0, "the first ones miss"
         # A step of the scale changes the loss by a quarter.
-        assert any(0.5 < share <= 0.8 for share in later)
+        assert any(0.4 < share <= 0.7 for share in later)
 
 
 @pytest.mark.slow

@@ -648,5 +648,5 @@ def test_thresholds_of_another_shape_exit_2(
     _, code = end_to_end("--thresholds", other)
     printed = capsys.readouterr()
     assert (code, printed.out) == (2, "")
-    assert "was made for other weights" in printed.err
+    assert "was made for weights other than" in printed.err
     assert "error: --thresholds: (layers, q_heads, kv_heads, head_dim)" in printed.err

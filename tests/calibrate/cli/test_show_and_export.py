@@ -52,7 +52,7 @@ def test_show_prints_the_evidence_of_a_run(finished: Finished, call: Callable[..
     result = call("show", finished.folder / "thresholds.yaml")
     assert (result.code, result.stderr) == (0, "")
     words = " ".join(result.stdout.split())  # a caption is wrapped to its table
-    assert "passed" in words and "on 4 held-out prompts" in words
+    assert "passed" in words and "on 8 held-out prompts" in words
     assert "…" not in result.stdout
     achieved = Thresholds.load(finished.folder / "thresholds.yaml").evidence["sparsity"]
     for phase in ("prefill", "decode"):

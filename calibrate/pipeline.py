@@ -292,7 +292,8 @@ class Stages:
         # The best single number is picked as the winner is: within the same shares of the budget.
         baselines = uniform_candidates(found, *within)
         short = self._short_prompt()
-        steps = len(heldout) * (2 if baselines else 1) + (short is not None)
+        # At most: a sequence of candidates ends at its first failure.
+        steps = len(heldout) * (len(chosen) + len(baselines)) + (short is not None)
         self.progress.stage("validation", steps, 0)
 
         def evaluate(setting: Setting, prompt: Prompt) -> Outcome:

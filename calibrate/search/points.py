@@ -14,6 +14,7 @@ from skip_softmax.thresholds.types import Phase
 # pass or nothing does: of 28 calibrations that began at 0.3 with 24 held-out prompts, 8 ended there, with an
 # upper bound 3 to 6 times the mean (`notebooks/studies/calibrations.json`).
 SAFEST, BOLDEST = 0.1, 1.0
+MIDDLE = (SAFEST + BOLDEST) / 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _within_shares(
 def _shares(attempts: int) -> list[float]:
     """Shares of the budget that the candidates may spend, rising; a single one takes the middle."""
     if attempts == 1:
-        return [(SAFEST + BOLDEST) / 2]
+        return [MIDDLE]
     return [SAFEST + (BOLDEST - SAFEST) * i / (attempts - 1) for i in range(attempts)]
 
 

@@ -27,7 +27,7 @@ from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.record.interrupts import AtOnce, held_back
 from calibrate.schema import SearchConfig
-from calibrate.search.points import BOLDEST, SAFEST, Point
+from calibrate.search.points import BOLDEST, MIDDLE, SAFEST, Point
 from calibrate.search.space import Params, Space
 from skip_softmax.thresholds.types import PHASES
 
@@ -39,10 +39,9 @@ _METRIC_BEFORE = "loss [nats/token]"  # of studies that earlier versions made: t
 # After the first warm starts, later ones target these shares of the budget, using the losses measured so
 # far: those of the candidates, so that the path from safe to bold has points. A second try corrects the
 # first.
-_MIDDLE = (SAFEST + BOLDEST) / 2
 _AIMS = tuple(
     (name, share)
-    for share in (_MIDDLE, SAFEST, BOLDEST, _MIDDLE, BOLDEST)
+    for share in (MIDDLE, SAFEST, BOLDEST, MIDDLE, BOLDEST)
     for name in ("analytic", "uniform")
 )
 _SAMPLED = 4  # one trial in so many, at least, is the sampler's

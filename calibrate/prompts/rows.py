@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import UserError
+from calibrate.prompts.packages import SCHEME, inside_package
 from calibrate.schema import Source
 
 # What readers of `datasets` raise for a broken file, a missing set, or no network.
@@ -121,8 +122,7 @@ def rows(
         return ((f"prompts[{index}]", row) for index, row in enumerate(memory))
     if source.task == "hub":
         return _loaded(source, source.dataset, name=source.subset, split=source.split)
-    path = str(source.path)
-    _check_file(path)
+    path = _found(str(source.path))
     kind = Path(path).suffix.lower()
     if kind in (".jsonl", ".json"):
         return _json_rows(path)
@@ -211,8 +211,8 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 text file that is not empty; UserError otherwise."""
-    _check_file(path)
+    """A UTF-8 text file, or a package's, that is not empty; UserError otherwise."""
+    path = _found(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -222,6 +222,10 @@ def read_text(path: str) -> str:
     return text
 
 
-def _check_file(path: str) -> None:
+def _found(path: str) -> str:
+    """The file's own path, also of `package://NAME/FILE`; UserError: there is none."""
+    if path.startswith(SCHEME):
+        path = str(inside_package(path, "prompts.sources"))
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; set `path` to a file (relative to the config file)")
+    return path

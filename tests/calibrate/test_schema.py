@@ -64,6 +64,13 @@ def test_a_repeated_key_beside_a_merge_is_still_refused(tmp_path: Path) -> None:
         load_config(written(tmp_path, text))
 
 
+def test_a_file_of_a_package_is_not_looked_for_beside_the_config(tmp_path: Path) -> None:
+    paths = ("package://novel/a.txt", "a.txt")
+    sources = [{"task": "text", "path": path} for path in paths]
+    read = load_config(written(tmp_path, f"model: {{path: x}}\nprompts: {{sources: {sources}}}\n"))
+    assert [source.path for source in read.prompts.sources] == [paths[0], str(tmp_path / "a.txt")]
+
+
 def test_a_tilde_is_the_users_folder() -> None:
     model = {"path": "~/model", "tokenizer": "~/tokenizer"}
     config = RunConfig.model_validate({"model": model, "output": "~/runs/x"})

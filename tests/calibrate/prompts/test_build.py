@@ -22,6 +22,7 @@ from calibrate.errors import UserError
 from calibrate.prompts import codec as fitting
 from calibrate.prompts import tasks
 from calibrate.prompts.build import Prompt, build
+from calibrate.prompts.rows import read_text
 from calibrate.schema import PromptsConfig, Source
 
 TASKS = list(tasks.TASKS)
@@ -702,6 +703,47 @@ def test_a_bad_text_is_named(tmp_path: Path, content: Any, message: str) -> None
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.txt: {message}"):
         make(Source(task="text", path=str(tmp_path / "a.txt")))
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that breaks when it is imported; its distribution has another name."""
+    package, notes = tmp_path / "novel", tmp_path / "A_Novel-1.0.dist-info"
+    for folder in (package, notes):
+        folder.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    numbered_text(package, 1200)
+    write_jsonl(package / "rows.jsonl", rows(20))
+    (notes / "METADATA").write_text("Metadata-Version: 2.1\nName: A-Novel\nVersion: 1.0\n")
+    files = ["novel/__init__.py", "A_Novel-1.0.dist-info/METADATA"]
+    (notes / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    monkeypatch.syspath_prepend(tmp_path)
+    return package
+
+
+def test_texts_and_rows_may_be_files_of_a_package(shipped: Path) -> None:
+    for task, name in (("text", "numbers.txt"), ("file", "rows.jsonl")):
+        mine, theirs = (
+            make(Source(task=task, path=path), lengths=(256,), decode_tokens=8)
+            for path in (str(shipped / name), f"package://novel/{name}")
+        )
+        assert mine == theirs
+
+
+def test_the_text_beside_a_package_s_metadata_is_found(shipped: Path) -> None:
+    assert read_text("package://novel/METADATA").startswith("Metadata-Version: 2.1\nName: A-Novel")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("package://no_such_package/a.txt", "`no_such_package` is not installed"),
+        ("package://novel/a.txt", "`novel` is installed and has no `a.txt`"),
+    ],
+)
+def test_a_package_that_lacks_the_text_is_named(shipped: Path, path: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"prompts.sources: `{path}` must .*{message}"):
+        make(Source(task="text", path=path))
 
 
 def test_a_row_longer_than_the_context_is_an_error_not_a_cut(tmp_path: Path) -> None:

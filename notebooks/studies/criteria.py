@@ -19,6 +19,17 @@ A rule's gap is `tile - before`, the largest over the rows that vote:
 `edges` visits the first tile and the tiles at the diagonal before all others (in decode: the first and the
 last tile); `final` compares with what only the whole row knows, a bound for any order. `dense end` leaves
 the last query tile of a prompt dense. `mean` lets rows vote by their mean instead of the largest.
+
+The answer, in `criteria.json` beside this file (SmolLM2-135M-Instruct in fp16, prompts of 2K and 4K, 16 of
+them and three seeds; points of predicted attention time of the phase at KL 0.0025, 95 % of resamples):
+
+- Prefill: the dense end wins, 3.3 (0.8 to 5.8), 44.7 % of the tiles become 51.5 %; that became
+  `geometry.prefill.dense_last`. Order adds nothing where every layer has its own number (-0.3, -2.2 to 1.4;
+  +1.5 where all share one), nor do sums and shares, of the row's end even (1.4, 0.2 to 2.6).
+- Decode: beside the seeded maximum, shares win 3.0 (1.3 to 4.8), 57.4 % become 63.2 %; that became criterion
+  `mass`. The ascending maximum, which no split kernel knows, wins 1.5 (-0.7 to 3.2). The share
+  of the finished row, which no kernel can know, would win 6.2 (3.4 to 7.9).
+- A vote by the mean is no better than one by the largest.
 """
 
 from __future__ import annotations
@@ -97,6 +108,10 @@ RULES: dict[Phase, dict[str, Rule]] = {
         "max, edges, mean": Rule("max", "max", "edges", vote="mean"),
     },
 }
+
+
+# Rules of today: what the others are compared with.
+BASE: dict[Phase, str] = {"prefill": "max", "decode": "max, edges"}
 
 
 class Tiles:
@@ -454,11 +469,11 @@ def at_equal_kl(rows: list[dict[str, Any]], kl: float, draw: np.ndarray) -> tupl
 
 
 def table(studies: list[dict[str, Any]]) -> dict[str, Any]:
-    """Time and sparsity of every rule at each measured KL, mean over seeds, and its gain over `max`."""
+    """Time and sparsity of every rule at each measured KL, mean over seeds, and its gain over `BASE`."""
     out: dict[str, Any] = {}
     rng = np.random.default_rng(0)
     for phase in PHASES:
-        base_name = next(iter(RULES[phase]))
+        base_name = BASE[phase]
         for kl in BUDGETS:
             for name in RULES[phase]:
                 for one_number in (False, True):

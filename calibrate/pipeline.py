@@ -291,7 +291,7 @@ class Stages:
         chosen = candidates(found, *within)
         # The best single number is picked as the winner is: within the same shares of the budget.
         baselines = uniform_candidates(found, *within)
-        short = self._short_prompt()
+        short, searched = self._short_prompt(), self._count_search_prompts()
         # At most: a sequence of candidates ends at its first failure.
         steps = len(heldout) * (len(chosen) + len(baselines)) + (short is not None)
         self.progress.stage("validation", steps, 0)
@@ -310,6 +310,7 @@ class Stages:
             Law.of(self.config),
             short,
             self.space.relative_time,
+            searched,
         )
         write_json(self.folder / "validation.json", result.to_json(), indent=1)
         self._write_thresholds(result)
@@ -351,6 +352,17 @@ class Stages:
         """What decides the numbers of a thresholds file that is made at `config`."""
         identity = {} if in_memory(config.model) else identity_of(config.model)
         return provenance.of_results(config, self.prompts) | identity
+
+    def _count_search_prompts(self) -> Statistics:
+        """Tile statistics of the search prompts: what was found on them has then been counted and run."""
+        path, prompts = self.folder / "stats-search.safetensors", self.prompts["search"]
+        searched = Statistics.load(path) if path.exists() else self.statistics.like()
+        self.progress.stage("count search prompts", len(prompts), len(searched.prompts))
+        counted = capture(self.loaded, prompts, searched, self.config.geometry)
+        for prompt, searched in counted:
+            searched.save(path)
+            self.progress.step(f"{prompt.task}, {prompt.length} tokens")
+        return searched
 
     def _short_prompt(self) -> Prompt | None:
         tokens = self.config.validation.short_prompt

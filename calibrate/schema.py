@@ -130,8 +130,9 @@ class PromptsConfig(_Section):
     """Prompt lengths [tokens]; each is one length bin of the statistics."""
     decode_tokens: int = Field(default=32, ge=1)
     """Longest teacher-forced continuation per prompt [tokens]; an answer may be shorter."""
-    calibration: int = Field(default=8, ge=1)
-    """Prompts whose tiles are counted."""
+    calibration: int = Field(default=16, ge=1)
+    """Prompts whose tiles are counted. The decode steps of one text are alike, so it is the number of texts
+    that makes decode's predicted sparsity certain."""
     search: int = Field(default=4, ge=1)
     """Prompts on which trials are scored."""
     heldout: int = Field(default=12, ge=2)

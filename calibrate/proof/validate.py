@@ -31,7 +31,7 @@ class Attempt:
         reason: why it did not pass.
         relative_time: predicted attention time of `served` relative to dense, weighted over phases.
         sparsity: achieved, per phase.
-        by_length: per phase and length: target (from the statistics) and achieved sparsity.
+        by_length: per phase and length: target (see `targets`) and achieved sparsity.
         by_task: mean losses per task.
         prompts: how many held-out prompts.
         failing: those that lose their answer; None: an earlier version did not count them.
@@ -119,6 +119,7 @@ def validate(
     law: Law,
     short: Prompt | None,
     relative_time: Callable[[Setting], float],
+    searched: Statistics | None = None,
 ) -> Validation:
     """Tries candidates from safe to bold until one fails, and then the points with one number per phase.
 
@@ -131,10 +132,11 @@ def validate(
         baselines: from `points.uniform_candidates`, the safest first.
         prompts: held-out prompts.
         evaluate: runs one prompt with a setting.
-        statistics: of the calibration prompts, for the target sparsities.
+        statistics: of the calibration prompts, see `targets`.
         law: what each candidate must meet.
         short: a prompt below `min_kv_len`, or None.
         relative_time: of a setting, as `Space.relative_time`.
+        searched: of the search prompts, see `targets`.
 
     Returns:
         Attempts, baseline and short-prompt check.
@@ -148,7 +150,8 @@ def validate(
             served = dense_where_idle(point.setting, verdict.sparsity)
             if served != point.setting:
                 point = replace(point, relative_time=relative_time(served))
-            attempts.append(_attempt(point, outcomes, statistics, verdict))
+            target = targets(point, statistics, searched)
+            attempts.append(_attempt(point, outcomes, target, verdict))
             if not attempts[-1].passed:
                 break
         return attempts
@@ -166,6 +169,36 @@ def validate(
     return Validation(tuple(attempts), _chosen(compared), checked)
 
 
+def targets(
+    point: Point, statistics: Statistics, searched: Statistics | None = None
+) -> dict[Phase, dict[int, float]]:
+    """The sparsity to expect of a setting on new prompts.
+
+    What dense runs count is a little too much: layers that skip leave later layers less to skip. How much
+    less, the search prompts tell, whose tiles were counted and which were also run with the setting.
+
+    Args:
+        point: the setting, with its sparsity on the search prompts.
+        statistics: of the calibration prompts.
+        searched: of the search prompts; None: not counted, and nothing is taken off.
+
+    Returns:
+        Per phase and length of the statistics, in [0, 1].
+    """
+    counted = statistics if searched is None else statistics.merge(searched)
+    found: dict[Phase, dict[int, float]] = {}
+    for phase, factors in point.setting.items():
+        moved = 0.0
+        if searched is not None:
+            moved = point.sparsity[phase] - searched.sparsity(phase, factors)
+        shares = [counted.sparsity(phase, factors, i) for i in range(len(counted.lengths))]
+        found[phase] = {
+            length: min(max(share + moved, 0.0), 1.0)
+            for length, share in zip(counted.lengths, shares, strict=True)
+        }
+    return found
+
+
 def _chosen(attempts: Sequence[Attempt]) -> Attempt | None:
     # Earlier versions went from bold to safe, and the last one tried was the one that passed.
     passed = [attempt for attempt in attempts if attempt.passed]
@@ -173,7 +206,10 @@ def _chosen(attempts: Sequence[Attempt]) -> Attempt | None:
 
 
 def _attempt(
-    point: Point, outcomes: Sequence[Outcome], statistics: Statistics, verdict: Verdict
+    point: Point,
+    outcomes: Sequence[Outcome],
+    target: dict[Phase, dict[int, float]],
+    verdict: Verdict,
 ) -> Attempt:
     return Attempt(
         name=point.name,
@@ -186,12 +222,12 @@ def _attempt(
         by_length={
             phase: {
                 length: {
-                    "target": statistics.sparsity(phase, factors, index),
+                    "target": share,
                     "achieved": sparsity([o for o in outcomes if o.length == length], phase),
                 }
-                for index, length in enumerate(statistics.lengths)
+                for length, share in target[phase].items()
             }
-            for phase, factors in point.setting.items()
+            for phase in point.setting
         },
         by_task={
             task: _task([outcome for outcome in outcomes if outcome.task == task])

@@ -30,6 +30,7 @@ from conftest import ROOT
 from sqlalchemy.engine.default import DefaultDialect
 
 from calibrate.loss.measure import Outcome, compare
+from calibrate.prompts.build import Prompt
 from calibrate.record.provenance import digest
 from calibrate.schema import RunConfig
 from calibrate.search.study import open_study, search
@@ -65,7 +66,8 @@ def _child(arguments: list[str], output: str, work_log: str) -> None:
             log.write(json.dumps(what) + "\n")
 
     def noted_observe(loaded: Any, prompt: Any, *rest: Any) -> Any:
-        note("capture", prompt.key)
+        # Search prompts are counted too, by the validation.
+        note("capture" if prompt.split == "calibration" else "count", prompt.key)
         return observe(loaded, prompt, *rest)
 
     def noted_compare(loaded: Any, thresholds: Any, prompt: Any, dense: Any) -> Any:
@@ -312,6 +314,9 @@ def test_an_undisturbed_run_does_everything_once(undisturbed: Process) -> None:
     folder = undisturbed.folder
     assert undisturbed.work("capture") == captured(folder)
     assert len(captured(folder)) == CALIBRATION
+    rows = json.loads((folder / "prompts.json").read_text())["search"]
+    counted = Statistics.load(folder / "stats-search.safetensors").prompts
+    assert undisturbed.work("count") == counted == [Prompt.from_json(row).key for row in rows]
     assert sorted(undisturbed.work("heldout")) == sorted(heldout(folder))
     assert len(heldout(folder)) >= HELDOUT
     assert len(trials(folder)) == TRIALS <= len(undisturbed.work("search"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from thresholds_files import GOOD, write
 
@@ -17,7 +18,7 @@ from calibrate.loss.losses import LOSSES, Loss
 from calibrate.loss.measure import Outcome
 from calibrate.prompts.build import Prompt
 from calibrate.proof.emit import emit
-from calibrate.proof.validate import Validation, validate
+from calibrate.proof.validate import Validation, targets, validate
 from calibrate.proof.verdict import Law, judge, require_provable, upper_bound
 from calibrate.report.tables import phases
 from calibrate.schema import CostConfig, RunConfig, load_config
@@ -25,6 +26,7 @@ from calibrate.search.cost import Cost, Curve, load_curves
 from calibrate.search.points import Point
 from calibrate.statistics.counts import Statistics
 from skip_softmax import Thresholds
+from skip_softmax.meaning.histogram import NEVER, bin_index
 
 HELDOUT = [Prompt("text", "heldout", 1024, (i,), (1,) * 8, False) for i in range(12)]
 COST = Cost(
@@ -84,6 +86,31 @@ def run(evaluate: Any, points: Any = (TEN,), baselines: Any = (), short: Any = N
         short,
         lambda setting: 0.9 if any(setting["prefill"]) else 1.0,
     )
+
+
+def counted(skipped: int, prompt: str) -> Statistics:
+    """Ten tiles per layer and KV head, of which a scale factor of 10 skips some; two lengths."""
+    statistics = Statistics.empty({}, 4, 4, 2, [1024, 2048])
+    below = bin_index(torch.tensor(1.0))
+    for phase in ("prefill", "decode"):
+        statistics.counts[phase][..., below] = skipped
+        statistics.counts[phase][:, :, 1, below] += 2
+        statistics.counts[phase][..., NEVER] = 10 - statistics.counts[phase].sum(-1)
+    statistics.prompts.append(prompt)
+    return statistics
+
+
+def test_the_target_is_what_was_counted_less_what_skipping_itself_moves() -> None:
+    statistics, searched = counted(6, "a"), counted(4, "b")
+    tried = replace(TEN, sparsity={"prefill": 0.5, "decode": 0.45})
+    alone = targets(tried, statistics)
+    assert alone == {phase: {1024: 0.6, 2048: 0.8} for phase in ("prefill", "decode")}
+    # Both counts together, less what the search prompts lost between counting (0.5) and running.
+    found = targets(tried, statistics, searched)
+    assert found["prefill"] == pytest.approx({1024: 0.5, 2048: 0.7})
+    assert found["decode"] == pytest.approx({1024: 0.45, 2048: 0.65})
+    lost = targets(replace(TEN, sparsity={"prefill": 0.5, "decode": -9.0}), statistics, searched)
+    assert lost["decode"] == {1024: 0.0, 2048: 0.0}
 
 
 def test_a_true_loss_at_the_budget_passes_no_more_often_than_promised() -> None:

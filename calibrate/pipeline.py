@@ -6,7 +6,7 @@ no prompt is captured twice, no layer measured twice, no trial repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -272,7 +272,7 @@ class Stages:
             ):
                 best = point
             self.progress.step(
-                "no trial within the budget yet" if best is None else _describe(best)
+                "no trial within the budget yet" if best is None else _describe(best, limits)
             )
         self.notes.finish("search")
 
@@ -345,7 +345,8 @@ class Stages:
         """Measures a setting on a prompt, or takes from the run folder's `file` what was measured before."""
         row = measured_once(self.folder / file, setting, prompt, lambda: asdict(measure()))
         outcome = Outcome.from_row(row)
-        self.progress.step(f"{prompt.task}, {prompt.length} tokens: {losses.text(outcome.losses)}")
+        shown = losses.text(outcome.losses, self.config.budget.limits)
+        self.progress.step(f"{prompt.task}, {prompt.length} tokens: {shown}")
         return outcome
 
     def provenance(self, config: RunConfig) -> dict[str, Any]:
@@ -407,6 +408,8 @@ class Stages:
         return list(read_json(path, list)) if path.exists() else []
 
 
-def _describe(point: Point) -> str:
+def _describe(point: Point, limits: Mapping[str, float]) -> str:
     shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in point.sparsity.items())
-    return f"best: {1 / point.relative_time:.2f}x, {losses.text(point.losses)}, skips {shares}"
+    return (
+        f"best: {1 / point.relative_time:.2f}x, {losses.text(point.losses, limits)}, skips {shares}"
+    )

@@ -113,6 +113,13 @@ class Source(_Section):
     answer_field: str | None = None
     """Column with the reference answer; unset: the text continues itself."""
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether its prompts have a reference answer; those without are continued by their own text."""
+        if self.task in ("file", "hub", "memory"):
+            return self.answer_field is not None
+        return self.task != "text"
+
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> Source:
         if self.task == "file" and self.path is None:
@@ -158,8 +165,14 @@ class BudgetConfig(_Section):
 
     kl: float = Field(default=0.01, gt=0)
     """Mean KL(dense || sparse) of the next-token distributions [nats/token]."""
+    kl_answer: float | None = Field(default=None, gt=0)
+    """As `kl`, of prompts with a reference answer only [nats/token]; null: only reported, as all below."""
+    kl_text: float | None = Field(default=None, gt=0)
+    """As `kl`, of prompts without a reference answer only [nats/token]."""
+    flips: float | None = Field(default=None, gt=0, le=100)
+    """Mean share of the positions of a continuation at which another token is ranked first [%]."""
     score_drop: float | None = Field(default=None, gt=0, le=100)
-    """Mean drop of the share of reference tokens that the model ranks first [points]; null: only reported.
+    """Mean drop of the share of reference tokens that the model ranks first [points].
     A few points take hundreds of held-out prompts to prove: a run says how many before it begins."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Each upper confidence bound, not the mean, must lie within its budget."""

@@ -1,14 +1,15 @@
 """The losses: what skipping costs a model against its own dense run, one number per prompt.
 
 A loss is an entry in `LOSSES` and a budget of the same name in `schema.BudgetConfig`; search, proof
-and report go through the table.
+and report go through the table. A loss that a prompt cannot show is absent among its losses, and means
+and bounds are those of the prompts that show it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +27,8 @@ class Loss:
             [continuation + 1, vocabulary] and the prompt.
         format: how a value is printed.
         least: the smallest possible value.
+        answer: which prompts show it: those with a reference answer (True), those without (False), or all
+            (None).
         most: the largest possible value. If there is one, the upper bound of the mean assumes nothing
             else (`bounds.bounded_upper`); if not, it takes the loss as lognormal within each task
             (`bounds.lognormal_upper`), and `least` must be 0.
@@ -37,6 +40,11 @@ class Loss:
     format: str
     least: float
     most: float = math.inf
+    answer: bool | None = None
+
+    def shown_by(self, prompt: Prompt) -> bool:
+        """Whether a prompt can show this loss."""
+        return self.answer in (None, prompt.has_answer)
 
     @property
     def axis(self) -> str:
@@ -66,13 +74,30 @@ def score(logits: torch.Tensor, prompt: Prompt) -> float:
     return 100.0 * float((first == reference).double().mean())
 
 
+def flips(dense: torch.Tensor, sparse: torch.Tensor) -> float:
+    """Share of positions at which the two runs rank different tokens first [%, 0 to 100]."""
+    return 100.0 * float((dense.argmax(-1) != sparse.argmax(-1)).double().mean())
+
+
+_KL = Loss(
+    title="KL",
+    unit="nats/token",
+    compare=lambda dense, sparse, _: kl_divergence(dense, sparse),
+    format="#.3g",
+    least=0.0,
+)
+
 LOSSES = {
-    "kl": Loss(
-        title="KL",
-        unit="nats/token",
-        compare=lambda dense, sparse, _: kl_divergence(dense, sparse),
-        format="#.3g",
+    "kl": _KL,
+    "kl_answer": replace(_KL, title="KL on answers", answer=True),
+    "kl_text": replace(_KL, title="KL on text", answer=False),
+    "flips": Loss(
+        title="share of flips",
+        unit="%",
+        compare=lambda dense, sparse, _: flips(dense, sparse),
+        format=".2f",
         least=0.0,
+        most=100.0,
     ),
     "score_drop": Loss(
         title="score drop",
@@ -90,8 +115,12 @@ layer by layer and predicted, and that tells a dense run's rounding from a leak.
 
 
 def compared(dense: torch.Tensor, sparse: torch.Tensor, prompt: Prompt) -> dict[str, float]:
-    """Every loss of one prompt, from the logits of both runs [continuation + 1, vocabulary]."""
-    return {name: loss.compare(dense, sparse, prompt) for name, loss in LOSSES.items()}
+    """The losses that a prompt shows, from the logits of both runs [continuation + 1, vocabulary]."""
+    return {
+        name: loss.compare(dense, sparse, prompt)
+        for name, loss in LOSSES.items()
+        if loss.shown_by(prompt)
+    }
 
 
 def largest_share(losses: Mapping[str, float], limits: Mapping[str, float]) -> float:
@@ -99,6 +128,10 @@ def largest_share(losses: Mapping[str, float], limits: Mapping[str, float]) -> f
     return max(losses[name] / limit for name, limit in limits.items() if name in losses)
 
 
-def text(losses: Mapping[str, float]) -> str:
-    """Losses for a progress line: `KL 0.00310, score drop 0.50`."""
-    return ", ".join(f"{LOSSES[name].title} {LOSSES[name].text(losses[name])}" for name in losses)
+def text(losses: Mapping[str, float], limits: Mapping[str, float]) -> str:
+    """The losses that have a budget, for a progress line: `KL 0.00310, score drop 0.50`."""
+    return ", ".join(
+        f"{LOSSES[name].title} {LOSSES[name].text(losses[name])}"
+        for name in limits
+        if name in losses
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from calibrate.loss.losses import compared, score
+from calibrate.loss.losses import LOSSES, compared, score
 from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
@@ -28,7 +28,8 @@ class Outcome:
         key: the prompt's key.
         task: its task.
         length: its length bin [tokens].
-        losses: every loss of `LOSSES`, over the positions that predict the continuation and after.
+        losses: those of `LOSSES` that the prompt shows, over the positions that predict the continuation
+            and after.
         dense_score: share of reference tokens that the dense run ranks first [points].
         visited: tiles per phase and layer.
         skipped: tiles per phase and layer.
@@ -134,6 +135,17 @@ def outcome(
         visited,
         skipped,
     )
+
+
+def by_loss(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """Values of each loss, of the prompts that show it; a loss that none shows is absent."""
+    found = {name: [o.losses[name] for o in outcomes if name in o.losses] for name in LOSSES}
+    return {name: values for name, values in found.items() if values}
+
+
+def mean_losses(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Mean of each loss, over the prompts that show it; a loss that none shows is absent."""
+    return {name: sum(values) / len(values) for name, values in by_loss(outcomes).items()}
 
 
 def sparsity(outcomes: Sequence[Outcome], phase: Phase) -> float:

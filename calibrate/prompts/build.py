@@ -110,6 +110,11 @@ def build(
     return sets
 
 
+def with_answer(config: PromptsConfig, count: int) -> int:
+    """How many of a set of `count` prompts have a reference answer."""
+    return sum(config.sources[index].has_answer for index, _ in _shares(config, count))
+
+
 @dataclass(frozen=True)
 class _Slot:
     """A prompt to be made by one source: the `number`-th of that source in its set."""
@@ -242,8 +247,7 @@ def _from_rows(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt
     for slot in slots:
         length = slot.length if pools[slot.length] else max(pools, key=lambda n: len(pools[n]))
         ids, after = pools[length].pop()
-        has_answer = source.answer_field is not None
-        yield Prompt(source.task, slot.split, length, ids, after, has_answer)
+        yield Prompt(source.task, slot.split, length, ids, after, source.has_answer)
 
 
 def _pools(

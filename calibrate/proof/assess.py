@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.loss.losses import LOSSES
-from calibrate.loss.measure import Outcome, sparsity
+from calibrate.loss.measure import Outcome, mean_losses, sparsity
 from calibrate.prompts.build import Prompt
 from calibrate.proof.verdict import Law, judge
 from skip_softmax.thresholds.file import Thresholds
@@ -27,7 +26,7 @@ class Row:
         length: prompt length [tokens].
         setting: `dense`, `given` or `calibrated`.
         threshold: largest scale factor / prompt length, per phase.
-        losses: mean of every loss.
+        losses: mean of every loss that a prompt shows.
         score: share of reference tokens ranked first [points].
         sparsity: achieved, per phase.
         above_one: a threshold is 1 or more: measured as engines run it (`skip_softmax/meaning/literal.py`).
@@ -114,7 +113,8 @@ def assess(
             for (file, above), prompt in zip(served, members, strict=True)
         ]
         dense_score = float(np.mean([o.dense_score for o in found]))
-        rows.append(Row(length, "dense", {}, dict.fromkeys(LOSSES, 0.0), dense_score, {}))
+        none = dict.fromkeys(mean_losses(found), 0.0)
+        rows.append(Row(length, "dense", {}, none, dense_score, {}))
         rows.append(_row(length, "given", given, found, above_one))
         if calibrated is not None:
             rows.append(
@@ -138,7 +138,7 @@ def _row(
         length,
         name,
         {phase: largest(thresholds, phase) / length for phase in PHASES},
-        {name: float(np.mean([o.losses[name] for o in outcomes])) for name in LOSSES},
+        mean_losses(outcomes),
         float(np.mean([o.dense_score - o.losses["score_drop"] for o in outcomes])),
         {phase: sparsity(outcomes, phase) for phase in PHASES},
         above_one,

@@ -15,7 +15,7 @@ from calibrate.engines.catalogue import find_gpu, geometry_of, objections, serve
 from calibrate.engines.types import Engine
 from calibrate.errors import UserError
 from calibrate.loss.losses import LOSSES
-from calibrate.loss.measure import Outcome, sparsity
+from calibrate.loss.measure import Outcome, mean_losses, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.proof.validate import Validation, validate
@@ -119,7 +119,7 @@ def project(
         return Point(
             name,
             setting,
-            {loss: sum(o.losses[loss] for o in outcomes) / len(outcomes) for loss in LOSSES},
+            mean_losses(outcomes),
             space.relative_time(setting),
             {phase: sparsity(outcomes, phase) for phase in setting},
         )
@@ -138,7 +138,7 @@ def project(
         }
         points.append(measured("projection", space.one_number(lower, dense)))
     direct = points[0]
-    over = [name for name, limit in limits.items() if direct.losses[name] > limit]
+    over = [name for name, loss in direct.losses.items() if loss > limits.get(name, math.inf)]
     tried = candidates(points, limits, attempts)
     if not over and direct.skips and direct not in tried:
         tried = sorted([direct, *tried], key=lambda point: point.share(limits))

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BeforeValidator
 
 from calibrate.loss.losses import FINEST, LOSSES
-from calibrate.loss.measure import Outcome, sparsity
+from calibrate.loss.measure import Outcome, mean_losses, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.proof.verdict import Bound, Failing, Law, Verdict, judge, ran_dense
@@ -26,7 +26,7 @@ class Attempt:
     Attributes:
         name: where the candidate came from.
         setting: scale factors per phase and layer.
-        losses: every loss, with its bound.
+        losses: every loss that a prompt shows, with its bound.
         passed: the verdict.
         reason: why it did not pass.
         relative_time: predicted attention time of `served` relative to dense, weighted over phases.
@@ -240,7 +240,7 @@ def _attempt(
 
 def _task(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {
-        **{name: float(np.mean([o.losses[name] for o in outcomes])) for name in LOSSES},
+        **mean_losses(outcomes),
         "dense_score": float(np.mean([o.dense_score for o in outcomes])),
         "prompts": len(outcomes),
     }

@@ -3,6 +3,9 @@
 Non-inferiority, paired: every prompt is its own control, and the upper confidence bound must stay
 within the budget, not the mean; `bounds` says what each bound assumes. Several candidates are tried
 in an order fixed beforehand, each at the full level (`validate.validate`).
+
+Several losses are proven jointly at the full level each: a setting passes only if all of them do, so if it
+breaks a promise, that promise's own test must have erred (intersection-union test, Berger 1982).
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy as np
 
 from calibrate.errors import UserError
 from calibrate.loss.losses import FINEST, LOSSES
-from calibrate.loss.measure import Outcome, sparsity
+from calibrate.loss.measure import Outcome, by_loss, sparsity
+from calibrate.prompts.build import with_answer
 from calibrate.proof.bounds import (
     bounded_upper,
     failing_share_upper,
@@ -81,7 +85,7 @@ class Verdict:
     """Whether a setting passes.
 
     Attributes:
-        losses: every loss, with its bound.
+        losses: every loss that a prompt shows, with its bound.
         failing: prompts that lose their answer; reported, not judged.
         sparsity: achieved, per phase.
         reasons: why it does not pass; empty: it does.
@@ -114,14 +118,16 @@ def judge(
         law: budgets and confidence.
         objections: what else speaks against the setting.
     """
-    losses = {name: upper_bound(name, outcomes, law) for name in LOSSES}
+    losses = {name: upper_bound(name, outcomes, law) for name in by_loss(outcomes)}
     achieved = {phase: sparsity(outcomes, phase) for phase in phases}
     reasons = list(objections)
     if achieved and not any(achieved.values()):
         reasons.append(f"nothing was skipped in {' and '.join(achieved)}")
     for name, limit in law.limits.items():
-        loss, bound = LOSSES[name], losses[name]
-        if bound.upper > limit:
+        loss, bound = LOSSES[name], losses.get(name)
+        if bound is None:
+            reasons.append(f"{loss.title}: no prompt shows it")
+        elif bound.upper > limit:
             reasons.append(
                 f"{loss.title} {loss.text(bound.mean)}, upper bound {loss.text(bound.upper)} "
                 f"above the budget of {limit:g} {loss.unit}"
@@ -133,21 +139,35 @@ def require_provable(config: RunConfig) -> None:
     """Refuses a budget that no result on the held-out prompts could prove.
 
     Raises:
-        UserError: there are too few of them.
+        UserError: there are too few of them, or too few that show the loss.
     """
-    law, prompts = Law.of(config), config.prompts.heldout
+    law, heldout = Law.of(config), config.prompts.heldout
+    answered = with_answer(config.prompts, heldout)
     for name, limit in law.limits.items():
         loss = LOSSES[name]
-        if math.isinf(loss.most):
-            continue
-        needed = prompts_needed(limit, law.confidence, high=loss.most)
-        if prompts < needed:
-            best = bounded_upper([0.0] * prompts, law.confidence, high=loss.most)
+        showing, which = {
+            None: (heldout, ""),
+            True: (answered, " with a reference answer"),
+            False: (heldout - answered, " without a reference answer"),
+        }[loss.answer]
+        bounded = math.isfinite(loss.most)
+        # A single value has no spread to take a bound from.
+        needed = prompts_needed(limit, law.confidence, high=loss.most) if bounded else 2
+        untested = f"`budget.{name}: null`, which reports the loss without testing it"
+        if showing < needed and not (bounded and showing):
+            raise UserError(
+                f"budget.{name}: at least {needed} held-out prompts{which} are needed, but "
+                f"`prompts.heldout: {heldout}` of these `prompts.sources` has {showing}; add a source of "
+                f"such prompts, give it a larger `weight`, raise `prompts.heldout`, or {untested}"
+            )
+        if showing < needed:
+            best = bounded_upper([0.0] * showing, law.confidence, high=loss.most)
+            part = f" ({showing}{which})" if which else ""
             raise UserError(
                 f"budget.{name}: an upper bound of at most {limit:g} {loss.unit} must be possible, but with "
-                f"`prompts.heldout: {prompts}` it is {loss.text(best)} even if no prompt loses anything; "
-                f"give at least {needed} held-out prompts (more if some may lose), a larger budget, or "
-                f"`budget.{name}: null`, which reports the loss without testing it"
+                f"`prompts.heldout: {heldout}`{part} it is {loss.text(best)} even if no prompt loses "
+                f"anything; give at least {needed} held-out prompts{which} (more if some may lose), a larger "
+                f"budget, or {untested}"
             )
 
 
@@ -161,17 +181,18 @@ def ran_dense(outcome: Outcome, law: Law) -> bool:
 
 
 def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
-    """Mean of a loss over prompts, with the upper bound that its entry in `LOSSES` asks for.
+    """Mean of a loss over the prompts that show it, with the upper bound that its entry in `LOSSES` asks for.
 
     Args:
         name: of the loss.
-        outcomes: of the prompts.
+        outcomes: of the prompts, at least one of which shows the loss.
         law: confidence, and the budget.
 
     Returns:
         Mean and bound; infinite where a prompt's loss is no number, or the bound has none to go by.
     """
-    loss, values = LOSSES[name], [outcome.losses[name] for outcome in outcomes]
+    loss, showing = LOSSES[name], [outcome for outcome in outcomes if name in outcome.losses]
+    values = [outcome.losses[name] for outcome in showing]
     mean = float(np.mean(values))
     if not np.isfinite(values).all():
         return Bound(mean, math.inf, law.confidence)
@@ -181,7 +202,7 @@ def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
         upper = lognormal_upper(
             values,
             law.confidence,
-            [outcome.task for outcome in outcomes],
+            [outcome.task for outcome in showing],
             floor=_NEGLIGIBLE * law.limits.get(name, mean),
             seed=law.seed,
         )

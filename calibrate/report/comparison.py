@@ -47,7 +47,9 @@ def write_comparison(
     drawn |= {f"layers-{phase}": compared_layers(runs, phase) for phase in phases}
     if all(run["tasks"] for run in runs):
         limits = {name for run in runs for name in run["budget"]["losses"]}
-        drawn |= {f"tasks-{name}": compared_tasks(runs, name) for name in LOSSES if name in limits}
+        shown = {name for run in runs for task in run["tasks"].values() for name in task["losses"]}
+        names = [name for name in LOSSES if name in limits & shown]
+        drawn |= {f"tasks-{name}": compared_tasks(runs, name) for name in names}
     html = render(
         "comparison.html.j2",
         runs,
@@ -107,10 +109,11 @@ def compared_tasks(runs: Sequence[Findings], loss: str = FINEST) -> go.Figure:
     """Held-out loss by task of two runs, with upper confidence bounds."""
     figure, about = go.Figure(), LOSSES[loss]
     for (name, colour, _, symbol), found in zip(_RUNS, runs, strict=True):
-        bounds = [task["losses"][loss] for task in found["tasks"].values()]
+        showing = {name: task for name, task in found["tasks"].items() if loss in task["losses"]}
+        bounds = [task["losses"][loss] for task in showing.values()]
         figure.add_scatter(
             x=[bound["mean"] for bound in bounds],
-            y=list(found["tasks"]),
+            y=list(showing),
             mode="markers",
             name=name,
             marker={"symbol": symbol, "size": 10, "color": colour},
@@ -118,6 +121,6 @@ def compared_tasks(runs: Sequence[Findings], loss: str = FINEST) -> go.Figure:
             hovertemplate=f"{name}, %{{y}}: %{{x:.3g}} {about.unit}<extra></extra>",
         )
     figure.update_xaxes(rangemode="tozero", exponentformat="e")
-    tasks = {task for found in runs for task in found["tasks"]}
+    tasks = {name for run in runs for name, task in run["tasks"].items() if loss in task["losses"]}
     title = f"Loss of each task in both runs: {about.title}"
     return finish(figure, title, about.axis, "", 130 + 36 * len(tasks))

@@ -79,7 +79,9 @@ class Figures:
         if found["heldout"]["searched"] is not None:
             drawn["lengths"] = self.by_length()
         if found["tasks"]:
-            drawn |= {f"tasks-{name}": self.by_task(name) for name in found["budget"]["losses"]}
+            shown = {name for task in found["tasks"].values() for name in task["losses"]}
+            limits = [name for name in found["budget"]["losses"] if name in shown]
+            drawn |= {f"tasks-{name}": self.by_task(name) for name in limits}
         return drawn
 
     def tradeoff(self) -> go.Figure:
@@ -305,12 +307,15 @@ class Figures:
         return self._finish(figure, title, "prompt length [tokens]", "tiles skipped [%]", 320)
 
     def by_task(self, loss: str = FINEST) -> go.Figure:
-        """Loss of each task on the held-out prompts: every prompt, the mean, the upper confidence bound.
+        """Loss of each task that shows it on the held-out prompts: every prompt, the mean, the upper bound.
 
         Args:
             loss: one of `LOSSES`.
         """
-        tasks, about = self._found["tasks"], LOSSES[loss]
+        about = LOSSES[loss]
+        tasks = {
+            name: task for name, task in self._found["tasks"].items() if loss in task["losses"]
+        }
         bounds = [task["losses"][loss] for task in tasks.values()]
         figure = go.Figure()
         figure.add_scatter(
@@ -331,7 +336,7 @@ class Figures:
             marker={"symbol": "diamond", "size": 11, "color": ACCENT},
             error_x=upper_bars(bounds, ACCENT),
             text=[_bound_text(loss, bound) for bound in bounds],
-            customdata=[task["prompts"] for task in tasks.values()],
+            customdata=[len(bound["values"]) for bound in bounds],
             hovertemplate="%{y}, %{customdata} prompts<br>%{text}<extra></extra>",
         )
         limit = self._found["budget"]["losses"].get(loss)

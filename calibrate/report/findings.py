@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 from pydantic import TypeAdapter, ValidationError
 
 from calibrate.errors import UserError
-from calibrate.loss.losses import FINEST, LOSSES
-from calibrate.loss.measure import Outcome
+from calibrate.loss.losses import FINEST
+from calibrate.loss.measure import Outcome, by_loss
 from calibrate.proof.bounds import OWN_SPREAD
 from calibrate.proof.validate import Attempt, Validation
 from calibrate.proof.verdict import Bound, Law, upper_bound
@@ -47,8 +47,8 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         `name`, `folder`, `verdict`, `budget`, `dense`, `layers_dense` (what is left dense, as in the
         evidence of the thresholds file), `trials`, `pruned`, `front`, `heldout` (all candidates, the
         chosen one, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
-        `sparsity` and so on) and `provenance`. `losses` has every loss by its name in `LOSSES`; the `loss`
-        of a layer that skips alone is `FINEST`.
+        `sparsity` and so on) and `provenance`. `losses` has every loss that was measured, by its name in
+        `LOSSES`; the `loss` of a layer that skips alone is `FINEST`.
 
     Raises:
         UserError: the folder has no statistics, or a file in it is damaged.
@@ -312,17 +312,18 @@ def _tasks(
         tasks[task] = {
             "prompts": len(mine),
             "lengths": [outcome.length for outcome in mine],
-            "losses": {name: _task_bound(name, mine, law) for name in LOSSES},
+            "losses": {name: _task_bound(name, mine, law) for name in by_loss(mine)},
             "dense_score": six(float(np.mean([outcome.dense_score for outcome in mine]))),
         }
     return tasks
 
 
 def _task_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> dict[str, Any]:
+    values = by_loss(outcomes)[name]
     bound = _bound(upper_bound(name, outcomes, law))
-    if len(outcomes) < OWN_SPREAD:  # too few to know the task's spread from
+    if len(values) < OWN_SPREAD:  # too few to know the task's spread from
         bound["upper"] = None
-    return {"values": [six(outcome.losses[name]) for outcome in outcomes], **bound}
+    return {"values": [*map(six, values)], **bound}
 
 
 def _speed(

@@ -7,7 +7,7 @@ numbers, and tables are written from them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ def sentence(found: Findings) -> str:
     row = found["heldout"]["searched"]
     shares = [f"{percent_text(share)} of {phase} tiles" for phase, share in row["sparsity"].items()]
     bounds = []
-    for name, limit in limits.items():
-        loss, bound = LOSSES[name], row["losses"][name]
+    for name, bound in _tested(row, limits).items():
+        loss, limit = LOSSES[name], limits[name]
         upper, mean = loss.text(bound["upper"]), loss.text(bound["mean"])
         bounds.append(
             f"a {loss.title} of at most {upper} {loss.unit} (mean {mean}, budget {limit:g})"
@@ -85,6 +85,11 @@ def sentence(found: Findings) -> str:
         f"Failed: {found['verdict']['reason']}. The last candidate {measured} "
         "The thresholds file has skipping disabled."
     )
+
+
+def _tested(row: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
+    """The bounds of the losses that have a budget, of those that a held-out prompt showed."""
+    return {name: row["losses"][name] for name in limits if name in row["losses"]}
 
 
 def _keys(found: Findings) -> list[tuple[str, str, str]]:
@@ -103,10 +108,10 @@ def _keys(found: Findings) -> list[tuple[str, str, str]]:
         *(
             (
                 f"{LOSSES[name].title[:1].upper()}{LOSSES[name].title[1:]}, upper bound",
-                LOSSES[name].text(row["losses"][name]["upper"]),
-                f"of {limit:g} {LOSSES[name].unit}",
+                LOSSES[name].text(bound["upper"]),
+                f"of {limits[name]:g} {LOSSES[name].unit}",
             )
-            for name, limit in limits.items()
+            for name, bound in _tested(row, limits).items()
         ),
         *(
             (f"{phase.capitalize()} skipped", percent_text(share), "of tiles")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
-from calibrate.loss.losses import FINEST, LOSSES
+from calibrate.loss.losses import FINEST, LOSSES, Loss
 from calibrate.proof.dense import reach_text
 from calibrate.report.findings import Findings
 from calibrate.terminal import Table
@@ -41,13 +42,17 @@ def heldout(found: Findings) -> Table:
     ]
     if uniform is not None:
         named.append(("best single number", uniform))
-    failing = searched["failing"]
+    limits = found["budget"]["losses"]
+    parts = _parts(limits, limits)
     setting = "Chosen" if searched["passed"] else "Last candidate"
+    untested = {name: bound for name, bound in searched["losses"].items() if name not in limits}
+    notes = [", ".join(starmap(_bound_text, untested.items()))] if untested else []
+    notes += [] if searched["failing"] is None else [failing_text(searched["failing"])]
     return Table(
         "Held-out prompts: loss against sparsity",
         (
             "setting",
-            *_bound_columns(),
+            *_bound_columns(parts),
             *_phase_columns(found),
             "predicted speed-up",
             "within budget",
@@ -55,14 +60,14 @@ def heldout(found: Findings) -> Table:
         [
             [
                 name,
-                *_bound_cells(row["losses"]),
+                *_bound_cells(row["losses"], parts),
                 *(percent_text(row["sparsity"][phase]) for phase in found["phases"]),
                 speedup_text(row["speedup"]),
                 "yes" if row["passed"] else "no",
             ]
             for name, row in named
         ],
-        notes=() if failing is None else (f"{setting}: {failing_text(failing)}",),
+        notes=tuple(f"{setting}: {note}" for note in notes),
     )
 
 
@@ -108,9 +113,12 @@ def compared(runs: Sequence[Findings]) -> Table:
     rows = [run["heldout"]["searched"] for run in runs]
     if all(row is not None for row in rows):
         for name, loss in LOSSES.items():
-            bounds = [row["losses"][name] for row in rows]
-            lines.append([f"{loss.title} [{loss.unit}]", *(loss.text(b["mean"]) for b in bounds)])
-            lines.append([f"{loss.title}, upper bound", *(loss.text(b["upper"]) for b in bounds)])
+            if not any(name in row["losses"] for row in rows):
+                continue
+            bounds = [row["losses"].get(name, {}) for row in rows]
+            means, uppers = ([loss.text(b.get(key)) for b in bounds] for key in ("mean", "upper"))
+            lines.append([f"{loss.title} [{loss.unit}]", *means])
+            lines.append([f"{loss.title}, upper bound", *uppers])
         for phase in runs[0]["phases"]:
             shares = (percent_text(row["sparsity"].get(phase)) for row in rows)
             lines.append([f"{phase} skipped", *shares])
@@ -155,12 +163,7 @@ def phases(thresholds: Thresholds) -> Table:
     notes = []
     measured = evidence.get("loss")
     if measured is not None:
-        losses = (
-            f"{loss.title} {loss.text(measured[name]['mean'])} "
-            f"(upper bound {loss.text(measured[name]['upper'])}) {loss.unit}"
-            for name, loss in LOSSES.items()
-            if name in measured
-        )
+        losses = (_bound_text(name, measured[name]) for name in LOSSES if name in measured)
         notes.append(f"{', '.join(losses)} on {measured['heldout_prompts']} held-out prompts")
     if "failing_prompts" in evidence:
         notes.append(failing_text(evidence["failing_prompts"]))
@@ -272,18 +275,19 @@ def assessed(rows: Sequence[Row]) -> Table:
 
 
 def _trials(found: Findings) -> Table:
+    losses = _measured(found["trials"])
     return Table(
         "All trials",
         (
             "trial",
-            *(f"{loss.title} [{loss.unit}]" for loss in LOSSES.values()),
+            *(f"{loss.title} [{loss.unit}]" for loss in losses.values()),
             "predicted speed-up",
             *_phase_columns(found),
         ),
         [
             [
                 f"{trial['number']} {trial['name']}{' (chosen)' if trial['chosen'] else ''}",
-                *(loss.text(trial["losses"].get(name)) for name, loss in LOSSES.items()),
+                *(loss.text(trial["losses"].get(name)) for name, loss in losses.items()),
                 speedup_text(trial["speedup"]),
                 *(percent_text(trial["sparsity"][phase]) for phase in found["phases"]),
             ]
@@ -306,14 +310,15 @@ def _lengths(found: Findings) -> Table:
 
 
 def _tasks(found: Findings) -> Table:
+    parts = _parts(_measured([*found["tasks"].values()]), found["budget"]["losses"])
     return Table(
         "Losses of each task",
-        ("task", "prompts", *_bound_columns(), "dense score [points]"),
+        ("task", "prompts", *_bound_columns(parts), "dense score [points]"),
         [
             [
                 name,
                 str(task["prompts"]),
-                *_bound_cells(task["losses"]),
+                *_bound_cells(task["losses"], parts),
                 f"{task['dense_score']:.1f}",
             ]
             for name, task in found["tasks"].items()
@@ -386,18 +391,41 @@ def _phase_columns(found: Findings) -> list[str]:
     return [f"{phase} skipped" for phase in found["phases"]]
 
 
-def _bound_columns() -> list[str]:
+def _measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Loss]:
+    """The losses that any of these rows has."""
+    return {
+        name: loss for name, loss in LOSSES.items() if any(name in row["losses"] for row in rows)
+    }
+
+
+_Parts = list[tuple[str, str]]
+"""Columns of losses: each a loss's name, and which part of its bound."""
+
+
+def _parts(names: Iterable[str], limits: Container[str]) -> _Parts:
+    """The mean of each loss, and the upper bound of each that has a budget."""
     return [
-        column
-        for loss in LOSSES.values()
-        for column in (f"{loss.title} [{loss.unit}]", "upper bound")
+        (name, part)
+        for name in names
+        for part in (("mean", "upper") if name in limits else ("mean",))
     ]
 
 
-def _bound_cells(losses: dict[str, Any]) -> list[str]:
+def _bound_columns(parts: _Parts) -> list[str]:
     return [
-        loss.text(losses[name][part]) for name, loss in LOSSES.items() for part in ("mean", "upper")
+        f"{LOSSES[name].title} [{LOSSES[name].unit}]" if part == "mean" else "upper bound"
+        for name, part in parts
     ]
+
+
+def _bound_cells(losses: Mapping[str, Any], parts: _Parts) -> list[str]:
+    return [LOSSES[name].text(losses.get(name, {}).get(part)) for name, part in parts]
+
+
+def _bound_text(name: str, bound: Mapping[str, Any]) -> str:
+    """`KL 0.00310 (upper bound 0.00420) nats/token`."""
+    loss = LOSSES[name]
+    return f"{loss.title} {loss.text(bound['mean'])} (upper bound {loss.text(bound['upper'])}) {loss.unit}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

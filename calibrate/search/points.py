@@ -24,7 +24,7 @@ class Point:
     Attributes:
         name: `analytic`, `uniform` (warm starts), `search` or `projection`.
         setting: scale factors per phase and layer.
-        losses: mean over the search prompts; a trial of an earlier version has its KL only.
+        losses: mean over the search prompts that show each; a trial of an earlier version has its KL only.
         relative_time: predicted attention time relative to dense.
         sparsity: achieved on the search prompts, per phase.
     """

@@ -22,7 +22,7 @@ from scipy.stats import qmc
 
 from calibrate.errors import UserError
 from calibrate.loss.losses import FINEST, LOSSES, largest_share
-from calibrate.loss.measure import Outcome, sparsity
+from calibrate.loss.measure import Outcome, by_loss, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.record.interrupts import AtOnce, held_back
@@ -182,7 +182,7 @@ def search(
                 trial.set_constraint("budget", value - whole)
                 raise optuna.TrialPruned
         trial.set_constraint("budget", value - whole)
-        trial.set_user_attr("losses", {name: [o.losses[name] for o in outcomes] for name in LOSSES})
+        trial.set_user_attr("losses", by_loss(outcomes))
         trial.set_user_attr("sparsity", {phase: sparsity(outcomes, phase) for phase in PHASES})
         return value, space.relative_time(setting)
 
@@ -247,10 +247,11 @@ def _aimed(
 
 def _at_least(outcomes: Sequence[Outcome], prompts: int) -> dict[str, float]:
     """The smallest mean over all prompts that each loss can still come to."""
+    # A missing prompt may not show a loss, but no mean falls below that in which all of them show the least.
     missing = prompts - len(outcomes)
     return {
-        name: (sum(o.losses[name] for o in outcomes) + missing * loss.least) / prompts
-        for name, loss in LOSSES.items()
+        name: (sum(values) + missing * LOSSES[name].least) / (len(values) + missing)
+        for name, values in by_loss(outcomes).items()
     }
 
 

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 import calibrate
-from calibrate.loss.losses import LOSSES
-from calibrate.loss.measure import Outcome, compare, sparsity
+from calibrate.loss.measure import Outcome, compare, mean_losses, sparsity
 from calibrate.model.forward import dense_logits
 from calibrate.model.load import load
 from calibrate.model.section import thresholds_for
@@ -101,10 +100,7 @@ def scored(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
             "relative_time": attempt["relative_time"],
             "heldout": {"kl": attempt["kl"], "sparsity": attempt["sparsity"]},
             "fresh": {
-                **{
-                    loss: float(np.mean([o.losses[loss] for o in outcomes[name]]))
-                    for loss in LOSSES
-                },
+                **mean_losses(outcomes[name]),
                 "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
                 "sparsity": {p: sparsity(outcomes[name], p) for p in ("prefill", "decode")},
                 "prompts": len(kl),

@@ -99,6 +99,9 @@ class LossSection(_Evidence):
     """What skipping costs on the held-out prompts."""
 
     kl: BoundSection
+    kl_answer: BoundSection | None = None
+    kl_text: BoundSection | None = None
+    flips: BoundSection | None = None
     score_drop: BoundSection
     heldout_prompts: int
 

@@ -228,18 +228,67 @@ def test_a_phase_that_skips_nothing_does_not_fail_the_other(tmp_path: Path) -> N
 def test_another_loss_in_the_table_is_judged_like_those_that_are_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flips = Loss("flips", "tokens", lambda *_: 0.0, ".1f", least=0.0)
-    monkeypatch.setitem(LOSSES, "flips", flips)
-    law = replace(Law.of(config()), limits={"kl": 0.01, "flips": 2.0})
+    stalls = Loss("stalls", "tokens", lambda *_: 0.0, ".1f", least=0.0)
+    monkeypatch.setitem(LOSSES, "stalls", stalls)
+    law = replace(Law.of(config()), limits={"kl": 0.01, "stalls": 2.0})
     for count, reasons in (
         (1.0, ()),
-        (3.0, ("flips 3.0, upper bound 3.0 above the budget of 2 tokens",)),
+        (3.0, ("stalls 3.0, upper bound 3.0 above the budget of 2 tokens",)),
     ):
         outcomes = [evaluator(0.004)({}, prompt) for prompt in HELDOUT]
-        outcomes = [replace(o, losses={**o.losses, "flips": count}) for o in outcomes]
+        outcomes = [replace(o, losses={**o.losses, "stalls": count}) for o in outcomes]
         verdict = judge(outcomes, ("prefill", "decode"), law)
         assert verdict.reasons == reasons and verdict.passed == (not reasons)
-        assert verdict.losses["flips"].mean == count
+        assert verdict.losses["stalls"].mean == count
+
+
+JOINT = {"kl": 0.01, "kl_answer": 0.02, "kl_text": 0.005, "flips": 40.0, "score_drop": 40.0}
+
+
+def shown_by_tasks() -> list[Outcome]:
+    """Seven prompts with an answer and five without, each loss well within its budget of `JOINT`."""
+    outcomes = [evaluator(0.0)({}, prompt) for prompt in HELDOUT]
+    return [
+        replace(
+            outcome,
+            task=task,
+            losses={"kl": kl * spread, f"kl_{kind}": kl * spread, "flips": 1.0, "score_drop": 0.0},
+        )
+        for i, outcome in enumerate(outcomes)
+        for task, kind, kl in (("needle", "answer", 0.004) if i < 7 else ("text", "text", 0.001),)
+        for spread in (1 + 0.01 * i,)
+    ]
+
+
+@pytest.mark.parametrize("broken", [None, *JOINT])
+def test_a_setting_passes_only_if_every_loss_with_a_budget_passes(broken: str | None) -> None:
+    law = replace(Law.of(config()), limits=JOINT)
+    outcomes = shown_by_tasks()
+    if broken is not None:
+        over = JOINT[broken] * (1.5 if broken.startswith("kl") else 1.0)
+        outcomes = [
+            replace(o, losses={**o.losses, broken: over}) if broken in o.losses else o
+            for o in outcomes
+        ]
+    verdict = judge(outcomes, ("prefill",), law)
+    assert set(verdict.losses) == set(JOINT)
+    assert {bound.confidence for bound in verdict.losses.values()} == {0.95}, (
+        "each at the full level"
+    )
+    failed = [name for name in JOINT if verdict.losses[name].upper > JOINT[name]]
+    assert failed == ([] if broken is None else [broken])
+    assert verdict.passed == (broken is None) and len(verdict.reasons) == len(failed)
+
+
+def test_means_and_bounds_are_of_the_prompts_that_show_a_loss() -> None:
+    outcomes = shown_by_tasks()
+    law = replace(Law.of(config()), limits=JOINT)
+    bound = judge(outcomes, ("prefill",), law).losses["kl_answer"]
+    assert bound == upper_bound("kl_answer", outcomes[:7], law)
+    assert bound.mean == pytest.approx(0.004 * 1.03)
+    verdict = judge(outcomes[7:], ("prefill",), law)
+    assert "kl_answer" not in verdict.losses
+    assert verdict.reasons[0] == "KL on answers: no prompt shows it" and not verdict.passed
 
 
 def test_no_observed_drop_is_no_proof_of_no_drop() -> None:
@@ -401,3 +450,51 @@ def test_a_budget_that_nothing_could_prove_says_how_many_prompts_it_takes() -> N
             require_provable(config(**budget))
         assert budget.get("confidence") or not run(evaluator(0.004, drop=0.0), **budget).passed
     require_provable(config(score_drop=None))
+
+
+NEEDLE, TEXT = {"task": "needle_single"}, {"task": "text"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "heldout", "budget", "said"),
+    [
+        (
+            [TEXT],
+            12,
+            {"kl_answer": 0.01},
+            r"kl_answer: at least 2 .* with a reference .* has 0; add a",
+        ),
+        (
+            [NEEDLE],
+            12,
+            {"kl_text": 0.01},
+            r"kl_text: at least 2 .* without a reference .* has 0; add",
+        ),
+        (
+            [NEEDLE, {**TEXT, "weight": 9}],
+            7,
+            {"kl_answer": 0.01},
+            r"`prompts.heldout: 7` .* has 1;",
+        ),
+        (
+            [NEEDLE, TEXT],
+            12,
+            {"flips": 20.0},
+            r"flips: .* 20 % .* `prompts.heldout: 12` it is 23.51",
+        ),
+        ([{"task": "hub", "dataset": "d"}], 9, {"kl_answer": 0.01}, r"or `budget.kl_answer: null`"),
+    ],
+)
+def test_a_budget_on_a_loss_that_too_few_prompts_can_show_is_refused(
+    sources: list[dict[str, Any]], heldout: int, budget: dict[str, float], said: str
+) -> None:
+    def asking(**prompts: Any) -> RunConfig:
+        prompts = {"lengths": [1024], "sources": sources, "heldout": heldout, **prompts}
+        return RunConfig.model_validate(
+            {"model": {"path": "unused"}, "prompts": prompts, "budget": {"kl": 0.01, **budget}}
+        )
+
+    with pytest.raises(UserError, match=said):
+        require_provable(asking())
+    answered = {"task": "hub", "dataset": "d", "answer_field": "a"}
+    require_provable(asking(sources=[NEEDLE, TEXT, answered], heldout=50))

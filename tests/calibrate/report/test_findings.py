@@ -21,12 +21,14 @@ from calibrate.search.cost import load_curves
 from calibrate.search.study import losses_of
 from skip_softmax.meaning.histogram import edges
 
+MEASURED = {"kl", "kl_answer", "kl_text", "flips", "score_drop"}
+
 
 def test_trials_are_the_study(run: calibrate.Run, found: dict[str, Any]) -> None:
     trials = run.study.get_trials(states=(TrialState.COMPLETE,))
     assert [row["number"] for row in found["trials"]] == [trial.number for trial in trials]
     for row, trial in zip(found["trials"], trials, strict=True):
-        assert row["losses"].keys() == losses_of(trial).keys() == {"kl", "score_drop"}
+        assert row["losses"].keys() == losses_of(trial).keys() == MEASURED
         close([*row["losses"].values()], [*losses_of(trial).values()])
     shares = [row["losses"]["kl"] / run.config.budget.kl for row in found["trials"]]
     close(shares, [trial.values[0] for trial in trials])

@@ -40,9 +40,13 @@ def test_text_and_tables_say_the_same(page: Page, run: calibrate.Run, smoke_run:
     assert chosen[1:3] == [loss_text(row["kl"]["mean"]), loss_text(row["kl"]["upper"])]
     assert uniform[1] == loss_text(run.validation["baseline"]["kl"]["mean"])
     trials = run.study.get_trials(states=(TrialState.COMPLETE,))
-    shown = [cells[1:4] for cells in page.table("trial")]
+    shown = [cells[1:7] for cells in page.table("trial")]
     assert shown == [
-        [loss_text(losses["kl"]), f"{losses['score_drop']:.2f}", f"{1 / trial.values[1]:.2f}×"]
+        [
+            *(loss_text(losses[name]) for name in ("kl", "kl_answer", "kl_text")),
+            *(f"{losses[name]:.2f}" for name in ("flips", "score_drop")),
+            f"{1 / trial.values[1]:.2f}×",
+        ]
         for trial, losses in zip(trials, map(losses_of, trials), strict=True)
     ]
     lengths = {cells[0]: cells[1:3] for cells in page.table("phase and length")}
@@ -54,6 +58,9 @@ def test_text_and_tables_say_the_same(page: Page, run: calibrate.Run, smoke_run:
             ]
     tasks = {cells[0]: cells[2] for cells in page.table("task")}
     assert tasks == {task: loss_text(values["kl"]) for task, values in row["by_task"].items()}
+    answered = {cells[0]: cells[4:6] for cells in page.table("task")}
+    kl = {task: loss_text(values["kl"]) for task, values in row["by_task"].items()}
+    assert answered == {"needle_single": [kl["needle_single"], "–"], "text": ["–", kl["text"]]}
     notes = dict(page.table(""))
     assert run.thresholds.model.sha256 in notes["model"]
     assert read(smoke_run, "run.json")["config_sha256"] in notes["config"]

@@ -344,6 +344,49 @@ def test_the_search_minimises_the_largest_share_of_any_budget(tmp_path) -> None:
     assert any(0.3 < share <= 0.8 for share in aimed)
 
 
+def test_a_loss_that_some_prompts_show_is_a_mean_over_those(tmp_path: Path) -> None:
+    """One prompt of three has an answer, and what it loses there decides; no prompt is generated from."""
+    chosen = config(trials=3, prune_factor=1e6)
+    here = space(chosen)
+    limits = {"kl": 0.01, "kl_answer": 0.001, "generated_drop": 0.5}
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        found = outcome(here, setting, prompt)
+        kind = "kl_answer" if prompt is PROMPTS[1] else "kl_text"
+        return dataclasses.replace(found, losses={**found.losses, kind: found.losses["kl"]})
+
+    study = open_study(chosen.search, tmp_path)
+    list(search(study, here, PROMPTS, evaluate, chosen.search, limits=limits, seed=0))
+    found = points(study)
+    assert len(found) == 3 and all(point.losses["kl"] > 0 for point in found)
+    for trial, point in zip(study.get_trials(), found, strict=True):
+        assert len(trial.user_attrs["losses"]["kl_answer"]) == 1
+        assert point.losses["kl_answer"] == pytest.approx(point.losses["kl"])
+        assert trial.values[0] == point.share(limits) == point.losses["kl_answer"] / 0.001
+
+
+def test_a_trial_is_pruned_only_on_what_its_missing_prompts_cannot_mend(tmp_path: Path) -> None:
+    chosen = config(trials=1, prune_factor=1.5)
+    here = space(chosen)
+    limits = {"kl": 1e6, "kl_answer": 0.01}
+
+    def asked(first: float) -> int:
+        """Prompts that were run, if the first loses so much on its answer and the others nothing."""
+        run: list[str] = []
+
+        def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+            run.append(prompt.key)
+            losses = {"kl": 0.0, "kl_answer": first if prompt is PROMPTS[0] else 0.0}
+            return dataclasses.replace(outcome(here, setting, prompt), losses=losses)
+
+        study = open_study(chosen.search.model_copy(update={"study_name": str(first)}), tmp_path)
+        list(search(study, here, PROMPTS, evaluate, chosen.search, limits=limits, seed=0))
+        return len(run)
+
+    assert asked(0.044) == 3, "a mean of at least 1.47 budgets"
+    assert asked(0.046) == 1, "a mean of at least 1.53 budgets"
+
+
 @pytest.mark.slow
 def test_hopeless_trials_stop_after_the_first_prompts(tmp_path) -> None:
     chosen = config(trials=6, prune_factor=1.01)

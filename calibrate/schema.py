@@ -90,7 +90,10 @@ class ModelConfig(_Section):
 
 
 class GeometryConfig(_Section):
-    """Tile geometry of the kernel that will serve; a thresholds file is valid for this geometry only."""
+    """Tile geometry of the kernel that will serve; a thresholds file is valid for this geometry only.
+
+    `prefill.dense_last` [tokens] is for `target.engine: native` alone: see `PrefillGeometry`.
+    """
 
     prefill: PrefillGeometry = PrefillGeometry(tile_q=64, tile_kv=128)
     decode: DecodeGeometry = DecodeGeometry(tile_kv=64)
@@ -308,6 +311,16 @@ class RunConfig(_Section):
             raise ValueError(
                 f"`sensitivity.prompts <= prompts.search` must hold, but got "
                 f"{self.sensitivity.prompts} > {self.prompts.search}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_knows_dense_rows(self) -> RunConfig:
+        dense_last = self.geometry.prefill.dense_last
+        if dense_last and self.target.engine != "native":
+            raise ValueError(
+                f"`geometry.prefill.dense_last` must be 0 for `target.engine: {self.target.engine}`, which "
+                f"skips in the last rows too, but got {dense_last}; set it to 0, or use the native engine"
             )
         return self
 

@@ -151,6 +151,7 @@ def check_prefill(
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
+    dense_last: int = 0,
     scale_factor: float | None = None,
     q_lens: list[int] | None = None,
     kv_lens: list[int] | None = None,
@@ -159,14 +160,15 @@ def check_prefill(
     factor = p.scale_factor if scale_factor is None else scale_factor
     out, stats = ss.attention(
         p.q, p.k, p.v, scale_factor=factor, causal=causal, window=window, tile_q=tile_q, tile_kv=tile_kv,
-        q_lens=q_lens, kv_lens=kv_lens, backend=backend, return_stats=True,
+        dense_last=dense_last, q_lens=q_lens, kv_lens=kv_lens, backend=backend, return_stats=True,
     )  # fmt: skip
     for b in range(p.q.shape[0]):
         q_len = p.q.shape[2] if q_lens is None else q_lens[b]
         kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
         call = call_alone(
-            p, q_len, kv_len, causal=causal, window=window, tile_q=tile_q, tile_kv=tile_kv
-        )
+            p, q_len, kv_len, causal=causal, window=window, tile_q=tile_q, tile_kv=tile_kv,
+            dense_last=dense_last,
+        )  # fmt: skip
         _, visited, skipped = expected(p, call, b, factor)
         assert stats.visited[b].tolist() == visited.tolist()
         assert stats.skipped[b].tolist() == skipped.tolist()

@@ -150,6 +150,12 @@ def objections(
             yield Objection(
                 f"head_dim must be {sizes} for {phase} of {server.name}, but the model has {head_dim}"
             )
+        if isinstance(tiles, PrefillGeometry) and tiles.dense_last:
+            yield Objection(
+                f"geometry.prefill.dense_last must be 0 for {server.name}, which skips in the last rows too, "
+                f"but the numbers are for {tiles.dense_last}; calibrate with geometry.prefill.dense_last: 0",
+                "measure",
+            )
         keys = votes.keys(head_dim)
         if not keys:
             if not trust_unpublished:
@@ -191,7 +197,7 @@ def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
         head_dim: size of a head.
         like: the geometry to start from.
     """
-    prefill, decode = like.prefill, like.decode
+    prefill, decode = skipping_everywhere(like).prefill, like.decode
     if isinstance(server.prefill, Votes) and server.prefill.tile_q is not None:
         keys = server.prefill.keys(head_dim)
         kept = prefill.tile_kv if prefill is not None and prefill.tile_kv in keys else keys[0]
@@ -201,6 +207,14 @@ def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
         kept = decode.tile_kv if decode is not None and decode.tile_kv in keys else keys[0]
         decode = DecodeGeometry(tile_kv=kept)
     return Geometry(prefill=prefill, decode=decode)
+
+
+def skipping_everywhere(geometry: Geometry) -> Geometry:
+    """The geometry without `dense_last`, which only the kernels of this package know."""
+    if geometry.prefill is None:
+        return geometry
+    prefill = geometry.prefill.model_copy(update={"dense_last": 0})
+    return geometry.model_copy(update={"prefill": prefill})
 
 
 def _tiles(tiles: PrefillGeometry | DecodeGeometry | None) -> str:

@@ -18,6 +18,7 @@ from calibrate.engines.catalogue import (
     find_phases,
     geometry_of,
     servers_for,
+    skipping_everywhere,
 )
 from calibrate.engines.config_json import ignored_layers
 from calibrate.engines.types import Engine, Foreign, Source, Votes, check_number, from_threshold
@@ -245,7 +246,7 @@ def _model(
 
 def _geometry(engine: Engine, gpu: str | None, head_dim: int, tiles: GeometryConfig) -> Geometry:
     """Each phase at the tiles of the first server that runs it; the given ones where nothing is published."""
-    given = Geometry(prefill=tiles.prefill, decode=tiles.decode)
+    given = skipping_everywhere(Geometry(prefill=tiles.prefill, decode=tiles.decode))
     prefill, decode = given.prefill, given.decode
     servers = servers_for(engine, find_gpu(gpu, engine))
     for server in servers:

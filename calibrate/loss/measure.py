@@ -97,6 +97,7 @@ def compare_unguarded(
 
     def handler(call: LayerCall) -> torch.Tensor:
         tiles = getattr(thresholds.geometry, call.phase)
+        # Without `dense_last`: such an engine does not know it.
         alone = call_of(
             call.q, call.k, call.v, tile_q=getattr(tiles, "tile_q", None), tile_kv=tiles.tile_kv,
             scale=call.scale, window=call.window, causal=call.causal, kv_start=call.kv_start,

@@ -11,7 +11,7 @@ from calibrate.proof.dense import reach_text
 from calibrate.report.findings import Findings
 from calibrate.terminal import Table
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import PHASES
+from skip_softmax.thresholds.types import PHASES, DecodeGeometry, PrefillGeometry
 
 if TYPE_CHECKING:
     from calibrate.proof.assess import Row
@@ -150,9 +150,7 @@ def phases(thresholds: Thresholds) -> Table:
         rows.append(
             [
                 phase,
-                "–"
-                if tiles is None
-                else "×".join(str(v) for k, v in tiles if k.startswith("tile")),
+                _tiles(tiles),
                 str(getattr(thresholds.min_kv_len, phase) or "–"),
                 f"{getattr(thresholds.scale_factor, phase):g}",
                 f"{skipping} of {thresholds.model.layers}",
@@ -437,6 +435,14 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def _tiles(tiles: PrefillGeometry | DecodeGeometry | None) -> str:
+    if tiles is None:
+        return "–"
+    size = "×".join(str(v) for k, v in tiles if k.startswith("tile"))
+    dense_last = getattr(tiles, "dense_last", 0)
+    return f"{size}, last {dense_last} rows dense" if dense_last else size
 
 
 def _listed(pairs: dict[str, Any]) -> str:

@@ -55,8 +55,8 @@ def _forward_only(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: ScaleFactor = ...,
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
-    tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
-    kv_start: int = ..., return_stats: Literal[False] = ...,
+    tile_kv: int = ..., dense_last: int = ..., backend: Backend = ..., q_lens: Lengths = ...,
+    kv_lens: Lengths = ..., kv_start: int = ..., return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def attention(
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: ScaleFactor = ...,
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
-    tile_kv: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
-    kv_start: int = ..., return_stats: Literal[True],
+    tile_kv: int = ..., dense_last: int = ..., backend: Backend = ..., q_lens: Lengths = ...,
+    kv_lens: Lengths = ..., kv_start: int = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def attention(
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
+    dense_last: int = 0,
     backend: Backend = "auto",
     q_lens: Lengths = None,
     kv_lens: Lengths = None,
@@ -99,6 +100,8 @@ def attention(
         window: a query sees its own position and the `window - 1` before it; None: no window.
         tile_q: query rows that vote together [tokens], a power of two.
         tile_kv: keys per tile [tokens], a power of two.
+        dense_last: a vote that holds one of the last `dense_last` valid query rows of its request skips
+            nothing [tokens]; its tiles count as visited and kept. 0: every vote may skip.
         backend: `auto` takes hopper on sm_90 if it can run the call, else triton, and the reference on a CPU;
             a backend by name runs the call or raises.
         q_lens: valid queries per request [B], right-padded; None: Sq. Padding rows of the
@@ -115,7 +118,8 @@ def attention(
         NotImplementedError: the named backend cannot run this call.
     """
     call = call_of(
-        q, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal, kv_start=kv_start
+        q, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal, kv_start=kv_start,
+        dense_last=dense_last,
     )  # fmt: skip
     requests = Requests(q_lens, kv_lens)
     out, stats = _attend("prefill", backend, call, q, k, v, scale_factor, requests, return_stats)
@@ -128,8 +132,8 @@ def attention_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     scale_factor: ScaleFactor = ..., causal: bool = ..., scale: float | None = ...,
-    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
-    return_stats: Literal[False] = ...,
+    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
+    backend: Backend = ..., return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -138,8 +142,8 @@ def attention_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
     scale_factor: ScaleFactor = ..., causal: bool = ..., scale: float | None = ...,
-    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., backend: Backend = ...,
-    return_stats: Literal[True],
+    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
+    backend: Backend = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -158,6 +162,7 @@ def attention_varlen(
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
+    dense_last: int = 0,
     backend: Backend = "auto",
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
@@ -177,6 +182,7 @@ def attention_varlen(
         window: sliding window [tokens], or None.
         tile_q: query rows that vote together [tokens].
         tile_kv: keys per tile [tokens].
+        dense_last: last rows of each request whose votes skip nothing [tokens].
         backend: `auto`, or one by name.
         return_stats: also return tile counts.
 
@@ -207,7 +213,7 @@ def attention_varlen(
     heads_first = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     call = call_of(
         *heads_first, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
-        q_len=max_seqlen_q, kv_len=max_seqlen_k,
+        dense_last=dense_last, q_len=max_seqlen_q, kv_len=max_seqlen_k,
     )  # fmt: skip
     requests = Requests(q_starts=cu_seqlens_q, kv_starts=cu_seqlens_k)
     out, stats = _attend(
@@ -343,6 +349,7 @@ def tile_gaps(
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
+    dense_last: int = 0,
     backend: Backend = "auto",
     q_lens: Lengths = None,
     kv_lens: Lengths = None,
@@ -359,19 +366,22 @@ def tile_gaps(
         window: sliding window [tokens], or None.
         tile_q: query rows that vote together [tokens].
         tile_kv: keys per tile [tokens].
+        dense_last: last rows of each request whose votes skip nothing [tokens].
         backend: `auto`, or one by name.
         q_lens: valid queries per request [B].
         kv_lens: KV length per request [B].
 
     Returns:
-        [B, Hq, Tq, Tkv] nats; -inf where the tile is not visited, +inf at the first visited tile.
+        [B, Hq, Tq, Tkv] nats; -inf where the tile is not visited, +inf at the first visited tile and
+        wherever `dense_last` keeps every tile.
 
     Raises:
         ValueError: shapes, lengths or geometry are invalid.
     """
     call = call_of(
-        q, k, k, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal
-    )
+        q, k, k, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
+        dense_last=dense_last,
+    )  # fmt: skip
     choose("gaps", backend, call, q.device, stacklevel=3)
     tiles = (-(-call.q_len // tile_q), -(-call.kv_len // tile_kv))
     result = torch.full((*q.shape[:2], *tiles), -torch.inf, device=q.device, dtype=torch.float32)
@@ -393,6 +403,7 @@ def tile_statistics(
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
+    dense_last: int = 0,
     running_max: RunningMax = "ascending",
     kv_start: int = 0,
     backend: Backend = "auto",
@@ -409,6 +420,7 @@ def tile_statistics(
         window: sliding window [tokens], or None.
         tile_q: query rows that vote together [tokens].
         tile_kv: keys per tile [tokens].
+        dense_last: last rows of each request whose votes skip nothing [tokens].
         running_max: decode only, see `DecodeGeometry`.
         kv_start: absolute position of the first key in `k`.
         backend: `auto`, or one by name.
@@ -421,7 +433,7 @@ def tile_statistics(
     """
     call = call_of(
         q, k, v, tile_q=None if decode else tile_q, tile_kv=tile_kv, scale=scale, window=window,
-        causal=causal, kv_start=kv_start, running_max=running_max,
+        causal=causal, kv_start=kv_start, running_max=running_max, dense_last=dense_last,
     )  # fmt: skip
     room = choose("statistics", backend, call, q.device, stacklevel=3)
     out, histogram = (reference.batch_statistics if room is None else room.run)(call, q, k, v)

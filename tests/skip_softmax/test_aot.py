@@ -80,13 +80,14 @@ def tile_type(on, rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}]>" if on else "*bf16"
 
 
-def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False):
+def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False):
     config = prefill.choose(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE)
     number = "*fp32" if single else "*bf16"
     kv = number if single else tile_type(config.tma, TILE, head_dim)
     types = {"q": number, "k": kv, "v": kv, "out": number, "stats": "*i64", "factor": "fp32",
     "scale": "fp32",
-             "q_len": "i32", "kv_len": "i32", "window": "i32", "q_starts": "*i32", "kv_starts": "*i32"}
+             "q_len": "i32", "kv_len": "i32", "window": "i32", "dense_last": "i32",
+             "q_starts": "*i32", "kv_starts": "*i32"}
     constants = dict(
         factors=None, q_lens=None, kv_lens=None, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim,
@@ -97,6 +98,8 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
         STATS=window, PRECISION="bf16x6" if single else "tf32", STAGES=config.stages,
         SPARSE_STAGES=config.sparse_stages,
     )
+    if not dense_last:
+        constants["dense_last"] = None
     if not packed:
         constants.update(q_starts=None, kv_starts=None)
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
@@ -131,13 +134,13 @@ def combine_case(arch):
     return compile(_combine, types, constants, arch, 4)
 
 
-def statistics_case(arch, in_decode):
+def statistics_case(arch, in_decode, dense_last=False):
     tma = arch >= 90
     kv = tile_type(tma, TILE, D)
     types = {"q": "*bf16", "k": kv, "v": kv, "out": "*bf16", "counts": "*i64", "mass": "*i64",
     "gaps": "*fp32",
              "weights_log2": "*fp32", "row_lse": "*fp32", "scale": "fp32", "q_len": "i32", "kv_len": "i32",
-             "window": "i32", "items": "i32", "blocks": "i32", "note_blocks": "i32"}
+             "window": "i32", "dense_last": "i32", "items": "i32", "blocks": "i32", "note_blocks": "i32"}
     pack = 16 if in_decode else 1
     constants = dict(
         HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
@@ -147,17 +150,19 @@ def statistics_case(arch, in_decode):
         PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
         STAGES=3 if tma else 2,
     )
+    if not dense_last:
+        constants["dense_last"] = None
     return compile(_statistics, types, constants, arch, 8)
 
 
-def hopper_case(head_dim, armed, lengths="", causal=True):
+def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False):
     groups = hopper.GROUPS[head_dim]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     types = {name: f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{layout!r}>"
              for name, rows in (("q", 64), ("k", TILE), ("v", TILE))}
     types |= {"out": "*bf16", "stats": "*i64", "counter": "*i32", "factors": "*fp32", "factor": "fp32",
               "scale": "fp32", "items": "i32", "group": "i32", "kv_heads": "i32", "blocks": "i32",
-              "near": "i32", "q_len": "i32", "kv_len": "i32",
+              "near": "i32", "q_len": "i32", "kv_len": "i32", "dense_last": "i32",
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
     heavy, light = hopper.REGISTERS[groups]
     constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
@@ -170,6 +175,8 @@ def hopper_case(head_dim, armed, lengths="", causal=True):
             constants[name] = None
     if not lengths:
         constants["factors"] = None
+    if not dense_last:
+        constants["dense_last"] = None
     return compile(_hopper, types, constants, 90, 4, source=GluonASTSource)
 
 
@@ -196,13 +203,20 @@ if arch < 100 or KNOWS_BLACKWELL:
         "prefill 64 dense": lambda: prefill_case(arch, 64, False),
         "prefill 64 window packed": lambda: prefill_case(arch, 64, True, packed=True, window=True),
         "prefill fp32": lambda: prefill_case(arch, 128, True, single=True),
+        "prefill 128 dense last": lambda: prefill_case(arch, 128, True, dense_last=True),
+        "prefill 64 dense last": lambda: prefill_case(arch, 64, True, dense_last=True),
         "statistics": lambda: statistics_case(arch, False),
+        "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
         "statistics decode": lambda: statistics_case(arch, True),
     }
 if arch == 90:
     for head_dim in (64, 128):
         cases |= {
             f"hopper {head_dim}": lambda d=head_dim: hopper_case(d, True),
+            f"hopper {head_dim} dense last": lambda d=head_dim: hopper_case(d, True, dense_last=True),
+            f"hopper {head_dim} packed, dense last": lambda d=head_dim: hopper_case(
+                d, True, "packed", dense_last=True
+            ),
             f"hopper {head_dim} dense": lambda d=head_dim: hopper_case(d, False),
             f"hopper {head_dim} packed": lambda d=head_dim: hopper_case(d, True, "packed"),
             f"hopper {head_dim} padded, not causal": lambda d=head_dim: hopper_case(d, True, "padded", False),

@@ -72,7 +72,8 @@ def prefill_case(draw: Random, **fixed: Any) -> tuple[Planted, dict[str, Any]]:
     causal = draw.random() < 0.7
     window = draw.choice([None, 1, length(draw), length(draw)]) if causal and not fixed else None
     tiles = {"tile_q": drawn["tile_q"], "tile_kv": drawn["tile_kv"]}
-    return p, {"causal": causal, "window": window, **tiles}
+    dense_last = draw.choice([0, 0, 1, drawn["tile_q"], length(draw)])
+    return p, {"causal": causal, "window": window, "dense_last": dense_last, **tiles}
 
 
 def lengths(draw: Random, p: Planted) -> tuple[list[int], list[int]]:

@@ -66,8 +66,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a call that `why_not` accepts; see `hopper`."""
     return hopper(
-        q, k, v, factor, factors, call.causal, call.scale, requests.q_lens, requests.kv_lens,
-        requests.q_starts, requests.kv_starts, call.q_len, stats,
+        q, k, v, factor, factors, call.causal, call.scale, call.dense_last, requests.q_lens,
+        requests.kv_lens, requests.q_starts, requests.kv_starts, call.q_len, stats,
     )  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def hopper(
     factors: torch.Tensor | None,
     causal: bool,
     scale: float,
+    dense_last: int,
     q_lens: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
     q_starts: torch.Tensor | None,
@@ -126,6 +127,8 @@ def hopper(
 
     batch, heads, _, head_dim = q.shape
     requests = batch if q_starts is None else q_starts.shape[0] - 1
+    # False where the host knows that the call is dense: the kernel without a branch.
+    armed = factors is not None or factor > 0
     out, counts = empty_results(q, v, q_starts, stats)
     counts.zero_()
     groups = GROUPS[head_dim]
@@ -147,11 +150,13 @@ def hopper(
         _hopper[(min(items, processors),)](
             _descriptor(q, ROWS), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
             counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * LOG2E,
-            most_q, k.shape[2], items, heads // k.shape[1], k.shape[1], blocks,
+            most_q, k.shape[2],
+            # None compiles the kernel without the rule.
+            min(dense_last, most_q) or None if armed else None,
+            items, heads // k.shape[1], k.shape[1], blocks,
             near, *out.stride()[:3],
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
-            # False where the host knows that the call is dense: the kernel without a branch.
-            ARMED=factors is not None or factor > 0,
+            ARMED=armed,
             EMPTY=ragged or (causal and k.shape[2] < most_q),
             STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,
         )  # fmt: skip

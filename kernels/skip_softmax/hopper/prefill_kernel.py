@@ -83,6 +83,7 @@ class _Call:
 
     q_len: gl.tensor
     kv_len: gl.tensor
+    dense_last: object  # a tensor or None
     items: gl.tensor
     group: gl.tensor
     kv_heads: gl.tensor
@@ -102,11 +103,12 @@ class _Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,
-        factors, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY,
+        self, q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
+        kv_starts, factors, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY,
     ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
+        self.dense_last = gl.constexpr(None) if dense_last is None else dense_last
         self.items = items
         self.group = group
         self.kv_heads = kv_heads
@@ -566,6 +568,10 @@ def _consume(
             if c.factors is not None:
                 factor = gl.load(c.factors + item.head)
             threshold = log2_threshold(factor, item.kv_len)
+            if c.dense_last is not None:
+                # With one of the last rows among them, every row keeps all that it sees.
+                dense = row + ROWS > item.q_len - c.dense_last
+                threshold = gl.where(dense, float("-inf"), threshold)
             # Padding rows never vote.
             valid = row + gl.arange(0, ROWS, ROW) < item.q_len
             needed = gl.where(valid, threshold, float("inf"))
@@ -637,10 +643,14 @@ def _consume(
         number = _take(turn)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "items", "group", "kv_heads", "blocks", "near"])
+@gluon.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "dense_last", "items", "group", "kv_heads", "blocks", "near"
+    ]
+)  # fmt: skip
 def _hopper(
     q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale,
-    q_len, kv_len, items, group, kv_heads, blocks, near, stride_ob, stride_oh, stride_os,
+    q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, stride_ob, stride_oh, stride_os,
     GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
     ARMED: gl.constexpr, EMPTY: gl.constexpr, STATS: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -670,8 +680,8 @@ def _hopper(
         init(ITEM_FREE + i, 4 * GROUPS)
     fence_async_shared()
     c = _Call(
-        q_len, kv_len, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts, kv_starts,
-        factors, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY,
+        q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
+        kv_starts, factors, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY,
     )  # fmt: skip
     place = (out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS)
     if GROUPS == 2:

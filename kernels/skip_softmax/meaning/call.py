@@ -41,6 +41,9 @@ class Call:
         kv_start: absolute position of the first key in the key tensor (a sliding cache drops keys).
         running_max: decode only, what a tile is compared with (`DecodeGeometry`).
         criterion: what a tile is judged by.
+        dense_last: prefill only: a vote that holds one of the last `dense_last` query rows of its request
+            skips nothing [tokens]; 0: every vote may skip. These rows give the next token; all others reach
+            the output only through the keys and values of later layers.
         page: rows of a page of the cache; 0: keys and values are contiguous.
         places: shape and strides of q, k and v; empty: dense tensors.
     """
@@ -60,6 +63,7 @@ class Call:
     kv_start: int = 0
     running_max: RunningMax = "ascending"
     criterion: Criterion = "max"
+    dense_last: int = 0
     page: int = 0
     places: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
 
@@ -71,6 +75,9 @@ class Call:
             raise ValueError(
                 f"`window` must be at least 1, but got {self.window}; pass None for no window"
             )
+        if self.dense_last < 0 or (self.decode and self.dense_last):
+            law = "0 in decode, which has no query tiles" if self.decode else "at least 0"
+            raise ValueError(f"`dense_last` must be {law}, but got {self.dense_last}; pass 0")
         if self.running_max not in get_args(RunningMax):
             raise ValueError(
                 f"`running_max` must be ascending or seeded, but got {self.running_max!r}"
@@ -109,6 +116,7 @@ def call_of(
     causal: bool = True,
     kv_start: int = 0,
     running_max: RunningMax = "ascending",
+    dense_last: int = 0,
     table: torch.Tensor | None = None,
     q_len: int | None = None,
     kv_len: int | None = None,
@@ -144,7 +152,8 @@ def call_of(
     return Call(
         q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
-        kv_start, running_max, page=page, places=tuple((x.shape, x.stride()) for x in (q, k, v)),
+        kv_start, running_max, dense_last=dense_last, page=page,
+        places=tuple((x.shape, x.stride()) for x in (q, k, v)),
     )  # fmt: skip
 
 

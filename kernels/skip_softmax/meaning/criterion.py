@@ -48,7 +48,7 @@ def skips(gap: torch.Tensor, scale_factor: torch.Tensor, kv_len: torch.Tensor) -
     """Which tiles are skipped.
 
     Args:
-        gap: tile gaps [nats]; +inf at the first visited tile.
+        gap: tile gaps [nats]; +inf at tiles that no threshold may skip.
         scale_factor: float64 [tokens], broadcast against `gap`.
         kv_len: KV length of the call [tokens], broadcast likewise.
 

@@ -2,8 +2,8 @@
 
 A tile is skipped exactly when `scale_factor > critical_scale_factor = kv_len * exp(gap)` (`criterion.py`).
 Bin 0 counts the tiles below `LOW`, the last bin ("never") those that no threshold below 1 can skip: gap >= 0,
-and first tiles. Between them every octave is cut into `PER_OCTAVE` bins, so cumulative sums are exact at bin
-edges.
+first tiles, and the tiles of votes that must stay dense. Between them every octave is cut into `PER_OCTAVE`
+bins, so cumulative sums are exact at bin edges.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Engines without that guard still compare a tile with the rows' maxima over the tiles kept so far, so they skip
 even dominant tiles: they keep the first tile, and tiles that exceed all those kept before by ln(threshold).
-For measurement only; below a threshold of 1 it equals `reference.attend`.
+For measurement only; below a threshold of 1 it equals `reference.attend`. Such engines have no rows that must
+stay dense, so a call with `dense_last` is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from skip_softmax.meaning.call import Call
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale_factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.attend`, but the running maximum ignores skipped tiles, and any threshold applies."""
+    """As `reference.attend`, but the running maximum ignores skipped tiles, and any threshold applies.
+
+    Raises:
+        ValueError: the call has `dense_last`.
+    """
+    if call.dense_last:
+        raise ValueError(
+            "`dense_last` must be 0 in the published algorithm, which knows no dense rows, but got "
+            f"{call.dense_last}; pass 0"
+        )
     visited = torch.zeros(call.vote_heads, dtype=torch.int64, device=q.device)
     skipped = torch.zeros_like(visited)
     out = q.new_zeros(q.shape[0], call.q_len, v.shape[-1])

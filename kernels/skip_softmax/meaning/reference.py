@@ -7,6 +7,7 @@ For one query head, a tile of query rows, and KV tiles in ascending absolute pos
         s[r, c] = scale * q[r] . k[c]                # masked scores are -inf
         m[r]    = max over c in tile j of s[r, c]
         skip    = j is not the first visited tile
+                  and no valid row r is one of the request's last `dense_last` rows
                   and every valid row r has exp(m[r] - M[r]) < scale_factor / kv_len
         if not skip:
             keep tile j; M[r] = max(M[r], m[r])
@@ -48,7 +49,8 @@ class Block:
         first_tile: index of the first KV tile of this block.
         scores: masked scores [q_heads, rows, tiles * tile_kv].
         visited: bool [votes, tiles]; a vote is a query tile (prefill) or a query token (decode).
-        gaps: [vote_heads, votes, tiles] nats; +inf at the first visited tile, -inf where not visited.
+        gaps: [vote_heads, votes, tiles] nats; +inf at the first visited tile and at all of a vote
+            that must stay dense (`Call.dense_last`), -inf where not visited.
         blind: whether some row sees no key at all.
     """
 
@@ -192,11 +194,13 @@ def blocks(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[Block]:
         visible = _visible(rows, tiles, call, q.device)
         scores.masked_fill_(~visible, -torch.inf)
         visited = _row_to_vote(visible.view(len(visible), -1, call.tile_kv).any(-1), call).any(1)
-        votes = _vote_gaps(scores, visited, call)
+        votes = _vote_gaps(scores, visited, _kept_whole(rows, call, q.device), call)
         yield Block(rows, tiles.start, scores, visited, votes, not bool(visible.any(1).all()))
 
 
-def _vote_gaps(scores: torch.Tensor, visited: torch.Tensor, call: Call) -> torch.Tensor:
+def _vote_gaps(
+    scores: torch.Tensor, visited: torch.Tensor, whole: torch.Tensor, call: Call
+) -> torch.Tensor:
     """The gap of each tile: its largest valid row's."""
     tile_max = by_tile(scores, call).amax(-1)  # [q_heads, rows, tiles]
     first = visited & (visited.cumsum(1) == 1)
@@ -209,8 +213,15 @@ def _vote_gaps(scores: torch.Tensor, visited: torch.Tensor, call: Call) -> torch
         before = torch.cat(
             [torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], dim=-1
         )
-    votes = largest_gap(tile_max, before, call).masked_fill(first, torch.inf)
+    votes = largest_gap(tile_max, before, call).masked_fill(first | whole, torch.inf)
     return votes.masked_fill(~visited, -torch.inf)
+
+
+def _kept_whole(rows: slice, call: Call, device: torch.device) -> torch.Tensor:
+    """Which votes of `rows` hold one of the call's last `dense_last` rows, bool [votes, 1]."""
+    row = torch.arange(rows.start, rows.stop, device=device)
+    last = (row >= call.q_len - call.dense_last)[:, None]
+    return last if call.decode else _row_to_vote(last, call).any(1)
 
 
 def largest_gap(tile_max: torch.Tensor, before: torch.Tensor, call: Call) -> torch.Tensor:

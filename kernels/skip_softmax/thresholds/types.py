@@ -9,7 +9,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -30,6 +32,7 @@ def _no_boolean(value: Any) -> Any:
 ScaleFactor = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_boolean)]
 PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_no_boolean)]
 PowerOfTwo = Annotated[int, Field(ge=16, le=512), BeforeValidator(_no_boolean)]
+Tokens = Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
 LayerIndex = Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
 
 
@@ -74,16 +77,29 @@ class ModelSection(Section):
 
 
 class PrefillGeometry(Section):
-    """Prefill tile [tokens]: `tile_q` query rows vote together on `tile_kv` keys."""
+    """Prefill tile [tokens]: `tile_q` query rows vote together on `tile_kv` keys.
+
+    A vote that holds one of the last `dense_last` query rows of a call skips nothing; 0: every vote may
+    skip. The last row of a prompt gives the first token of the answer, while all others reach the output
+    only through the keys and values of later layers. In chunked prefill the last rows of every chunk are
+    dense.
+    """
 
     tile_q: PowerOfTwo
     tile_kv: PowerOfTwo
+    dense_last: Tokens = 0
 
     @model_validator(mode="after")
     def _powers_of_two(self) -> PrefillGeometry:
         _require_power_of_two("tile_q", self.tile_q)
         _require_power_of_two("tile_kv", self.tile_kv)
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_says_something(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Files, configs and statistics from before this key must compare as equal to those of today.
+        values: dict[str, Any] = write(self)
+        return values if self.dense_last else {k: v for k, v in values.items() if k != "dense_last"}
 
 
 class DecodeGeometry(Section):

@@ -71,7 +71,8 @@ def run(
     """Runs a call that `why_not` accepts; see `prefill`."""
     return prefill(
         q, k, v, factor, factors, call.causal, call.scale, call.window, call.tile_q, call.tile_kv,
-        requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts, call.q_len, stats,
+        call.dense_last, requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts,
+        call.q_len, stats,
     )  # fmt: skip
 
 
@@ -134,6 +135,7 @@ def prefill(
     window: int | None,
     tile_q: int,
     tile_kv: int,
+    dense_last: int,
     q_lens: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
     q_starts: torch.Tensor | None,
@@ -154,6 +156,7 @@ def prefill(
         window: sliding window [tokens], or None.
         tile_q: query rows per vote.
         tile_kv: keys per tile.
+        dense_last: last rows of each request whose votes skip nothing.
         q_lens: valid rows per request, int32 [B], or None.
         kv_lens: KV length per request, int32 [B], or None.
         q_starts: where each packed request starts, and the end, int32 [requests + 1]; None: not packed.
@@ -186,6 +189,8 @@ def prefill(
             descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
             out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
             factor, scale * LOG2E, most_q, k.shape[2], window or 0,
+            # None compiles the kernel without the rule.
+            min(dense_last, most_q) or None if armed else None,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
             WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,

@@ -15,6 +15,7 @@ false) has no branch.
 
 A block may contain several votes of `tile_q` rows. The branch skips a tile that all of them skip; if only
 some do, their rows get zero weights. So decisions are those of `tile_q` x `tile_kv` for every BLOCK_M.
+A vote with one of the last `dense_last` rows has a threshold of 0, and so keeps every tile that it sees.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ def _walk(
     return acc, l, m, kept, busy
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "window"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "window", "dense_last"])
 def _prefill(
     q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale, q_len, kv_len,
-    window, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-    stride_vs, stride_ob, stride_oh, stride_os, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    window, dense_last, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
+    stride_vh, stride_vs, stride_ob, stride_oh, stride_os, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     ARMED: tl.constexpr, TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr, PROBE: tl.constexpr,
@@ -164,6 +165,10 @@ def _prefill(
     if factors is not None:
         factor = tl.load(factors + head)
     threshold = log2_threshold(factor, kv_len)
+    if dense_last is not None:
+        # One number where the block is one vote, else one per row.
+        end = row0 + TILE_Q if VOTES == 1 else row0 + (vote + 1) * TILE_Q
+        threshold = tl.where(end > q_len - dense_last, float("-inf"), threshold)
 
     low, high = visited_tiles(row0, BLOCK_M, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED)
     low_full, high_full = whole_tiles(

@@ -91,7 +91,9 @@ def run(
                 descriptor(k, [block_n, width(k.shape[-1])]) if tma else k,
                 descriptor(v, [block_n, width(v.shape[-1])]) if tma_v else v,
                 out, counts, mass, notes[0], notes[1], row_lse,
-                call.scale * LOG2E, q_len, kv_len, call.window or 0, items, blocks, note_blocks,
+                call.scale * LOG2E, q_len, kv_len, call.window or 0,
+                min(call.dense_last, q_len) or None,  # None compiles the kernel without the rule
+                items, blocks, note_blocks,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 HEADS=heads, Q_GROUP=group if call.decode else 1, KV_GROUP=1 if call.decode else group,
                 PACK=pack,

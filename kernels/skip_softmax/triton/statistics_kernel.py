@@ -71,7 +71,7 @@ def _observe(
 
 @triton.jit
 def _tally(
-    counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window,
+    counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window, dense_last,
     Q_GROUP: tl.constexpr, PACK: tl.constexpr, NOTE_ROWS: tl.constexpr, VOTE_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
@@ -111,6 +111,10 @@ def _tally(
         weight = tl.exp2(weight_log2 - lse[None, :])
         gap = tl.max(tl.max(tl.reshape(gap, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
         weight = tl.sum(tl.sum(tl.reshape(weight, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
+        if dense_last is not None:  # such a vote's tiles can never be skipped
+            end = token0 + (tl.arange(0, VOTES) + 1) * VOTE_ROWS
+            whole = (end > q_len - dense_last)[None, :] & (gap > float("-inf"))
+            gap = tl.where(whole, float("inf"), gap)
 
         # The bin of the critical scale factor, as `histogram.bin_index` computes it.
         critical = length_log2[None, :] + tl.minimum(gap, 0.0)
@@ -126,10 +130,12 @@ def _tally(
         tl.atomic_add(mass + index, units, mask=visited, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "window", "items", "blocks", "note_blocks"])
+@triton.jit(
+    do_not_specialize=["q_len", "kv_len", "window", "dense_last", "items", "blocks", "note_blocks"]
+)
 def _statistics(
-    q, k, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, items,
-    blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
+    q, k, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, dense_last,
+    items, blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
     stride_vh, stride_vs, stride_ob, stride_oh, stride_os, HEADS: tl.constexpr, Q_GROUP: tl.constexpr,
     KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, SUBS: tl.constexpr,
@@ -264,7 +270,7 @@ def _statistics(
         _tally(
             counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,
             row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_block * SUBS * TOKENS,
-            q_len, kv_len, window, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS, CHUNK, CAUSAL,
-            WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
+            q_len, kv_len, window, dense_last, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS, CHUNK,
+            CAUSAL, WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
         )  # fmt: skip
         tl.debug_barrier()

@@ -56,6 +56,27 @@ def test_output_and_decisions_match_the_reference(
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("q_len, kv_len", [(1, 700), (200, 333), (257, 1111), (2000, 3003)])
+def test_votes_with_one_of_the_last_rows_skip_nothing(
+    q_len: int, kv_len: int, causal: bool, head_dim: int
+) -> None:
+    """257 rows: the last vote holds one, so that 64 dense rows touch two votes."""
+    p = planted(heads=8, kv_heads=2, q_len=q_len, kv_len=kv_len, head_dim=head_dim)
+    _, plain = check(p, causal=causal)
+    skipped = [int(plain.skipped.sum())]
+    for dense_last in (1, 64, 65, q_len):
+        _, stats = check(p, causal=causal, dense_last=dense_last)
+        assert torch.equal(stats.visited, plain.visited)
+        skipped.append(int(stats.skipped.sum()))
+    assert skipped == sorted(skipped, reverse=True) and skipped[-1] == 0
+    assert kv_len < 400 or skipped[0] > skipped[1]
+    dense = ss.attention(p.q, p.k, p.v, causal=causal, backend="hopper")
+    assert torch.equal(run(p, causal=causal, dense_last=q_len)[0], dense)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9, 1.0])
 def test_long_prompts_at_every_sparsity(sparsity: float, head_dim: int) -> None:
     """More items than processors, so that every program takes several."""
@@ -103,33 +124,36 @@ def test_more_queries_than_keys_leaves_early_rows_empty(head_dim: int) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("dense_last", [0, 64])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_padded_requests_equal_each_one_alone(head_dim: int) -> None:
+def test_padded_requests_equal_each_one_alone(head_dim: int, dense_last: int) -> None:
     p = planted(batch=4, q_len=300, kv_len=600, head_dim=head_dim)
     q_lens, kv_lens = [300, 33, 0, 130], [600, 177, 450, 0]
     for b, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
         p.k[b, :, kv_len:] = torch.nan  # what a cache holds behind its end
         p.v[b, :, kv_len:] = torch.nan
         p.q[b, :, q_len:] = torch.nan
-    out, stats = check(p, q_lens=q_lens, kv_lens=kv_lens)
+    out, stats = check(p, q_lens=q_lens, kv_lens=kv_lens, dense_last=dense_last)
     assert stats.visited[2:].sum() == 0 and stats.skipped.sum() > 0
     for b in range(2):
         alone = ss.attention(
             p.q[b : b + 1, :, : q_lens[b]], p.k[b : b + 1, :, : kv_lens[b]],
             p.v[b : b + 1, :, : kv_lens[b]],
-            scale_factor=p.scale_factor, backend="hopper",
+            scale_factor=p.scale_factor, dense_last=dense_last, backend="hopper",
         )  # fmt: skip
         assert torch.equal(alone[0], out[b, :, : q_lens[b]])
 
 
 @on_hopper
+@pytest.mark.parametrize("dense_last", [0, 64])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_packed_requests_equal_each_one_alone(head_dim: int) -> None:
+def test_packed_requests_equal_each_one_alone(head_dim: int, dense_last: int) -> None:
     p = planted(heads=4, kv_heads=2, q_len=800, kv_len=1333, head_dim=head_dim)
     cu_q, cu_k = [0, 270, 271, 271, 800], [0, 450, 460, 500, 1333]
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
     lengths = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in (cu_q, cu_k)]
     keywords = {"scale_factor": p.scale_factor, "backend": "hopper", "return_stats": True}
+    keywords["dense_last"] = dense_last
     out, stats = ss.attention_varlen(*tokens_first, *lengths, 529, 833, **keywords)
     for b in range(4):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
@@ -316,7 +340,7 @@ def test_torch_compile_sees_one_graph() -> None:
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
     torch.library.opcheck(
         torch.ops.skip_softmax.hopper.default,
-        (p.q, p.k, p.v, 0.05, None, True, 0.2, None, None, None, None, 165, True),
+        (p.q, p.k, p.v, 0.05, None, True, 0.2, 64, None, None, None, None, 165, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -352,6 +376,7 @@ def refusal(
 )
 def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     assert refusal() is None
+    assert refusal(dense_last=64) is None
     assert words in refusal(**change)
 
 

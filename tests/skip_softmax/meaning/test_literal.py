@@ -30,6 +30,12 @@ def test_below_one_it_is_the_reference(tile_q: int | None, window: int | None) -
     torch.testing.assert_close(found[0], true[0], atol=1e-12, rtol=0)
 
 
+def test_it_knows_no_dense_rows() -> None:
+    q, k, v = graded(4, 2, 100, 200)
+    with pytest.raises(ValueError, match=r"`dense_last` must be 0 .* but got 64; pass 0"):
+        literal.attend(q[0], k[0], v[0], call(q, k, 32, dense_last=64), torch.ones(4).double())
+
+
 def test_above_one_only_what_exceeds_all_kept_tiles_is_kept() -> None:
     """Tile maxima of 0, 1, 3, 2.5 and 6 nats; a threshold of e^2.2 keeps the first, third and last."""
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)

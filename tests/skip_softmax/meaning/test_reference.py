@@ -26,6 +26,7 @@ def loop(
     tile_kv: int,
     decode: bool = False,
     seeded: bool = False,
+    dense_last: int = 0,
 ) -> tuple[torch.Tensor, int, int, list[float]]:
     """Section by section what the thresholds mean, one request, written without tensors' help.
 
@@ -80,6 +81,7 @@ def loop(
             gap = max(
                 -math.inf if top[row] == -math.inf else top[row] - running[row] for row in rows
             )
+            never = never or any(r >= q_len - dense_last for _, r in rows)
             critical.append(math.inf if never or gap >= 0 else length * math.exp(gap))
             visited += 1
             if not never and math.exp(min(gap, 700)) < threshold:
@@ -114,6 +116,92 @@ def test_prefill_equals_the_loop(length: int, heads: tuple[int, int], window: in
     assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
     if length >= 129:
         assert skipped > 0, "the planted input must skip something, or this test shows nothing"
+
+
+@pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
+@pytest.mark.parametrize("dense_last", [1, 16, 17, 33, 199, 1000])
+@pytest.mark.parametrize("shape", [(200, 200), (129, 200), (97, 97)])
+def test_votes_with_one_of_the_last_rows_skip_nothing(
+    shape: tuple[int, int], dense_last: int, window: int | None
+) -> None:
+    q, k, v = graded(3, 1, *shape)
+    call = {"window": window, "tile_q": 16, "tile_kv": 32, "dense_last": dense_last}
+    expected, visited, skipped, critical = loop(q[0], k[0], v[0], 20.0, causal=True, **call)
+    out, stats = ss.attention(q, k, v, scale_factor=20.0, return_stats=True, **call)
+    torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
+    assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
+    assert skipped == 0 if dense_last >= 199 else skipped > 0 or shape == (97, 97)
+    gaps = ss.tile_gaps(q, k, **call)[0]
+    seen = gaps[gaps > -torch.inf]
+    found = torch.where(seen >= 0, torch.inf, shape[1] * seen.exp())
+    torch.testing.assert_close(
+        found, torch.tensor(critical, dtype=torch.float64), atol=0, rtol=1e-12
+    )
+    _, histogram = ss.tile_statistics(q, k, v, **call)
+    assert int(histogram.counts[:, -1].sum()) == sum(c == math.inf for c in critical)
+
+
+def test_dense_rows_change_no_other_vote() -> None:
+    """129 rows: the last vote of 64 holds one row, so 64 dense rows touch two votes, and 1 touches one."""
+    q, k, v = graded(2, 1, 129, 200)
+    call = {"scale_factor": 30.0, "tile_q": 64, "tile_kv": 16}
+    dense, plain = (
+        ss.attention(q, k, v, **call | {"scale_factor": 0.0}),
+        ss.attention(q, k, v, **call),
+    )
+    for dense_last, first in (
+        (0, 129),
+        (1, 128),
+        (2, 64),
+        (64, 64),
+        (65, 64),
+        (66, 0),
+        (10**12, 0),
+    ):
+        out = ss.attention(q, k, v, dense_last=dense_last, **call)
+        assert torch.equal(out[:, :, :first], plain[:, :, :first])
+        assert torch.equal(out[:, :, first:], dense[:, :, first:])
+    for first, last in ((0, 64), (64, 128), (128, 129)):  # skipping must show in each vote
+        assert not torch.equal(plain[:, :, first:last], dense[:, :, first:last])
+
+
+def test_each_request_and_each_chunk_has_its_own_last_rows() -> None:
+    q, k, v = (torch.cat([t, t.flip(2)]) for t in graded(4, 2, 100, 120))
+    call = {
+        "scale_factor": 25.0,
+        "tile_q": 16,
+        "tile_kv": 16,
+        "dense_last": 16,
+        "return_stats": True,
+    }
+    lengths = [(100, 120), (37, 90)]
+    q_lens, kv_lens = ([pair[i] for pair in lengths] for i in (0, 1))
+    out, stats = ss.attention(q, k, v, q_lens=q_lens, kv_lens=kv_lens, **call)
+    cut = [(q[b, :, :n], k[b, :, :m], v[b, :, :m]) for b, (n, m) in enumerate(lengths)]
+    packed = [torch.cat(parts, 1).transpose(0, 1) for parts in zip(*cut, strict=True)]
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in (q_lens, kv_lens)]
+    together, counted = ss.attention_varlen(*packed, *starts, 100, 120, **call)
+    assert torch.equal(counted.skipped, stats.skipped)
+    for b, (one, (n, _)) in enumerate(zip(cut, lengths, strict=True)):
+        alone, counts = ss.attention(*(x[None] for x in one), **call)
+        torch.testing.assert_close(out[b, :, :n], alone[0], atol=1e-12, rtol=0)
+        rows = slice(starts[0][b], starts[0][b + 1])
+        torch.testing.assert_close(together[rows].transpose(0, 1), alone[0], atol=1e-12, rtol=0)
+        assert torch.equal(counts.skipped[0], stats.skipped[b]) and int(counts.skipped.sum()) > 0
+    # A chunk is a call: its last rows are dense, although more rows of the prompt follow.
+    chunk = (q[:1, :, :64], k[:1, :, :84], v[:1, :, :84])
+    sparse = ss.attention(*chunk, **call)[0]
+    dense = ss.attention(*chunk, **call | {"scale_factor": 0.0})[0]
+    assert torch.equal(sparse[:, :, 48:], dense[:, :, 48:])
+    assert not torch.equal(sparse[:, :, :48], dense[:, :, :48])
+
+
+def test_no_row_is_dense_where_there_is_none() -> None:
+    q, k, v = graded(2, 1, 40, 100)
+    out, stats = ss.attention(
+        q, k, v, q_lens=[0], scale_factor=20.0, dense_last=64, return_stats=True
+    )
+    assert not out.any() and int(stats.visited.sum()) == 0
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -366,6 +454,7 @@ def test_tile_gaps_are_the_loops() -> None:
         ({"scale_factor": torch.ones(3)}, r"a number or a tensor \[4\] \(one per query head\)"),
         ({"tile_q": 48}, "`tile_q` must be a power of two, but got 48"),
         ({"window": 0}, "`window` must be at least 1, but got 0"),
+        ({"dense_last": -1}, "`dense_last` must be at least 0, but got -1; pass 0"),
         ({"kv_lens": [201]}, r"`kv_lens` must be 1 numbers from 0 to 200, but got \[201\]"),
         ({"backend": "fast"}, "backend must be auto, reference, triton or hopper, but got 'fast'"),
     ],
@@ -374,6 +463,12 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
     q, k, v = graded(4, 2, 200, 200)
     with pytest.raises(ValueError, match=message):
         ss.attention(q, k, v, **changes)  # type: ignore[call-overload]
+
+
+def test_decode_has_no_dense_rows() -> None:
+    q, k, v = graded(4, 2, 1, 20)
+    with pytest.raises(ValueError, match=r"`dense_last` must be 0 in decode.* but got 64; pass 0"):
+        ss.tile_statistics(q, k, v, decode=True, dense_last=64)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

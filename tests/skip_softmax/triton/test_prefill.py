@@ -54,6 +54,53 @@ def test_skipped_tiles_are_the_planted_ones() -> None:
     assert stats.skipped.tolist() == [[count, count]]
 
 
+@pytest.mark.parametrize("dense_last", [1, 63, 64, 65, 128, 1000])
+@pytest.mark.parametrize("q_len", [256, 193])
+def test_the_last_votes_keep_what_was_planted_to_be_skipped(q_len: int, dense_last: int) -> None:
+    """Votes of 64 rows, the last of 193 rows with a single one; all others skip as they did."""
+    p = plant(q_len=q_len, kv_len=q_len)
+    _, stats = check(p, dense_last=dense_last)
+    count = 0
+    for vote in range((q_len - dense_last) // 64 if dense_last < q_len else 0):
+        count += sum(bool(p.quiet[0, 0, vote % KINDS, tile]) for tile in range(1, (vote + 1) * 2))
+    assert stats.skipped.tolist() == [[count, count]]
+    last = p.quiet[0, 0, (q_len - 1) // 64 % KINDS, 1 : -(-q_len // 32)]
+    assert last.any(), "the last vote must have a tile to keep, or this test shows nothing"
+
+
+@pytest.mark.parametrize("causal, window", [(True, None), (True, 100), (False, None)])
+@pytest.mark.parametrize(
+    "head_dim, tile_q, tile_kv, dense_last, dtype",
+    [
+        (32, 16, 16, 40, torch.float32),  # blocks of several votes, of which some are dense
+        (32, 4, 32, 5, torch.float32),
+        (128, 64, 128, 64, torch.float16),  # two paths through the same tiles
+        (128, 128, 128, 1, torch.float16),
+        (64, 64, 128, 64, torch.float16),
+    ],
+    ids=str,
+)
+def test_dense_rows_in_every_kind_of_block(
+    head_dim: int, tile_q: int, tile_kv: int, dense_last: int, dtype: torch.dtype, causal: bool,
+    window: int | None,
+) -> None:  # fmt: skip
+    p = plant(q_len=333, kv_len=700, head_dim=head_dim, tile_q=tile_q, tile_kv=tile_kv, dtype=dtype)
+    call = {"tile_q": tile_q, "tile_kv": tile_kv, "causal": causal, "window": window}
+    _, plain = check(p, **call)
+    _, stats = check(p, dense_last=dense_last, **call)
+    assert 0 < stats.skipped.sum() < plain.skipped.sum()
+    assert torch.equal(stats.visited, plain.visited)
+
+
+def test_all_rows_dense_is_bit_identical_to_the_kernel_without_skipping() -> None:
+    p = plant(q_len=200, kv_len=333)
+    call = {"tile_kv": 32, "backend": "triton"}
+    dense = ss.attention(p.q, p.k, p.v, **call)
+    factors = {"scale_factor": p.scale_factor, "return_stats": True}
+    out, stats = ss.attention(p.q, p.k, p.v, dense_last=200, **factors, **call)
+    assert torch.equal(dense, out) and stats.skipped.sum() == 0
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (4, 2)])
 def test_groups_of_heads(heads: int, kv_heads: int) -> None:
     check(plant(heads=heads, kv_heads=kv_heads, q_len=70, kv_len=130))
@@ -112,26 +159,28 @@ def test_more_queries_than_keys_leaves_early_rows_empty() -> None:
     assert (out[:, :, 60:] != 0).any(-1).all()
 
 
-def test_padded_requests_equal_each_one_alone() -> None:
+@pytest.mark.parametrize("dense_last", [0, 40])
+def test_padded_requests_equal_each_one_alone(dense_last: int) -> None:
     p = plant(batch=3, q_len=130, kv_len=200)
     q_lens, kv_lens = [130, 33, 0], [200, 77, 150]
     for b, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
         p.k[b, :, kv_len:] = torch.nan  # what a cache holds behind its end
         p.v[b, :, kv_len:] = torch.nan
         p.q[b, :, q_len:] = torch.nan
-    out, stats = check(p, q_lens=q_lens, kv_lens=kv_lens)
+    out, stats = check(p, q_lens=q_lens, kv_lens=kv_lens, dense_last=dense_last)
     assert stats.visited[2].sum() == 0
     for b in range(2):
         q_len, kv_len = q_lens[b], kv_lens[b]
         alone = ss.attention(
             p.q[b : b + 1, :, :q_len], p.k[b : b + 1, :, :kv_len], p.v[b : b + 1, :, :kv_len],
-            scale_factor=p.scale_factor, tile_kv=32, backend="triton",
+            scale_factor=p.scale_factor, tile_kv=32, dense_last=dense_last, backend="triton",
         )  # fmt: skip
         assert torch.equal(alone[0], out[b, :, :q_len])
 
 
+@pytest.mark.parametrize("dense_last", [0, 40])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_packed_requests_equal_each_one_alone(backend: str) -> None:
+def test_packed_requests_equal_each_one_alone(backend: str, dense_last: int) -> None:
     p = plant(heads=4, kv_heads=2, q_len=200, kv_len=333)
     cu_q, cu_k = [0, 70, 71, 200], [0, 150, 160, 333]
     tokens_first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
@@ -143,6 +192,7 @@ def test_packed_requests_equal_each_one_alone(backend: str) -> None:
         173,
         scale_factor=p.scale_factor,
         tile_kv=32,
+        dense_last=dense_last,
         backend=backend,
         return_stats=True,
     )
@@ -151,7 +201,7 @@ def test_packed_requests_equal_each_one_alone(backend: str) -> None:
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         alone, counted = ss.attention(
             p.q[:, :, rows], p.k[:, :, keys], p.v[:, :, keys], scale_factor=p.scale_factor, tile_kv=32,
-            backend=backend, return_stats=True,
+            dense_last=dense_last, backend=backend, return_stats=True,
         )  # fmt: skip
         torch.testing.assert_close(out[rows], alone[0].transpose(0, 1))
         assert stats.visited[b].tolist() == counted.visited[0].tolist()
@@ -222,7 +272,7 @@ def test_torch_compile_sees_one_graph() -> None:
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
     torch.library.opcheck(
         torch.ops.skip_softmax.prefill.default,
-        (p.q, p.k, p.v, 0.05, None, True, 0.2, None, 64, 32, None, None, None, None, 65, True),
+        (p.q, p.k, p.v, 0.05, None, True, 0.2, None, 64, 32, 64, None, None, None, None, 65, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -469,7 +519,7 @@ def test_odd_places_in_memory() -> None:
     assert q.stride(-1) != 1
     torch.library.opcheck(
         torch.ops.skip_softmax.prefill.default,
-        (q, p.k, p.v, 0.0, None, True, 0.1, None, 64, 32, None, None, None, None, 70, False),
+        (q, p.k, p.v, 0.0, None, True, 0.1, None, 64, 32, 0, None, None, None, None, 70, False),
         test_utils="test_faketensor",
     )
     whole = torch.compile(

@@ -66,6 +66,22 @@ def test_windows(window: int | None, decode: bool) -> None:
     compare(p, window=window, decode=decode, tile_kv=32, running_max="seeded", moved=0.02)
 
 
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("tile_q, tile_kv", [(16, 16), (64, 32), (256, 64)])
+@pytest.mark.parametrize("dense_last", [1, 64, 1000])
+def test_tiles_of_dense_rows_can_never_be_skipped(
+    dense_last: int, tile_q: int, tile_kv: int, window: int | None
+) -> None:
+    p = plant(q_len=330, kv_len=400, tile_q=tile_q, tile_kv=tile_kv)
+    call = {"tile_q": tile_q, "tile_kv": tile_kv, "window": window}
+    found = compare(p, moved=0.02, dense_last=dense_last, **call)
+    never = found.counts[:, -1].sum()
+    plain = compare(p, moved=0.02, **call)
+    assert never > plain.counts[:, -1].sum()
+    assert (dense_last < 330) == (never < found.counts.sum())
+    assert torch.equal(found.counts.sum(1), plain.counts.sum(1))
+
+
 def test_not_causal() -> None:
     compare(plant(q_len=100, kv_len=130), causal=False, tile_kv=32, moved=0.02)
 
@@ -102,14 +118,14 @@ def test_batches_add() -> None:
     assert torch.equal(whole.mass, parts[0].mass + parts[1].mass)
 
 
-def test_the_histogram_predicts_what_the_kernel_skips() -> None:
+@pytest.mark.parametrize("dense_last", [0, 64])
+def test_the_histogram_predicts_what_the_kernel_skips(dense_last: int) -> None:
     p = plant(heads=4, kv_heads=2, q_len=200, kv_len=300)
-    _, found = ss.tile_statistics(p.q, p.k, p.v, tile_kv=32, backend="triton")
+    call = {"tile_kv": 32, "dense_last": dense_last, "backend": "triton"}
+    _, found = ss.tile_statistics(p.q, p.k, p.v, **call)
     edge = int((histogram.edges() <= p.scale_factor).sum()) - 1
     factor = histogram.edges()[edge].item()
-    _, stats = ss.attention(
-        p.q, p.k, p.v, scale_factor=factor, tile_kv=32, backend="triton", return_stats=True
-    )
+    _, stats = ss.attention(p.q, p.k, p.v, scale_factor=factor, return_stats=True, **call)
     assert stats.skipped[0].tolist() == found.counts[:, : edge + 1].sum(1).tolist()
     assert stats.skipped.sum() > 0
 

@@ -79,6 +79,17 @@ def test_keys_that_do_not_fit_together_are_refused(
     refused(call("run", config), str(config), *parts)
 
 
+@pytest.mark.parametrize("engine", ["trtllm", "sglang", "scalar"])
+def test_dense_rows_are_for_our_own_engine_alone(
+    call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path, engine: str
+) -> None:
+    config = smoke("{tile_q: 16, tile_kv: 16}", "{tile_q: 16, tile_kv: 16, dense_last: 16}")
+    run = call("run", config, "-o", tmp_path / "run", "--set", f"target.engine={engine}")
+    law = f"`geometry.prefill.dense_last` must be 0 for `target.engine: {engine}`"
+    refused(run, str(config), law, "but got 16; set it to 0")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

@@ -18,11 +18,19 @@ from engine_files import (
 )
 
 from calibrate import cli
+from calibrate.engines.catalogue import ENGINES, find_engine
 from calibrate.engines.export import export
+from calibrate.engines.types import Votes
 from calibrate.errors import UserError
 from calibrate.model.config_json import read_model_config
+from calibrate.proof.project import tiles_for
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import DecodeGeometry, UncalibratedLayer
+from skip_softmax.thresholds.types import (
+    DecodeGeometry,
+    Geometry,
+    PrefillGeometry,
+    UncalibratedLayer,
+)
 
 
 @pytest.fixture
@@ -229,6 +237,36 @@ def test_guards_say_law_value_and_cure_and_exit_2(name: str, run: Callable[..., 
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert re.search(message, err, re.DOTALL), err
+
+
+@pytest.mark.parametrize("engine", sorted(set(ENGINES) - {"native"}))
+def test_no_other_engine_gets_numbers_of_dense_rows(engine: str, run: Callable[..., Any]) -> None:
+    """Whatever its tiles are, published or not: it would skip in the last rows too."""
+    for server in find_engine(engine).servers:
+        votes = server.prefill
+        if not isinstance(votes, Votes):
+            continue
+        keys = votes.keys(128) or (128,)
+        prefill = PrefillGeometry(tile_q=votes.tile_q or 64, tile_kv=keys[0], dense_last=64)
+        file = thresholds(geometry=Geometry(prefill=prefill, decode=SEEDED.decode))
+        gpu = () if server.gpu == "any" else ("--gpu", server.gpu)
+        code, out, err = run(
+            file, "--engine", engine, "--phase", "prefill", "--trust-geometry", *gpu
+        )
+        assert (code, out) == (2, "")
+        law = f"geometry.prefill.dense_last must be 0 for {server.name}"
+        assert law in err and "the numbers are for 64; calibrate with" in err, err
+
+
+def test_our_own_engine_takes_dense_rows_and_a_projection_does_without_them(
+    run: Callable[..., Any],
+) -> None:
+    prefill = PrefillGeometry(tile_q=64, tile_kv=128, dense_last=64)
+    file = thresholds(geometry=thresholds().geometry.model_copy(update={"prefill": prefill}))
+    code, out, _ = run(file, "--engine", "native")
+    assert code == 0 and "dense_last: 64" in out
+    tiles = tiles_for(find_engine("trtllm"), "sm90", file.geometry, ("prefill", "decode"), 128, 4)
+    assert tiles == thresholds().geometry
 
 
 @pytest.mark.parametrize("number", ["-1.0", ".nan", ".inf"])

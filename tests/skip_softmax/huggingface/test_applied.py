@@ -33,8 +33,11 @@ FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "gpt2"]
 SHARPNESS = 400.0  # so sharp that tiles can be skipped in a random model
 
 
-def thresholds(found: list[Layer], factor: float, *, floor: int = 60, **changes: Any) -> Thresholds:
+def thresholds(
+    found: list[Layer], factor: float, *, floor: int = 60, dense_last: int = 0, **changes: Any
+) -> Thresholds:
     first = found[0]
+    prefill = {"tile_q": 16, "tile_kv": 16, "dense_last": dense_last}
     return Thresholds(
         model=ModelSection(
             name="tiny",
@@ -45,7 +48,7 @@ def thresholds(found: list[Layer], factor: float, *, floor: int = 60, **changes:
             head_dim=first.head_dim,
             dtype="float32",
         ),
-        geometry=Geometry(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16}),
+        geometry=Geometry(prefill=prefill, decode={"tile_kv": 16}),
         min_kv_len=MinKvLen(prefill=floor, decode=floor),
         scale_factor=ScaleFactors(prefill=factor, decode=factor),
         **changes,
@@ -82,12 +85,16 @@ def test_capture_is_the_dense_model_and_counts_every_tile(family: str) -> None:
         assert int(counts[phase].visited.min()) > 0
 
 
+@pytest.mark.parametrize("dense_last", [0, 20])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
-    """Teacher forcing in one call equals prefill plus one token at a time with a cache."""
+def test_skipping_in_one_pass_equals_serving_step_by_step(family: str, dense_last: int) -> None:
+    """Teacher forcing in one call equals prefill plus one token at a time with a cache.
+
+    So the dense rows are the prompt's last ones, not those of the continuation that follows in one pass.
+    """
     one = loaded(family)
     prompt, steps = tiny.tokens(150), tiny.tokens(6, 1)
-    settings = thresholds(one.layers, 55.0)
+    settings = thresholds(one.layers, 55.0, dense_last=dense_last)
     with torch.no_grad(), applied(one.model, settings, decode_from=150) as together:
         whole = one.model(torch.cat([prompt, steps], 1), use_cache=False).logits[0, 149:]
     with torch.no_grad(), applied(one.model, settings) as stepwise:
@@ -105,9 +112,33 @@ def test_skipping_in_one_pass_equals_serving_step_by_step(family: str) -> None:
         assert int(together[phase].skipped.sum()) > 0, "nothing skipped: this test shows nothing"
 
 
+def test_the_last_rows_of_a_prompt_are_dense_and_statistics_know() -> None:
+    """150 rows in votes of 16: the last vote has 6, so that 20 dense rows are those of two votes."""
+    one = loaded("llama")
+    ids = tuple(tiny.tokens(150)[0].tolist())
+    prompt = Prompt("text", "calibration", 150, ids, tuple(tiny.tokens(6, 1)[0].tolist()), False)
+    skipped = {}
+    for dense_last in (0, 6, 7, 20, 150):
+        tiles = {"tile_q": 16, "tile_kv": 16, "dense_last": dense_last}
+        geometry = GeometryConfig(prefill=tiles, decode={"tile_kv": 16})
+        statistics = capture.empty_statistics(one, geometry, [150])
+        capture.observe(one, prompt, statistics, geometry)
+        factor = 2.0**5.75  # an edge of the histogram, where its answer is exact
+        settings = thresholds(one.layers, factor, dense_last=dense_last)
+        with applied(one.model, settings, decode_from=150) as counts:
+            capture.forward(one, prompt)
+        skipped[dense_last] = int(counts["prefill"].skipped.sum())
+        # Skipping in one layer moves what the next one sees; the first layer sees what capture saw.
+        exact = statistics.skipped("prefill", factor)[0, :, 0]
+        assert torch.equal(counts["prefill"].skipped[0].double(), exact)
+        assert torch.equal(statistics.visited("prefill")[:, :, 0], counts["prefill"].visited)
+        assert int(counts["decode"].skipped.sum()) > 0
+    assert skipped[0] > skipped[6] > skipped[7] == skipped[20] > skipped[150] == 0
+
+
 def test_batches_with_padding_equal_single_requests() -> None:
     one = loaded("llama")
-    settings = thresholds(one.layers, 55.0)
+    settings = thresholds(one.layers, 55.0, dense_last=16)
     long, short = tiny.tokens(150), tiny.tokens(97, 1)
     batch = torch.cat([long, torch.cat([torch.ones(1, 53, dtype=torch.long), short], 1)])
     mask = torch.ones_like(batch)

@@ -18,6 +18,17 @@ def test_load_save_load_gives_the_same(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".*")) == [], "an atomic write leaves no temporary file"
 
 
+def test_dense_rows_are_written_only_where_there_are_some(tmp_path: Path) -> None:
+    before = Thresholds.load(write(tmp_path, GOOD))
+    assert before.geometry.prefill.dense_last == 0 and "dense_last" not in before.to_yaml()
+    zero = GOOD.replace("tile_kv: 128}", "tile_kv: 128, dense_last: 0}")
+    assert Thresholds.load(write(tmp_path, zero)).to_yaml() == before.to_yaml()
+    some = Thresholds.load(write(tmp_path, zero.replace("dense_last: 0", "dense_last: 64")))
+    assert some.geometry.prefill.dense_last == 64
+    assert "prefill: {tile_q: 64, tile_kv: 128, dense_last: 64}" in some.to_yaml()
+    assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
+
+
 def test_overrides_come_before_model_wide_numbers(tmp_path: Path) -> None:
     loaded = Thresholds.load(write(tmp_path, GOOD))
     assert loaded.per_head(0, "prefill") == (0.0,) * 4
@@ -50,6 +61,21 @@ def test_a_missing_phase_and_an_uncalibrated_layer_are_dense(tmp_path: Path) -> 
             "tile_q: 64",
             "tile_queue: 64",
             r"thresholds.yaml:4: geometry.prefill.tile_queue: unknown key; did you mean `tile_q`",
+        ),
+        (
+            "tile_kv: 128",
+            "tile_kv: 128, dense_last: -1",
+            "geometry.prefill.dense_last: .*greater than or equal to 0, but got -1",
+        ),
+        (
+            "tile_kv: 128",
+            "tile_kv: 128, dense_last: true",
+            "geometry.prefill.dense_last: must be a number, but got true",
+        ),
+        (
+            "decode: {tile_kv: 64}",
+            "decode: {tile_kv: 64, dense_last: 64}",
+            "geometry.decode.dense_last: unknown key",
         ),
         (
             "layer: 0, prefill",

@@ -73,7 +73,7 @@ def test_the_last_votes_keep_what_was_planted_to_be_skipped(q_len: int, dense_la
     "head_dim, tile_q, tile_kv, dense_last, dtype",
     [
         (32, 16, 16, 40, torch.float32),  # blocks of several votes, of which some are dense
-        (32, 4, 32, 5, torch.float32),
+        (32, 4, 32, 41, torch.float32),
         (128, 64, 128, 64, torch.float16),  # two paths through the same tiles
         (128, 128, 128, 1, torch.float16),
         (64, 64, 128, 64, torch.float16),
@@ -88,7 +88,8 @@ def test_dense_rows_in_every_kind_of_block(
     call = {"tile_q": tile_q, "tile_kv": tile_kv, "causal": causal, "window": window}
     _, plain = check(p, **call)
     _, stats = check(p, dense_last=dense_last, **call)
-    assert 0 < stats.skipped.sum() < plain.skipped.sum()
+    assert stats.skipped.sum() < plain.skipped.sum()
+    assert window is not None or stats.skipped.sum() > 0
     assert torch.equal(stats.visited, plain.visited)
 
 

@@ -292,7 +292,8 @@ def test_kernels_compile_and_spill_as_promised(
 ) -> None:
     report = compiled(arch)
     for name, used in report["kernels"].items():
-        assert used["spilled_bytes"] <= MAY_SPILL.get((arch, name), 0), (name, used)
+        plain = re.sub(",? dense last$", "", name)  # dense rows add nothing that must spill
+        assert used["spilled_bytes"] <= MAY_SPILL.get((arch, plain), 0), (name, used)
         assert not used["serialized"], name
         assert fits(used, arch), (name, used)
 

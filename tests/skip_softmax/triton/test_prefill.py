@@ -88,8 +88,10 @@ def test_dense_rows_in_every_kind_of_block(
     call = {"tile_q": tile_q, "tile_kv": tile_kv, "causal": causal, "window": window}
     _, plain = check(p, **call)
     _, stats = check(p, dense_last=dense_last, **call)
-    assert stats.skipped.sum() < plain.skipped.sum()
-    assert window is not None or stats.skipped.sum() > 0
+    if window is None:
+        assert 0 < stats.skipped.sum() < plain.skipped.sum()
+    else:  # one as narrow as a tile may leave the last votes nothing to skip
+        assert stats.skipped.sum() <= plain.skipped.sum()
     assert torch.equal(stats.visited, plain.visited)
 
 

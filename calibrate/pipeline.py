@@ -33,7 +33,7 @@ from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, load_curves
 from calibrate.search.points import Point, candidates, uniform_candidates
 from calibrate.search.space import Space, build_space
-from calibrate.search.study import least_pruned, open_study, points, search
+from calibrate.search.study import least_pruned, open_study, points, search, stopped
 from calibrate.statistics.capture import capture, empty_statistics, without_unseen
 from calibrate.statistics.counts import Statistics
 from calibrate.statistics.fit import fit_phase
@@ -248,7 +248,7 @@ class Stages:
         self.notes.finish("sensitivity")
 
     def search(self) -> None:
-        """Runs trials until there are as many as the config asks for."""
+        """Runs trials until there are as many as the config asks for, or the search stops by itself."""
         if self.notes.finished("search"):
             return
         finished = len(points(self.study))
@@ -271,9 +271,11 @@ class Stages:
                 and (best is None or point.relative_time < best.relative_time)
             ):
                 best = point
-            self.progress.step(
-                "no trial within the budget yet" if best is None else _describe(best, limits)
-            )
+            note = "no trial within the budget yet" if best is None else _describe(best, limits)
+            ended = stopped(self.study, self.config.search.trials)
+            self.progress.step(note if ended is None else f"{ended.text}; {note}")
+        ended = stopped(self.study, self.config.search.trials)
+        self.notes.note_stop(None if ended is None else asdict(ended))
         self.notes.finish("search")
 
     def validate(self) -> None:

@@ -252,6 +252,10 @@ class SearchConfig(_Section):
     """Optuna, two objectives: the largest loss as a share of its budget, and predicted attention time."""
 
     trials: int = Field(default=32, ge=1)
+    """The most trials; `min_gain` may end the search before."""
+    min_gain: float = Field(default=0.002, ge=0, lt=1)
+    """What the last six trials of the sampler must together have gained in predicted attention time
+    [of the dense time], or the search stops; 0: it never does."""
     sampler: Literal["tpe", "gp", "nsga2", "qmc", "random"] = "tpe"
     storage: str | None = None
     """Any Optuna storage URL; unset: `study.db` (SQLite) in the run folder."""

@@ -131,6 +131,11 @@ class Notes:
             )
         self._write({**notes, "model": model})
 
+    def note_stop(self, stopped: dict[str, Any] | None) -> None:
+        """Notes why the search ended before its last trial, as `search.study.Stopped`; None: it did not."""
+        notes = {key: value for key, value in self._read().items() if key != "search_stopped"}
+        self._write(notes if stopped is None else {**notes, "search_stopped": stopped})
+
     def finish(self, stage: str) -> None:
         """Marks a stage as finished, with the seconds this process spent since the last mark."""
         notes, now = self._read(), time.monotonic()

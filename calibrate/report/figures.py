@@ -546,7 +546,7 @@ def _trial_text(trial: dict[str, Any]) -> str:
         for name, value in trial["losses"].items()
     )
     return (
-        f"trial {trial['number']} ({kinds.get(trial['name'], 'search')})<br>{''.join(losses)}"
+        f"trial {trial['number']} ({kinds.get(trial['name'], trial['name'])})<br>{''.join(losses)}"
         f"{trial['speedup']:.2f}× predicted<br>skips {shares}"
     )
 

@@ -27,7 +27,7 @@ from calibrate.record.provenance import digest
 from calibrate.schema import RunConfig
 from calibrate.search.cost import load_curves
 from calibrate.search.points import dense_where_idle, front
-from calibrate.search.study import points, read_study
+from calibrate.search.study import points, read_study, stopped
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import Phase
@@ -45,10 +45,11 @@ def findings(folder: Path, config: RunConfig) -> Findings:
 
     Returns:
         `name`, `folder`, `verdict`, `budget`, `dense`, `layers_dense` (what is left dense, as in the
-        evidence of the thresholds file), `trials`, `pruned`, `front`, `heldout` (all candidates, the
-        chosen one, and one number per phase), `tasks`, `phases` (per phase: `scale_factor`,
-        `sparsity` and so on) and `provenance`. `losses` has every loss that was measured, by its name in
-        `LOSSES`; the `loss` of a layer that skips alone is `FINEST`.
+        evidence of the thresholds file), `trials`, `pruned`, `stopped` (why the search ended before its
+        last trial, or None), `front`, `heldout` (all candidates, the chosen one, and one number per
+        phase), `tasks`, `phases` (per phase: `scale_factor`, `sparsity` and so on) and `provenance`.
+        `losses` has every loss that was measured, by its name in `LOSSES`; the `loss` of a layer that
+        skips alone is `FINEST`.
 
     Raises:
         UserError: the folder has no statistics, or a file in it is damaged.
@@ -204,7 +205,7 @@ def _bound(bound: Bound) -> dict[str, Any]:
 def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[str, Any]:
     """Trials of the study, in the order they were made."""
     if config.search.storage is None and not (folder / "study.db").exists():
-        return {"trials": [], "pruned": 0, "front": []}
+        return {"trials": [], "pruned": 0, "front": [], "stopped": None}
     study = read_study(config.search, folder)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     finished = points(study)
@@ -231,7 +232,13 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
         for point in front(finished, config.budget.limits)
     ]
     pruned = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
-    return {"trials": trials, "pruned": pruned, "front": best}
+    ended = stopped(study, config.search.trials)
+    return {
+        "trials": trials,
+        "pruned": pruned,
+        "front": best,
+        "stopped": None if ended is None else ended.text,
+    }
 
 
 def _phase(

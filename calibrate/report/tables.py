@@ -90,7 +90,12 @@ def provenance(found: Findings) -> Table:
         "min KV length": ", ".join(
             f"{phase} {tokens} tokens" for phase, tokens in found["min_kv_len"].items()
         ),
-        "trials": f"{len(found['trials'])} complete, {found['pruned']} pruned",
+        "trials": "; ".join(
+            [
+                f"{len(found['trials'])} complete, {found['pruned']} pruned",
+                *([found["stopped"]] if found["stopped"] else []),
+            ]
+        ),
     }
     short = found["short_prompt"]
     if short is not None:

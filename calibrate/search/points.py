@@ -22,7 +22,7 @@ class Point:
     """A setting, measured on the search prompts.
 
     Attributes:
-        name: `analytic`, `uniform` (warm starts), `search` or `projection`.
+        name: `analytic`, `uniform`, `prefill alone`, `decode alone` (warm starts), `search` or `projection`.
         setting: scale factors per phase and layer.
         losses: mean over the search prompts that show each; a trial of an earlier version has its KL only.
         relative_time: predicted attention time relative to dense.
@@ -78,6 +78,8 @@ def front(points: Sequence[Point], limits: Mapping[str, float]) -> list[Point]:
 def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: int) -> list[Point]:
     """What the validation should try, in order: the fastest point within each of rising shares of the budget.
 
+    A point that is predicted no faster than the dense kernel is none.
+
     The order and the number are fixed before any held-out prompt is seen, as fixed-sequence testing
     requires (`validate.validate`).
 
@@ -90,11 +92,19 @@ def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: i
         Points, the safest first; each spends more of the budget and is faster than the one before.
 
     Raises:
-        WorkFailed: no point skips any tiles within the budget.
+        WorkFailed: no point skips any tiles within the budget, or none that does is faster than dense.
     """
     chosen = _within_shares(points, limits, attempts)
     if not chosen:
         boldest = _shares(attempts)[-1]
+        within = [p for p in points if p.skips and p.share(limits) <= boldest]
+        if within:
+            least = min(point.relative_time for point in within)
+            raise WorkFailed(
+                f"no trial within the budget is predicted faster than dense: the fastest takes {least:.4g} "
+                "of the dense attention time; skipping does not pay here: raise the budget, calibrate on "
+                "longer prompts, or name the device that serves with `cost.device`"
+            )
         raise WorkFailed(
             f"no trial skips any tiles within the budget: {_nearest(points, limits, boldest)}, or give "
             "the search more trials"
@@ -114,7 +124,9 @@ def _within_shares(
 ) -> list[Point]:
     chosen: list[Point] = []
     for share in _shares(attempts):
-        within = [p for p in points if p.skips and p.share(limits) <= share]
+        within = [
+            p for p in points if p.skips and p.relative_time < 1.0 and p.share(limits) <= share
+        ]
         fastest = min(within, key=lambda p: (p.relative_time, p.share(limits)), default=None)
         if fastest is not None and fastest not in chosen:
             chosen.append(fastest)

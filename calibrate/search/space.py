@@ -5,6 +5,8 @@ the allocation), one offset per sensitivity group, and the sparsity under which 
 dense. Uniform scale factors and the analytic optimum are both points of this space, so the search
 starts from them.
 
+A scale at the lower end of its range leaves the whole phase dense.
+
 An engine that takes one number per phase has only the global scale; one with an ignore list also
 the number of layers left dense in both phases, first those that cost most loss for the time they
 save.
@@ -16,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,11 +37,13 @@ _FLOOR_LOG2 = -2.0  # scale factors below 1/4 skip nothing in any model seen
 _OPTIONS_PER_OCTAVE = 4
 _PRICES = (-30.0, 60.0)  # log2 of relative time per nat; wide enough for any loss
 _SCALE_RANGE = 2.0  # octaves
+_DENSE_RANGE = 0.5  # octaves below that: the phase is dense
 _GROUP_RANGE = 1.0  # octaves
 _OFFSET_RANGE = (-6.0, 4.0)  # octaves a layer may lie from the phase's scale
 _DENSE_BELOW = 0.3
 _DENSE_LAYERS = "dense_layers"
 _TILTS = {"analytic": 1.0, "uniform": 0.0}
+ALONE = " alone"  # name of a warm start in which only one phase skips: `prefill alone`
 _LEAST_LOSS = 1e-9  # of a setting that skips next to nothing [nats/token]
 # Shares of the budget that a predicted loss may spend: of the allocation between layers, and of each
 # warm start.
@@ -76,16 +81,16 @@ class Space:
     dense_order: tuple[int, ...] = ()
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Range of every parameter; a scale lies within two octaves of the warm starts."""
+        """Range of every parameter; a scale lies within two octaves of the warm starts, or says dense."""
         bounds: dict[str, tuple[float, float]] = {}
         seeds = [params for _, params in self.seeds()]
         if self._form == "scalar+ignore":
             bounds[_DENSE_LAYERS] = (0.0, max(len(self.layers) - 1.0, 0.0))
         for phase in self.target.phases:
-            scales = [params[f"{phase}.log2_scale"] for params in seeds]
+            highest = max(params[f"{phase}.log2_scale"] for params in seeds)
             bounds[f"{phase}.log2_scale"] = (
-                max(min(scales) - _SCALE_RANGE, _FLOOR_LOG2),
-                min(max(scales) + _SCALE_RANGE, self._top(phase)),
+                self._lowest[phase] - _DENSE_RANGE,
+                min(highest + _SCALE_RANGE, self._top(phase)),
             )
             if self._form != "native":
                 continue
@@ -97,7 +102,13 @@ class Space:
 
     def setting(self, params: Params) -> Setting:
         """One scale factor per phase and layer; layers that cannot be calibrated are 0."""
-        return {phase: self._phase_setting(phase, params) for phase in self.target.phases}
+        size = len(self.statistics.counts["prefill"])
+        return {
+            phase: self._phase_setting(phase, params)
+            if params[f"{phase}.log2_scale"] >= self._lowest[phase]
+            else (0.0,) * size
+            for phase in self.target.phases
+        }
 
     def one_number(self, scale_factor: dict[Phase, float], dense: Collection[int]) -> Setting:
         """The same number per phase in every layer that can be calibrated and is not to stay dense."""
@@ -136,6 +147,10 @@ class Space:
 
     def seeds(self) -> list[tuple[str, Params]]:
         """Warm starts: the analytic allocation and one number per phase, at several shares of the budget."""
+        return list(self._seeds)
+
+    @cached_property
+    def _seeds(self) -> list[tuple[str, Params]]:
         points: list[tuple[str, Params]] = []
         for share in _SEEDED:
             for name, tilt in _TILTS.items():
@@ -143,6 +158,13 @@ class Space:
                     continue  # one number per phase is uniform
                 points.append((name, self._seed(tilt, share * self.budget)))
         return points
+
+    @cached_property
+    def lines(self) -> dict[str, str]:
+        """Names of warm starts that can be aimed at a loss; for each, those whose losses tell where it is."""
+        both = [name for name in _TILTS if name != "analytic" or self._form != "scalar"]
+        alone = self.target.phases if len(self.target.phases) > 1 else ()
+        return {name: name for name in both} | {f"{phase}{ALONE}": both[0] for phase in alone}
 
     def aimed(
         self, name: str, loss: float, measured: Sequence[tuple[Setting, float]]
@@ -154,14 +176,14 @@ class Space:
         logarithms, beyond them in proportion.
 
         Args:
-            name: `analytic` or `uniform`.
+            name: one of `lines`.
             loss: what to aim at.
-            measured: settings of that name that were tried, with their loss [nats/token].
+            measured: settings of the name in `lines` that were tried, with their loss [nats/token].
 
         Returns:
-            The point; None if the space has no such line, or nothing was measured on it.
+            The point; None if nothing was measured.
         """
-        if not measured or (name == "analytic" and self._form == "scalar"):
+        if not measured:
             return None
         pairs = sorted(
             (math.log(max(sum(self.predicted_loss(setting).values()), _LEAST_LOSS)), spent)
@@ -177,11 +199,20 @@ class Space:
             allowed = predicted[-1] + target - found[-1]
         else:
             allowed = float(np.interp(target, found, predicted))
-        return self._seed(_TILTS[name], math.exp(allowed))
+        if name in _TILTS:
+            return self._seed(_TILTS[name], math.exp(allowed))
+        only = [phase for phase in self.target.phases if name == f"{phase}{ALONE}"]
+        return self._seed(_TILTS[self.lines[name]], math.exp(allowed), only)
 
-    def _seed(self, tilt: float, allowed: float) -> Params:
-        """The scale of each phase that gains most time for a total predicted loss of `allowed`."""
-        phases = self.target.phases
+    def _seed(self, tilt: float, allowed: float, only: Sequence[Phase] = ()) -> Params:
+        """The scale of each phase that gains most time for a total predicted loss of `allowed`.
+
+        Args:
+            tilt: how far layers follow the allocation.
+            allowed: the loss [nats/token].
+            only: the other phases stay dense; none: all phases skip.
+        """
+        phases = only or self.target.phases
         scales = {phase: grid(self._top(phase), _OPTIONS_PER_OCTAVE) for phase in phases}
         options = {
             phase: [self._option(phase, tilt, log2_scale) for log2_scale in scales[phase]]
@@ -198,6 +229,9 @@ class Space:
         params: Params = {}
         for phase in phases:
             params |= self._point(phase, tilt, scales[phase][cheapest(price, phase)])
+        for phase in self.target.phases:
+            if phase not in phases:
+                params |= self._point(phase, tilt, self._lowest[phase] - _DENSE_RANGE)
         return params
 
     def _option(self, phase: Phase, tilt: float, log2_scale: float) -> _Option:
@@ -240,6 +274,15 @@ class Space:
             float(f"{factor:.5g}") if share[layer] > floor else 0.0
             for layer, factor in enumerate(factors)
         )
+
+    @cached_property
+    def _lowest(self) -> dict[Phase, float]:
+        """log2 of the scale below which a phase is dense."""
+        seeds = [params for _, params in self.seeds()]
+        return {
+            phase: max(min(p[f"{phase}.log2_scale"] for p in seeds) - _SCALE_RANGE, _FLOOR_LOG2)
+            for phase in self.target.phases
+        }
 
     @property
     def _form(self) -> str:

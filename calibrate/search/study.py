@@ -2,16 +2,21 @@
 
 The study is Optuna's own, so `optuna-dashboard` and `optuna.visualization` read it. Every trial
 draws from a sampler seeded by how many trials have finished: an interrupted search continues as if
-it had never stopped.
+it had never been interrupted.
+
+The search refines the analytic warm starts, and stops by itself when the sampler gains too little:
+`search.min_gain`. The mark of that is an attribute of the study, so that all workers see it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +33,7 @@ from calibrate.prompts.build import Prompt
 from calibrate.record.interrupts import AtOnce, held_back
 from calibrate.schema import SearchConfig
 from calibrate.search.points import BOLDEST, MIDDLE, SAFEST, Point
-from calibrate.search.space import Params, Space
+from calibrate.search.space import ALONE, Params, Space
 from skip_softmax.thresholds.types import PHASES
 
 Evaluate = Callable[[Setting, Prompt], Outcome]
@@ -38,15 +43,46 @@ _METRICS = ["largest share of a budget", "predicted attention time"]
 _METRIC_BEFORE = "loss [nats/token]"  # of studies that earlier versions made: the KL
 # After the first warm starts, later ones target these shares of the budget, using the losses measured so
 # far: those of the candidates, so that the path from safe to bold has points. A second try corrects the
-# first.
-_AIMS = tuple(
-    (name, share)
-    for share in (MIDDLE, SAFEST, BOLDEST, MIDDLE, BOLDEST)
-    for name in ("analytic", "uniform")
+# first. Then each phase skips alone, in case the other one is not worth its loss.
+_BOTH = ("analytic", "uniform")
+_AIMS = (
+    *((name, share) for share in (MIDDLE, SAFEST, BOLDEST, MIDDLE) for name in _BOTH),
+    *((f"{phase}{ALONE}", BOLDEST) for phase in PHASES),
+    *((name, BOLDEST) for name in _BOTH),
 )
 _SAMPLED = 4  # one trial in so many, at least, is the sampler's
+_PATIENCE = 6  # trials of the sampler, one after the other, that together gained too little
+_STOPPED = "stopped"  # the mark of a stopped search
 _SQLITE = "sqlite:///study.db"  # the kind of database; `_in_file` says which file
 _HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A search that ended before its last trial.
+
+    Attributes:
+        after: trials that had finished.
+        last: so many of them, the last ones, gained too little.
+        gained: by how much they lowered the predicted time of the fastest trial [of the dense time], the
+            most within any of the shares of the budget that warm starts aim at.
+        min_gain: what they should have gained; see `SearchConfig`.
+        limit: `SearchConfig.trials` at that time. A higher one takes the search up again.
+    """
+
+    after: int
+    last: int
+    gained: float
+    min_gain: float
+    limit: int
+
+    @property
+    def text(self) -> str:
+        """The reason in words."""
+        return (
+            f"stopped after {self.after} of at most {self.limit} trials: the last {self.last} made the "
+            f"predicted time {self.gained:.2g} of the dense one shorter, less than {self.min_gain:g}"
+        )
 
 
 @held_back()
@@ -106,7 +142,23 @@ def read_study(config: SearchConfig, folder: Path) -> optuna.Study:
     copy = optuna.create_study(study_name=study.study_name, directions=study.directions)
     copy.set_metric_names(study.metric_names or _METRICS)
     copy.add_trials(study.get_trials(deepcopy=False))
+    for key, value in study.user_attrs.items():
+        copy.set_user_attr(key, value)
     return copy
+
+
+def stopped(study: optuna.Study, trials: int) -> Stopped | None:
+    """Whether and why the search stopped by itself.
+
+    Args:
+        study: from `open_study` or `read_study`.
+        trials: `SearchConfig.trials` of today.
+
+    Returns:
+        None if it did not stop, or has been given more trials since.
+    """
+    mark = study.user_attrs.get(_STOPPED)
+    return Stopped(**mark) if mark is not None and mark["limit"] >= trials else None
 
 
 @held_back()
@@ -143,7 +195,11 @@ def search(
     limits: Mapping[str, float],
     seed: int,
 ) -> Iterator[Point | None]:
-    """Runs the trials that are still missing.
+    """Runs the trials that are still missing, until there are `config.trials` or the search stops by itself.
+
+    It stops when no warm start is left and the last `_PATIENCE` trials, all of them the sampler's, made the
+    fastest trial within none of `SAFEST`, `MIDDLE` and `BOLDEST` of the budget faster by `config.min_gain`
+    in all. Before any trial is within the budget it does not.
 
     Args:
         study: from `open_study`.
@@ -160,7 +216,8 @@ def search(
     shared = config.storage is not None
     seeds = space.seeds()
     bounds = space.bounds()
-    aims = _AIMS[: max(config.trials - len(seeds) - config.trials // _SAMPLED, 0)]
+    known = [(name, share) for name, share in _AIMS if name in space.lines]
+    aims = known[: max(config.trials - len(seeds) - config.trials // _SAMPLED, 0)]
     # The value of a trial is its largest loss / scale; `whole` is the value that spends the budget. Values
     # of one study must compare, so a study that began with the KL itself keeps it.
     scales, whole = limits, 1.0
@@ -210,15 +267,65 @@ def search(
         last = study.get_trials(deepcopy=False)[-1]
         return _point(last) if last.state == TrialState.COMPLETE else None
 
+    @held_back()
+    def enough() -> bool:
+        if stopped(study, config.trials) is not None:
+            return True  # perhaps another worker's mark
+        trials = study.get_trials(deepcopy=False, states=_FINISHED)
+        found = _stop(trials, len(seeds) + len(aims), whole, config, study.user_attrs.get(_STOPPED))
+        if found is not None:
+            study.set_user_attr(_STOPPED, asdict(found))
+        return found is not None
+
     with held_back():
         _drop_unfinished(study, shared=shared)
         finished = _finished(study)
-    while finished < config.trials:
+    while finished < config.trials and not enough():
         # Only the model's work can be interrupted; each database update is atomic.
         with held_back() as at_once:
             point = one_more(finished, at_once)
             finished = _finished(study)
+            enough()  # so that who is told of the point can say that it was the last
         yield point
+
+
+def _stop(
+    trials: Sequence[FrozenTrial],
+    warm: int,
+    whole: float,
+    config: SearchConfig,
+    before: Mapping[str, Any] | None,
+) -> Stopped | None:
+    """The mark, if the sampler's last trials gained too little.
+
+    Args:
+        trials: that have finished, in the order they were begun.
+        warm: how many warm starts there are.
+        whole: the value of a trial that spends the budget.
+        config: what they should gain, and how many trials there may be.
+        before: an earlier mark, after which the search has been taken up again.
+    """
+    if config.min_gain == 0:
+        return None
+    last = trials[-_PATIENCE:]
+    begun = max(warm, before["after"] if before is not None else 0)
+    if len(trials) < begun + _PATIENCE or any("name" in trial.user_attrs for trial in last):
+        return None
+
+    def fastest(trials: Sequence[FrozenTrial], share: float) -> float:
+        within = (t.values[1] for t in trials if t.values and t.values[0] <= share * whole)
+        return min(within, default=math.inf)
+
+    if fastest(trials, BOLDEST) == math.inf:
+        return None
+    pairs = [
+        (fastest(trials[:-_PATIENCE], share), fastest(trials, share))
+        for share in (SAFEST, MIDDLE, BOLDEST)
+    ]
+    gained = max(earlier - now for earlier, now in pairs if now < math.inf)
+    if gained >= config.min_gain:
+        return None
+    return Stopped(len(trials), _PATIENCE, gained, config.min_gain, config.trials)
 
 
 def _aimed(
@@ -237,7 +344,7 @@ def _aimed(
     tried = [
         (_setting(trial), nats * (trial.values[0] if trial.values else _pruned_at(trial)))
         for trial in study.get_trials(deepcopy=False, states=_FINISHED)
-        if trial.user_attrs.get("name") == name
+        if trial.user_attrs.get("name") == space.lines[name]
     ]
     params = space.aimed(name, loss, tried)
     if params is None or space.setting(_inside(params, bounds)) in [s for s, _ in tried]:

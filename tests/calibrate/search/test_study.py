@@ -27,6 +27,7 @@ from calibrate.search.study import (
     points,
     read_study,
     search,
+    stopped,
 )
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
@@ -61,7 +62,12 @@ def statistics() -> Statistics:
     return result
 
 
-def space(chosen: RunConfig, layers: tuple[int, ...] = tuple(range(LAYERS))) -> Space:
+def space(
+    chosen: RunConfig,
+    layers: tuple[int, ...] = tuple(range(LAYERS)),
+    phases: tuple[str, ...] = ("prefill", "decode"),
+) -> Space:
+    target = chosen.target.model_copy(update={"phases": phases})
     line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
     losses = LossModel({"prefill": WEIGHTS, "decode": WEIGHTS})
     return build_space(
@@ -69,7 +75,7 @@ def space(chosen: RunConfig, layers: tuple[int, ...] = tuple(range(LAYERS))) -> 
         Cost({"prefill": line, "decode": line}, {}),
         losses,
         layers,
-        chosen.target,
+        target,
         budget=chosen.budget.kl,
         groups=chosen.search.groups,
     )
@@ -135,6 +141,29 @@ def test_uniform_and_analytic_warm_starts_are_points_of_the_space() -> None:
             assert setting["prefill"][0] < setting["prefill"][-1]
 
 
+def test_each_phase_can_be_dense_and_skip_alone() -> None:
+    here = space(config())
+    bounds = here.bounds()
+    measured = [
+        (here.setting(params), 2.0 * planted_loss(here, here.setting(params)))
+        for name, params in here.seeds()
+        if name == "analytic"
+    ]
+    for phase, other in (("prefill", "decode"), ("decode", "prefill")):
+        assert here.lines[f"{phase} alone"] == "analytic"
+        params = here.aimed(f"{phase} alone", 0.01, measured)
+        assert params is not None
+        assert all(low <= params[key] <= high for key, (low, high) in bounds.items())
+        setting = here.setting(params)
+        assert any(setting[phase]) and not any(setting[other])
+        # What was measured was twice what was predicted.
+        assert 0.003 < planted_loss(here, setting) <= 0.005
+        least = {**params, f"{other}.log2_scale": bounds[f"{other}.log2_scale"][0] + 0.5}
+        assert any(here.setting({**least, f"{other}.dense_below": 0.0})[other])
+    alone = space(config(), phases=("prefill",))
+    assert set(alone.lines) == {"analytic", "uniform"}
+
+
 def test_the_analytic_seed_beats_the_uniform_one_at_the_same_loss() -> None:
     here = space(config())
     seeds = here.seeds()
@@ -147,10 +176,7 @@ def test_the_analytic_seed_beats_the_uniform_one_at_the_same_loss() -> None:
 def test_the_allocation_is_the_best_of_all_combinations() -> None:
     """Brute force over three levels per layer of one phase, at the loss that the allocation spends."""
     chosen = config()
-    chosen = chosen.model_copy(
-        update={"target": chosen.target.model_copy(update={"phases": ("prefill",)})}
-    )
-    here = space(chosen)
+    here = space(chosen, phases=("prefill",))
     setting = here.setting(next(params for name, params in here.seeds() if name == "analytic"))
     spent, time = planted_loss(here, setting), here.relative_time(setting)
     levels = [0.0, 4.0, 16.0, 64.0, 256.0, 1024.0]
@@ -230,6 +256,105 @@ def test_later_warm_starts_spend_the_budget_that_predictions_missed(
         assert max(first) < 0.2 or min(first) > 1.0, "the first ones miss"
         # A step of the scale changes the loss by a quarter.
         assert any(0.4 < share <= 0.7 for share in later)
+
+
+@pytest.mark.slow
+def test_a_search_that_gains_too_little_stops_and_stays_stopped(tmp_path: Path) -> None:
+    chosen = config(trials=60, min_gain=0.5, prune_factor=1000.0)
+    here = space(chosen)
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        return outcome(here, setting, prompt)
+
+    study = open_study(chosen.search, tmp_path)
+    found = list(run_search(study, here, chosen, evaluate))
+    end = stopped(study, 60)
+    assert end is not None and end.after == len(found) < 60
+    names = [point.name for point in found]
+    assert names[-end.last :] == ["search"] * end.last
+    assert {"prefill alone", "decode alone"} <= set(names)
+    assert "stopped after" in end.text and "less than 0.5" in end.text
+    # In another process, and in a copy, it has stopped as well.
+    again = open_study(chosen.search, tmp_path)
+    assert list(run_search(again, here, chosen, evaluate)) == []
+    assert stopped(read_study(chosen.search, tmp_path), 60) == end
+    # More trials take it up again: as many, at least, as show that they gain too little.
+    more = config(trials=70, min_gain=0.5, prune_factor=1000.0)
+    assert stopped(again, 70) is None
+    assert len(list(run_search(again, here, more, evaluate))) == end.last
+    assert stopped(again, 70).after == end.after + end.last
+    # It never stops by itself if it must gain nothing.
+    forever = config(trials=75, min_gain=0, prune_factor=1000.0)
+    list(run_search(again, here, forever, evaluate))
+    assert stopped(again, 75) is None and len(points(again)) == 75
+
+
+WARM = [(0.1, 0.9), (0.5, 0.8), (0.9, 0.7)] * 6
+"""Shares of the budget and times of all the warm starts of 30 trials."""
+NONE = (0.9, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("warm", "sampled", "gained"),
+    [
+        pytest.param(WARM, [NONE] * 6, 0.0, id="no gain"),
+        pytest.param(WARM, [NONE] * 5, None, id="too few trials to tell"),
+        pytest.param(WARM, [NONE, None, None, NONE, None, NONE], 0.0, id="pruned trials count"),
+        pytest.param(WARM, [(0.9, 0.699), *[NONE] * 5], 0.001, id="too small a gain"),
+        pytest.param(WARM, [(0.9, 0.699), (0.9, 0.6975), *[NONE] * 4], None, id="gains add up"),
+        pytest.param(WARM, [(0.9, 0.69), *[NONE] * 6], 0.0, id="a gain before the last six"),
+        pytest.param(WARM, [NONE, (0.05, 0.89), *[NONE] * 4], None, id="a gain of the safest"),
+        pytest.param(WARM, [(1.01, 0.1), *[NONE] * 5], 0.0, id="a gain beyond the budget"),
+        pytest.param([(1.5, 0.7)] * 18, [(1.2, 0.7)] * 6, None, id="nothing within the budget"),
+        pytest.param([(1.5, 0.7)] * 18, [(0.9, 0.7), *[(1.2, 0.7)] * 5], None, id="first within"),
+    ],
+)
+def test_when_the_search_stops(
+    tmp_path: Path,
+    warm: list[tuple[float, float]],
+    sampled: list[tuple[float, float] | None],
+    gained: float | None,
+) -> None:
+    chosen = config(trials=30)
+    here, study = space(chosen), open_study(chosen.search, tmp_path)
+    for index, values in enumerate([*warm, *sampled]):
+        name = {"name": "analytic"} if index < len(warm) else {}
+        state = TrialState.COMPLETE if values else TrialState.PRUNED
+        trial = optuna.trial.create_trial(state=state, values=values, user_attrs=name)
+        study.add_trial(trial)
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        raise KeyboardInterrupt
+
+    if gained is None:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_search(study, here, chosen, evaluate))
+        assert stopped(study, 30) is None
+    else:
+        assert list(run_search(study, here, chosen, evaluate)) == []
+        end = stopped(study, 30)
+        assert end is not None and end.after == len(warm) + len(sampled)
+        assert end.gained == pytest.approx(gained)
+
+
+def test_workers_obey_the_first_mark(tmp_path: Path) -> None:
+    """A worker that sees another's mark begins no trial, whatever it would find itself."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    chosen = config(trials=60, min_gain=0.5, prune_factor=1000.0, storage=url)
+    here = space(chosen)
+
+    def evaluate(setting: dict, prompt: Prompt) -> Outcome:
+        return outcome(here, setting, prompt)
+
+    one, two = (open_study(chosen.search, tmp_path) for _ in range(2))
+    first = run_search(one, here, chosen, evaluate)
+    second = run_search(two, here, chosen, evaluate)
+    # Trials in turn, until one of them has stopped.
+    made = sum(point is not None for pair in zip(first, second, strict=False) for point in pair)
+    assert list(second) == [] == list(first)
+    end = stopped(one, 60)
+    assert end is not None and end == stopped(two, 60) and made <= end.after <= made + 1
+    assert len(points(one)) == end.after
 
 
 @pytest.mark.slow
@@ -449,6 +574,15 @@ def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
         match=r"has score drop 6.00 points, .* 2; raise `budget.score_drop`",
     ):
         candidates([dropping], limits, attempts=3)
+
+
+def test_what_is_predicted_no_faster_than_dense_is_no_candidate() -> None:
+    limits = config().budget.limits
+    slow, equal, fast = point(0.001, 1.03), point(0.002, 1.0), point(0.003, 0.99)
+    assert candidates([slow, equal, fast], limits, attempts=3) == [fast]
+    assert uniform_candidates([point(0.001, 1.03, "uniform")], limits, attempts=3) == []
+    with pytest.raises(WorkFailed, match=r"faster than dense: the fastest takes 1 of the dense"):
+        candidates([slow, equal], limits, attempts=3)
 
 
 def test_a_phase_that_skips_nothing_is_left_dense_and_the_other_one_is_chosen() -> None:

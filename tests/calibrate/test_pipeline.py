@@ -91,6 +91,33 @@ def test_a_longer_search_is_the_same_run(finished: calibrate.Run, copied: Path) 
     assert len(again.study.trials) == again.config.search.trials == trials + 2
 
 
+def test_a_search_that_stops_by_itself_says_so_wherever_one_looks(
+    finished: calibrate.Run, copied: Path
+) -> None:
+    said: list[str] = []
+
+    class Watching(pipeline.Silent):
+        def step(self, note: str) -> None:
+            said.append(note)
+
+    search = finished.config.search.model_copy(update={"min_gain": 0.9})
+    run_folder.write_config(copied, finished.config.model_copy(update={"search": search}))
+    run = calibrate.open_run(copied, progress=Watching()).search(trials=60)
+    mark = json.loads((copied / "run.json").read_text())["search_stopped"]
+    assert mark["after"] == len(run.study.trials) < 60 == mark["limit"]
+    text = run.findings["stopped"]
+    assert (
+        text
+        == f"stopped after {mark['after']} of at most 60 trials: the last 6 made the predicted "
+        + (f"time {mark['gained']:.2g} of the dense one shorter, less than 0.9")
+    )
+    assert said[-1].startswith(f"{text}; ") and not any("stopped" in note for note in said[:-1])
+    assert text in run.report().read_text()
+    # It is finished: going on does nothing, and more trials do.
+    assert len(run.search().study.trials) == mark["after"]
+    assert len(run.search(trials=61).study.trials) == mark["after"] + mark["last"]
+
+
 def test_a_report_needs_no_right_to_write_the_study(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -357,7 +357,7 @@ def small_search(
             "model": {"path": "none"},
             "budget": {"kl": 0.3},
             "seed": seed,
-            "search": {"trials": 20, "sampler": sampler, "prune_factor": 3.0},
+            "search": {"trials": 20, "min_gain": 0, "sampler": sampler, "prune_factor": 3.0},
         }
     )
     space = SimpleNamespace(
@@ -365,6 +365,7 @@ def small_search(
         bounds=lambda: BOUNDS,
         setting=lambda p: {"prefill": (p["x"],), "decode": (p["y"],)},
         relative_time=lambda s: 2.0 - s["prefill"][0] - s["decode"][0],
+        lines={"analytic": "analytic", "uniform": "uniform"},
         aimed=lambda name, loss, tried: {"x": loss, "y": sum(kl for _, kl in tried)},
     )
     evaluations = iter(range(10_000))

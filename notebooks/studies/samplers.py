@@ -39,6 +39,7 @@ import optuna
 
 from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome
+from calibrate.model.load import LoadedModel, load
 from calibrate.model.section import Setting
 from calibrate.pipeline import Stages
 from calibrate.prompts.build import Prompt
@@ -367,7 +368,8 @@ def native(meter: Meter, prompts: Sequence[Prompt], variant: str, seed: int) -> 
     """The product's search until the passes are used up."""
     stages = meter.stages
     space = {"cold": Cold, "unaimed": Unaimed}.get(variant, Space)(**parts(stages.space))
-    config = stages.config.search.model_copy(update={"sampler": NATIVE[variant], "trials": 1000})
+    endless = {"sampler": NATIVE[variant], "trials": 1000, "min_gain": 0.0}
+    config = stages.config.search.model_copy(update=endless)
     study = optuna.create_study(directions=["minimize", "minimize"])
     outcomes: list[Outcome] = []
 
@@ -575,6 +577,16 @@ def _mean(values: Sequence[float]) -> list[float]:
     return [round(v, 4) for v in [float(np.mean(values)), *error]] if len(values) else []
 
 
+def short(row: dict[str, Any]) -> str:
+    """A row as one line, without its setting and the losses of single prompts."""
+    fresh = [
+        point | {"kl": round(float(np.mean(point["kl"])), 6), "prompts": len(point["kl"])}
+        for point in row.get("fresh", [])
+    ]
+    kept = {key: value for key, value in row.items() if key != "setting"}
+    return json.dumps(kept | {"fresh": fresh})
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
@@ -606,9 +618,12 @@ def main() -> None:
             prepared(seed, arguments)
     elif arguments.verb == "run":
         stages: dict[Path, Stages] = {}
+        model: LoadedModel | None = None
         for folder, method in jobs(arguments.output, arguments.seeds, arguments.methods):
             if folder not in stages:
-                stages[folder] = Stages(*open_run(folder))
+                _, config = open_run(folder)
+                model = model or load(config.model)  # of all seeds
+                stages[folder] = Stages(folder, config, model=model)
             row = done(stages[folder], method, arguments.passes)
             write_json(folder / f"{method}.method.json", row)
             print(
@@ -617,9 +632,8 @@ def main() -> None:
             )
     else:
         rows = [json.loads(p.read_text()) for p in sorted(arguments.output.glob("*/*.method.json"))]
-        for row in rows:
-            row.pop("setting", None)
-        print(json.dumps({"summary": summary(rows), "rows": rows}, indent=1))
+        text = json.dumps({"summary": summary(rows)}, indent=1).removesuffix("\n}")
+        print(f'{text},\n "rows": [\n  ' + ",\n  ".join(map(short, rows)) + "\n ]\n}")
 
 
 if __name__ == "__main__":

@@ -246,7 +246,9 @@ def _model(
 
 def _geometry(engine: Engine, gpu: str | None, head_dim: int, tiles: GeometryConfig) -> Geometry:
     """Each phase at the tiles of the first server that runs it; the given ones where nothing is published."""
-    given = skipping_everywhere(Geometry(prefill=tiles.prefill, decode=tiles.decode))
+    given = Geometry(prefill=tiles.prefill, decode=tiles.decode)
+    if engine.form != "native":
+        given = skipping_everywhere(given)
     prefill, decode = given.prefill, given.decode
     servers = servers_for(engine, find_gpu(gpu, engine))
     for server in servers:

@@ -14,14 +14,17 @@ from engine_files import (
     PUBLISHED,
     TRTLLM,
     config_json,
+    thresholds,
     write_model,
 )
 
 from calibrate.engines import read as importing
 from calibrate.engines.catalogue import ENGINES
-from calibrate.engines.types import Source
+from calibrate.engines.types import Foreign, Source
 from calibrate.errors import UserError
+from calibrate.schema import GeometryConfig
 from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.types import PrefillGeometry
 
 
 def test_published_numbers_become_an_unvalidated_file(
@@ -295,6 +298,17 @@ def test_wrong_numbers_on_the_command_line_exit_2(
     model = write_model(tmp_path / "model")
     code, out, err = call("import", *arguments, "--model", model, "-o", tmp_path / "t.yaml")
     assert (code, out) == (2, "") and message in err and not (tmp_path / "t.yaml").exists()
+
+
+def test_dense_rows_of_a_config_are_for_our_own_engine_alone() -> None:
+    prefill = PrefillGeometry(tile_q=64, tile_kv=128, dense_last=64)
+    found = Foreign({"prefill": 100.0, "decode": 10.0})
+    for engine in ENGINES:
+        made = importing.to_thresholds(
+            found, thresholds().model, engine, GeometryConfig(prefill=prefill), None, "a test"
+        )
+        assert made.geometry.prefill is not None
+        assert made.geometry.prefill.dense_last == (64 if engine == "native" else 0)
 
 
 def test_import_needs_a_model(call: Callable[..., Any], tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ class Figures:
         return self._finish(figure, title, "layer", "tiles skipped [%]", 220, legend=False)
 
     def by_length(self) -> go.Figure:
-        """Target sparsity, from the calibration prompts, against what the held-out prompts gave."""
+        """Target sparsity, from calibration and search prompts, against what held-out prompts gave."""
         figure = go.Figure()
         ticks: set[int] = set()
         for index, (phase, numbers) in enumerate(self._found["phases"].items()):

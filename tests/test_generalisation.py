@@ -152,3 +152,15 @@ def test_sparsity_at_a_length_that_was_left_out_is_read_on_a_line(general: Modul
         return float(general._predicted(statistics, "prefill", setting, prompts))
 
     assert [at(512), at(1024), at(512, 1024), at(2048)] == pytest.approx([0.2, 0.4, 0.3, 0.6])
+
+
+def test_the_errors_of_few_prompts_are_taken_from_what_a_run_achieves(general: ModuleType) -> None:
+    """Counted 3 points too high, of which 1 is what skipping moves: 0.5 of that the search prompts know."""
+    few = {
+        "decode": {"8": [{"chosen": [1.0, 3.0], "others": [0.0, 0.0]}]},
+        "moved": {"decode": {"heldout": -1.0, "search": -0.5}},
+    }
+    found = general._few([few], "decode")
+    assert found["8"]["counted"] == {"bias": [3.0, None], "mean": [3.0, None], "worst": 4.0}
+    assert found["8"]["moved"]["bias"] == [2.5, None]
+    assert found["8"]["others"]["mean"] == [1.0, None]

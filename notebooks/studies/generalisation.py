@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial, reduce
@@ -304,8 +305,10 @@ class Seed:
         random = np.random.default_rng(self.config.seed)
         found: dict[str, Any] = {}
         for size in SIZES:
-            if 2 * size > len(calibration):
-                continue
+            cells = Counter((prompt.task, prompt.length) for prompt in calibration)
+            wanted = Counter((prompt.task, prompt.length) for prompt in calibration[:size])
+            if any(2 * wanted[cell] > cells[cell] for cell in cells):
+                continue  # there are not enough for two sets
             for _ in range(DRAWS):
                 parts = _apart(calibration, size, random)
                 ours, others = (self.counted(part) for part in parts)
@@ -402,10 +405,10 @@ def in_chunks(loaded: LoadedModel, prompt: Prompt, size: int) -> torch.Tensor:
 # The table.
 
 
-def mean(values: Sequence[Any]) -> list[float]:
-    """Mean and its standard error."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return [float(f"{np.mean(values):.4g}"), float(f"{error:.2g}")]
+def mean(values: Sequence[Any]) -> list[float | None]:
+    """Mean and its standard error; one value has none."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return [float(f"{np.mean(values):.4g}"), None if error is None else float(f"{error:.2g}")]
 
 
 def _errors(pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -420,11 +423,11 @@ def _errors(pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """All seeds in one: means with standard errors over seeds, or over what is named."""
-    found: dict[str, Any] = {"seeds": [seed["seed"] for seed in seeds]}
-    first = seeds[0]
-    found |= {key: first[key] for key in ("lengths", "device", "calibration", "heldout")}
-    kinds = {"length": [str(n) for n in first["lengths"]], "task": list(GROUPS)}
+    keys = ("seed", "device", "lengths", "calibration", "heldout")
+    found: dict[str, Any] = {"seeds": [{key: seed[key] for key in keys} for seed in seeds]}
     having = [seed["left_out"] for seed in seeds if "left_out" in seed]
+    lengths = [name for name in having[0] if name not in GROUPS] if having else []
+    kinds = {"length": lengths, "task": list(GROUPS)}
     for kind, names in kinds.items():
         if not having:
             break
@@ -469,21 +472,38 @@ def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         }
     having = [seed["few"] for seed in seeds if "few" in seed]
     for phase in PHASES if having else ():
-        found.setdefault("few", {})[phase] = {
-            "moved": {w: mean([seed["moved"][phase][w] for seed in having]) for w in ("heldout", "search")},
-            **{
-                size: {
-                    way: {
-                        "bias": mean([np.mean([r[way] for r in s[phase][size]]) for s in having]),
-                        "mean": mean(
-                            [np.abs([r[way] for r in s[phase][size]]).mean() for s in having]
-                        ),
-                    }
-                    for way in ("chosen", "others")
-                }
-                for size in having[0][phase]
-            },
-        }  # fmt: skip
+        found.setdefault("few", {})[phase] = _few(having, phase)
+    return found
+
+
+def _few(seeds: list[dict[str, Any]], phase: Phase) -> dict[str, Any]:
+    """Expected less achieved sparsity by length [points], for as many calibration prompts.
+
+    `counted` is what the same prompts give that the setting was chosen from, `moved` the same less what the
+    search prompts say that skipping moves, as the proof expects it; `others` is `counted` on prompts that
+    had no part in the choice.
+    """
+    found: dict[str, Any] = {
+        "moved": {w: mean([s["moved"][phase][w] for s in seeds]) for w in ("heldout", "search")}
+    }
+    for size in seeds[0][phase]:
+        errors: dict[str, list[np.ndarray]] = {"counted": [], "moved": [], "others": []}
+        for seed in seeds:
+            moved = seed["moved"][phase]
+            ours, others = (
+                np.array([row[way] for row in seed[phase][size]]) - moved["heldout"]
+                for way in ("chosen", "others")
+            )
+            for name, off in zip(errors, (ours, ours + moved["search"], others), strict=True):
+                errors[name].append(off)
+        found[size] = {
+            name: {
+                "bias": mean([float(off.mean()) for off in offs]),
+                "mean": mean([float(np.abs(off).mean()) for off in offs]),
+                "worst": round(max((float(x) for off in offs for x in off.flat), key=abs), 2),
+            }
+            for name, offs in errors.items()
+        }
     return found
 
 
@@ -554,14 +574,16 @@ def main() -> None:
     verb = verbs.add_parser("table", help="sum up the seeds")
     verb.add_argument("output", type=Path)
     verb.add_argument("target", type=Path)
-    verb.add_argument("--runs", type=Path, nargs="*", default=[], help="folders of calibrations")
+    verb.add_argument(
+        "--runs", nargs="+", action="append", default=[], help="a name, and folders of calibrations"
+    )
     arguments = parser.parse_args()
     if arguments.verb == "run":
         measure(arguments, {name: getattr(Seed, name) for name in arguments.parts})
         return
     found = summary(seeds_of(arguments.output))
-    if arguments.runs:
-        found["calibrations"] = errors_of(arguments.runs)
+    for name, *folders in arguments.runs:
+        found.setdefault("calibrations", {})[name] = errors_of([Path(path) for path in folders])
     write_json(arguments.target, found, indent=1)
     print(json.dumps(found, indent=1))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from calibrate.errors import UserError, WorkFailed
 from calibrate.loss import losses
+from calibrate.loss.joint import described
 from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome, compare
 from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan
@@ -239,7 +240,6 @@ class Stages:
             [step for step in todo if step not in done],
             lambda setting: thresholds_for(self.loaded, self.config, setting),
             shortest[: self.config.sensitivity.prompts],
-            self.dense,
         )
         for row in measured:
             rows.append(asdict(row))
@@ -276,6 +276,7 @@ class Stages:
             self.progress.step(note if ended is None else f"{ended.text}; {note}")
         ended = stopped(self.study, self.config.search.trials)
         self.notes.note_stop(None if ended is None else asdict(ended))
+        self._write_loss_model()
         self.notes.finish("search")
 
     def validate(self) -> None:
@@ -380,6 +381,17 @@ class Stages:
             longest.ids[:tokens],
             longest.continuation,
             has_answer=False,
+        )
+
+    def _write_loss_model(self) -> None:
+        """Writes what the layers' losses predict, and how far that is off on the trials."""
+        found = points(self.study)
+        predicted = [self.space.predicted_loss(point.setting) for point in found]
+        measured = [point.losses[FINEST] for point in found]
+        write_json(
+            self.folder / "loss_model.json",
+            described(self.space.losses, predicted, measured),
+            indent=1,
         )
 
     def _write_thresholds(self, result: Validation) -> None:

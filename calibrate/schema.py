@@ -238,8 +238,9 @@ class SensitivityConfig(_Section):
 
     prompts: int = Field(default=2, ge=1)
     """How many of the search prompts are used."""
-    target_sparsity: tuple[float, ...] = (0.5,)
-    """Each layer is measured at the scale factors that reach these sparsities in it."""
+    target_sparsity: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """The last third of the layers is measured at the scale factors that reach these sparsities in them, the
+    others, which take more of a pass, at the middle one."""
 
     @model_validator(mode="after")
     def _levels_make_sense(self) -> SensitivityConfig:

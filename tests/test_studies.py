@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,11 +23,11 @@ from calibrate.search.space import build_space
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
 
+STUDIES = ROOT / "notebooks" / "studies"
+
 
 def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        f"{name}_study", ROOT / "notebooks" / "studies" / f"{name}.py"
-    )
+    spec = importlib.util.spec_from_file_location(f"{name}_study", STUDIES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[f"{name}_study"] = module  # dataclasses look their module up
@@ -41,6 +43,13 @@ def study() -> ModuleType:
 @pytest.fixture(scope="module")
 def samplers() -> ModuleType:
     return loaded("samplers")
+
+
+@pytest.fixture(scope="module")
+def loss_models() -> ModuleType:
+    module = loaded("loss_model")
+    module.__dict__["RESAMPLES"] = 100  # of intervals, which here are as good from fewer
+    return module
 
 
 CURVE = Curve((0.0, 1.0), (1.0, 0.5), 1024)
@@ -116,11 +125,10 @@ def stages(tmp_path: Path) -> SimpleNamespace:
         counted.rows[phase][:] = 10
     line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
     cost = Cost({"prefill": line, "decode": line}, {})
-    weights = dict.fromkeys(("prefill", "decode"), (0.2,) * 4)
-    space = build_space(
-        counted, cost, LossModel(weights), (0, 1, 2, 3), config.target, budget=0.01, groups=2
-    )
-    truth = LossModel(dict.fromkeys(("prefill", "decode"), (2.0, 0.2, 0.2, 0.2)))
+    powers = dict.fromkeys(("prefill", "decode"), 1.5)
+    model = LossModel(dict.fromkeys(powers, (0.2,) * 4), powers)
+    space = build_space(counted, cost, model, (0, 1, 2, 3), config.target, budget=0.01, groups=2)
+    truth = LossModel(dict.fromkeys(powers, (2.0, 0.2, 0.2, 0.2)), powers)
 
     def evaluate(setting: dict[str, Any], prompt: Prompt) -> Outcome:
         loss = sum(
@@ -203,3 +211,69 @@ def test_processes_share_the_work(samplers: ModuleType, tmp_path: Path) -> None:
     one, two = (samplers.jobs(tmp_path, [0, 1], ["path", "native-tpe"]) for _ in range(2))
     taken = [next(one), next(two), *one, *two]
     assert len(taken) == len(set(taken)) == 4
+
+
+def planted_set(seed: int) -> dict[str, Any]:
+    """Two layers that lose mass squared, measured alone at three levels, and settings that lose their sum."""
+    rows = [
+        {"phase": phase, "layer": layer, "scale_factor": 1.0, "sparsity": sparsity,
+         "dropped_mass": mass, "kl": (layer + 1) * mass**2}
+        for phase in ("prefill", "decode")
+        for layer in range(2)
+        for sparsity, mass in ((0.3, 0.01), (0.5, 0.03), (0.7, 0.09))
+    ]  # fmt: skip
+    mass = [[0.004 * 1.3**i, 0.05 / 1.2**i] for i in range(6)]
+    kl = [sum((layer + 1) * m**2 for layer, m in enumerate(setting)) for setting in mass]
+    joint: list[list[Any]] = [[i, None, kl[i]] for i in range(6)]
+    joint += [[None, i, kl[i]] for i in range(6)]
+    joint += [[i, j, kl[i] + kl[j]] for i in range(6) for j in range(0, 6, 2)]
+    return {
+        "seed": seed,
+        "alone": rows,
+        "mass": {"prefill": mass, "decode": mass},
+        "joint": joint,
+    }
+
+
+def test_the_loss_models_are_told_apart_by_a_planted_power(loss_models: ModuleType) -> None:
+    sets = [planted_set(seed) for seed in range(2)]
+    errors = {name: loss_models.error(name, sets) for name in loss_models.MODELS}
+    exact = errors["one level, power 2"]
+    assert exact["log2_error"]["mean"] == 0.0 and exact["rank_correlation"]["mean"] == 1.0
+    assert errors[loss_models.BEFORE]["log2_error"]["interval"][0] > 0.1
+    # The prior of the power is 2, and what is fitted agrees.
+    assert errors["four levels everywhere, fitted power"]["log2_error"]["mean"] < 0.001
+    assert [loss_models.together(each) for each in sets] == [[0.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("correction", ["one factor", "a factor and a power per phase (now)"])
+def test_a_correction_is_judged_on_settings_it_was_not_fitted_to(
+    loss_models: ModuleType, correction: str
+) -> None:
+    doubled = planted_set(0)
+    doubled["joint"] = [[*pair, 2 * kl] for *pair, kl in doubled["joint"]]
+    name = "one level, power 2"
+    assert loss_models.error(name, [doubled])["log2_error"]["mean"] == 1.0
+    assert loss_models.error(name, [doubled], correction, 12)["log2_error"]["mean"] < 0.1
+    # One setting loses 64 times as much: the fits that have seen it do not judge it.
+    odd = planted_set(0)
+    odd["joint"][-1] = [*odd["joint"][-1][:2], 64 * odd["joint"][-1][2]]
+    squares, ratios = loss_models.misses(name, odd, correction, 12)
+    assert ratios.argmin() == len(ratios) - 1
+    assert math.sqrt(squares[-1]) == pytest.approx(6.0, abs=0.7)
+
+
+def test_the_loss_models_table_is_made_from_the_measurements_beside_it(
+    loss_models: ModuleType,
+) -> None:
+    found = json.loads((STUDIES / "loss_model.json").read_text(encoding="utf-8"))
+    for row in found["errors"]:
+        if row["correction"] in (None, "one factor") and row["fitted_to"] < 12:
+            again = loss_models.error(
+                row["model"], found["measured"], row["correction"], row["fitted_to"]
+            )
+            for key in ("log2_error", "rank_correlation"):
+                assert again[key]["mean"] == pytest.approx(row[key]["mean"], abs=0.005), row[
+                    "model"
+                ]
+    assert found["powers"] == [loss_models.powers(each) for each in found["measured"]]

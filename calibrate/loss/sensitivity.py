@@ -2,6 +2,8 @@
 
 Only one layer skips in each measurement, so everything before it is the dense run: those layers are
 not computed again. For decode the prompt itself is dense, so its keys and values are computed once.
+A late layer therefore costs a fraction of a pass, and only late layers are measured at every level: they
+tell how loss grows with the dropped mass, and one level tells how much each layer weighs.
 """
 
 from __future__ import annotations
@@ -30,10 +32,13 @@ from skip_softmax.thresholds.types import Phase
 # computed again.
 _REPLAY_LIMIT = 2 << 30
 
-# Loss grows faster than the dropped mass: a perturbation of the output moves the logits in
-# proportion, and KL is quadratic in small changes of the logits. Rows that lose much dominate,
-# which lowers the power from 2.
-LOSS_POWER = 1.5
+_LATE = 3  # the last of so many parts of the layers is measured at every level
+# What is expected before anything is measured: a perturbation of the output moves the logits in proportion,
+# and KL is quadratic in small changes of the logits. `notebooks/studies/loss_model.json` has the spread of
+# the power between sets of prompts, and of the KLs around the line of one power.
+POWER = 2.0
+_POWER_SPREAD = 0.3
+_KL_SPREAD = 0.35  # of log KL
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,19 @@ class Row:
 
 @dataclass(frozen=True)
 class LossModel:
-    """Predicted loss of a layer: `weight * dropped_mass ** LOSS_POWER` [nats/token]."""
+    """Predicted loss of a layer: `weight * dropped_mass ** power` [nats/token].
+
+    Attributes:
+        weights: per phase one per layer.
+        powers: one per phase.
+    """
 
     weights: dict[Phase, tuple[float, ...]]
+    powers: dict[Phase, float]
 
     def loss(self, phase: Phase, layer: int, dropped_mass: float) -> float:
         """Predicted KL when only this layer skips [nats/token]."""
-        return float(self.weights[phase][layer] * dropped_mass**LOSS_POWER)
+        return float(self.weights[phase][layer] * dropped_mass ** self.powers[phase])
 
 
 Step = tuple[Phase, int, float]
@@ -75,17 +86,20 @@ Step = tuple[Phase, int, float]
 def plan(
     loaded: LoadedModel, statistics: Statistics, target: TargetConfig, levels: Sequence[float]
 ) -> list[Step]:
-    """What to measure: each layer at the scale factors that reach the given sparsities in it.
+    """What to measure: each layer at the scale factor that reaches the middle sparsity of `levels` in it.
 
-    Layers that cannot skip a percent of their tiles are left out.
+    The last third of the layers is measured at all of them. Layers that cannot skip a percent of their
+    tiles are left out.
     """
+    middle = sorted(levels)[(len(levels) - 1) // 2]
+    late = len(loaded.layers) - len(loaded.layers) // _LATE
     todo: list[Step] = []
     for phase in target.phases:
         ceiling = target.largest_scale_factor(phase)
         for layer in loaded.calibratable:
             factors = {
                 min(scale_factor_at(statistics, phase, level, layer.index), ceiling)
-                for level in levels
+                for level in (levels if layer.index >= late else (middle,))
             }
             for factor in sorted(factors):
                 if statistics.layer_sparsity(phase, factor)[layer.index] >= 0.01:
@@ -99,9 +113,11 @@ def measure_layers(
     todo: Sequence[Step],
     thresholds: Callable[[Setting], Thresholds],
     prompts: Sequence[Prompt],
-    dense: Callable[[Prompt], torch.Tensor],
 ) -> Iterator[Row]:
     """Measures layers, one at a time.
+
+    The dense run that they are compared with uses the same kernels, so that what differs is what the layer
+    lost and not also how two kernels round, which in 16 bits is as much as a layer may lose.
 
     Args:
         loaded: the model.
@@ -109,23 +125,23 @@ def measure_layers(
         todo: what `plan` lists and no earlier, interrupted measurement has done.
         thresholds: a setting as what the model runs.
         prompts: a few short search prompts.
-        dense: gives a prompt's dense logits.
 
     Yields:
         One row per item of `todo`.
     """
-    probes: dict[Phase, list[Callable[[int, Thresholds], torch.Tensor]]] = {}
+    probes: dict[Phase, list[_Probe]] = {}
+
+    def only(phase: Phase, layer: int, factor: float) -> Thresholds:
+        factors = tuple(factor if i == layer else 0.0 for i in range(len(loaded.layers)))
+        setting: Setting = {phase: factors}
+        return thresholds(setting)
+
     for phase, layer, factor in todo:
         if phase not in probes:
-            probes = {phase: [_PROBES[phase](loaded, prompt) for prompt in prompts]}
-        setting: Setting = {
-            phase: tuple(factor if i == layer else 0.0 for i in range(len(loaded.layers)))
-        }
-        alone = thresholds(setting)
-        losses = [
-            kl_divergence(dense(prompt), probe(layer, alone))
-            for prompt, probe in zip(prompts, probes[phase], strict=True)
-        ]
+            dense = only(phase, layer, 0.0)
+            probes = {phase: [_PROBES[phase](loaded, prompt, dense) for prompt in prompts]}
+        alone = only(phase, layer, factor)
+        losses = [kl_divergence(probe.dense, probe.run(layer, alone)) for probe in probes[phase]]
         yield Row(
             phase,
             layer,
@@ -137,7 +153,7 @@ def measure_layers(
 
 
 def loss_model(rows: Sequence[Row], layers: int, phases: Sequence[Phase]) -> LossModel:
-    """Weights from the measured rows; a layer without a row takes the phase's largest weight.
+    """Weights and powers from the measured rows; a layer without a row takes the phase's largest weight.
 
     Args:
         rows: from `measure_layers`.
@@ -145,37 +161,59 @@ def loss_model(rows: Sequence[Row], layers: int, phases: Sequence[Phase]) -> Los
         phases: phases to model.
     """
     weights: dict[Phase, tuple[float, ...]] = {}
+    powers: dict[Phase, float] = {}
     for phase in phases:
-        found: dict[int, list[float]] = {}
+        found: dict[int, list[tuple[float, float]]] = {}
         for row in rows:
             if row.phase == phase and row.dropped_mass > 0:
                 # The floor keeps a layer whose loss drowns in rounding from counting as free.
-                found.setdefault(row.layer, []).append(
-                    max(row.kl, 1e-9) / row.dropped_mass**LOSS_POWER
-                )
-        means = {layer: math.exp(sum(map(math.log, ws)) / len(ws)) for layer, ws in found.items()}
+                logs = math.log(row.dropped_mass), math.log(max(row.kl, 1e-9))
+                found.setdefault(row.layer, []).append(logs)
+        power = powers[phase] = _power(list(found.values()))
+        means = {
+            layer: math.exp(sum(kl - power * mass for mass, kl in logs) / len(logs))
+            for layer, logs in found.items()
+        }
         worst = max(means.values(), default=1.0)
         weights[phase] = tuple(means.get(layer, worst) for layer in range(layers))
-    return LossModel(weights)
+    return LossModel(weights, powers)
 
 
-def _prefill_probe(
-    loaded: LoadedModel, prompt: Prompt
-) -> Callable[[int, Thresholds], torch.Tensor]:
-    blocks = _blocks(loaded)
-    recorded = _record(loaded, prompt, blocks)
+def _power(layers: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """Slope of log KL over log dropped mass, common to all layers; near `POWER` if few were measured twice.
 
-    def run(layer: int, thresholds: Thresholds) -> torch.Tensor:
-        with (
-            _replayed(blocks, recorded, layer),
-            applied(loaded.model, thresholds, decode_from=len(prompt.ids)),
-        ):
-            return forward(loaded, prompt).float().cpu()
+    Args:
+        layers: log dropped mass and log KL of each measurement of a layer.
+    """
+    # The prior as one more observation.
+    weight = (_KL_SPREAD / _POWER_SPREAD) ** 2
+    products, squares = POWER * weight, weight
+    for logs in layers:
+        mass, kl = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+        products += sum((m - mass) * (k - kl) for m, k in logs)
+        squares += sum((m - mass) ** 2 for m, _ in logs)
+    return products / squares
 
-    return run
+
+@dataclass(frozen=True)
+class _Probe:
+    """A prompt, ready to be run with one layer skipping.
+
+    Attributes:
+        dense: logits of its dense run [continuation + 1, vocabulary].
+        run: the same logits, with thresholds in which no layer before the given one skips.
+    """
+
+    dense: torch.Tensor
+    run: Callable[[int, Thresholds], torch.Tensor]
 
 
-def _decode_probe(loaded: LoadedModel, prompt: Prompt) -> Callable[[int, Thresholds], torch.Tensor]:
+def _prefill_probe(loaded: LoadedModel, prompt: Prompt, dense: Thresholds) -> _Probe:
+    tokens = len(prompt.ids) + len(prompt.continuation)
+    return _probe(loaded, prompt, dense, tokens, lambda: forward(loaded, prompt).float().cpu())
+
+
+def _decode_probe(loaded: LoadedModel, prompt: Prompt, dense: Thresholds) -> _Probe:
     device = loaded.model.device
     with torch.no_grad():
         start = loaded.model(
@@ -183,20 +221,38 @@ def _decode_probe(loaded: LoadedModel, prompt: Prompt) -> Callable[[int, Thresho
         )
     steps = torch.tensor([prompt.continuation], device=device)
 
-    def run(layer: int, thresholds: Thresholds) -> torch.Tensor:
-        del layer  # the cache holds everything that cannot change
-        with torch.no_grad(), applied(loaded.model, thresholds, decode_from=len(prompt.ids)):
-            out = loaded.model(
-                input_ids=steps,
-                past_key_values=copy.deepcopy(start.past_key_values),
-                use_cache=True,
-            )
+    def decode() -> torch.Tensor:
+        cache = copy.deepcopy(start.past_key_values)
+        with torch.no_grad():
+            out = loaded.model(input_ids=steps, past_key_values=cache, use_cache=True)
         return torch.cat([start.logits[0, -1:], out.logits[0]]).float().cpu()
 
-    return run
+    return _probe(loaded, prompt, dense, len(prompt.continuation), decode)
 
 
-_PROBES: dict[Phase, Callable[[LoadedModel, Prompt], Callable[[int, Thresholds], torch.Tensor]]] = {
+def _probe(
+    loaded: LoadedModel,
+    prompt: Prompt,
+    dense: Thresholds,
+    tokens: int,
+    logits: Callable[[], torch.Tensor],
+) -> _Probe:
+    """A probe of `logits`, one pass over `tokens` tokens with whatever attention the model has then."""
+    blocks = _blocks(loaded)
+    with applied(loaded.model, dense, decode_from=len(prompt.ids)):
+        expected, recorded = _record(loaded, blocks, tokens, logits)
+
+    def run(layer: int, thresholds: Thresholds) -> torch.Tensor:
+        with (
+            _replayed(blocks, recorded, layer),
+            applied(loaded.model, thresholds, decode_from=len(prompt.ids)),
+        ):
+            return logits()
+
+    return _Probe(expected, run)
+
+
+_PROBES: dict[Phase, Callable[[LoadedModel, Prompt, Thresholds], _Probe]] = {
     "prefill": _prefill_probe,
     "decode": _decode_probe,
 }
@@ -212,13 +268,15 @@ def _blocks(loaded: LoadedModel) -> dict[int, torch.nn.Module]:
 
 
 def _record(
-    loaded: LoadedModel, prompt: Prompt, blocks: dict[int, torch.nn.Module]
-) -> dict[int, Any]:
-    """Outputs of all blocks in the dense run; empty when they would take too much memory."""
-    tokens = len(prompt.ids) + len(prompt.continuation)
+    loaded: LoadedModel,
+    blocks: dict[int, torch.nn.Module],
+    tokens: int,
+    logits: Callable[[], torch.Tensor],
+) -> tuple[torch.Tensor, dict[int, Any]]:
+    """Logits of one pass, and the outputs of all blocks; none when they would take too much memory."""
     hidden = loaded.model.config.get_text_config().hidden_size
     if len(blocks) * tokens * hidden * loaded.model.dtype.itemsize > _REPLAY_LIMIT:
-        return {}
+        return logits(), {}
     recorded: dict[int, Any] = {}
     hooks = [
         block.register_forward_hook(
@@ -227,11 +285,10 @@ def _record(
         for index, block in blocks.items()
     ]
     try:
-        forward(loaded, prompt)
+        return logits(), recorded
     finally:
         for hook in hooks:
             hook.remove()
-    return recorded
 
 
 @contextmanager

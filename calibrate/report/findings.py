@@ -47,9 +47,9 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         `name`, `folder`, `verdict`, `budget`, `dense`, `layers_dense` (what is left dense, as in the
         evidence of the thresholds file), `trials`, `pruned`, `stopped` (why the search ended before its
         last trial, or None), `front`, `heldout` (all candidates, the chosen one, and one number per
-        phase), `tasks`, `phases` (per phase: `scale_factor`, `sparsity` and so on) and `provenance`.
-        `losses` has every loss that was measured, by its name in `LOSSES`; the `loss` of a layer that
-        skips alone is `FINEST`.
+        phase), `loss_model` (its errors on trials), `tasks`, `phases` (per phase: `scale_factor`, `sparsity`
+        and so on) and `provenance`. `losses` has every loss that was measured, by its name in `LOSSES`; the
+        `loss` of a layer that skips alone is `FINEST`.
 
     Raises:
         UserError: the folder has no statistics, or a file in it is damaged.
@@ -104,6 +104,7 @@ def findings(folder: Path, config: RunConfig) -> Findings:
             "uniform": _attempt(baseline),
         },
         "short_prompt": _rounded(validation.short_prompt) if validation else None,
+        "loss_model": _loss_model(folder / "loss_model.json"),
         "tasks": tasks,
         "phases": phases,
         "provenance": {**notes, "config": config.model_dump(mode="json")},
@@ -285,6 +286,16 @@ def _sensitivity(path: Path) -> list[dict[str, Any]]:
             {"loss" if key == FINEST else key: _rounded(value) for key, value in row.items()}
             for row in _read(path) or []
         ]
+
+
+def _loss_model(path: Path) -> dict[str, Any] | None:
+    """How well the loss model predicts trials; None if the run has none, or fewer than four."""
+    with as_written(path):
+        model = _read(path)
+        if model is None or model["errors"]["layers"] is None:
+            return None
+        errors = {name: dict(model["errors"][name]) for name in ("layers", "corrected")}
+        return dict(_rounded({"settings": model["settings"], "errors": errors}))
 
 
 def _heldout_layers(phase: Phase, outcomes: Sequence[Outcome]) -> list[float] | None:

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 import yaml
 from plotly.offline import get_plotlyjs
 
-from calibrate.loss.losses import LOSSES
+from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.record.files import write_output
 from calibrate.report.figures import Figures, slider_start
 from calibrate.report.findings import Findings, findings
@@ -50,6 +50,7 @@ def write_report(folder: Path, config: RunConfig, output: Path | None = None) ->
         keys=_keys(found),
         tables=tables_of(found),
         dense=left_dense(found),
+        prediction=prediction(found),
         start={phase: slider_start(found, phase) for phase in found["phases"]},
         config=yaml.safe_dump(found["provenance"]["config"], sort_keys=False),
     )
@@ -90,6 +91,22 @@ def sentence(found: Findings) -> str:
 def _tested(row: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
     """The bounds of the losses that have a budget, of those that a held-out prompt showed."""
     return {name: row["losses"][name] for name in limits if name in row["losses"]}
+
+
+def prediction(found: Findings) -> str | None:
+    """How well the loss model predicts settings that it has not seen; None if too few were measured."""
+    model = found["loss_model"]
+    if model is None:
+        return None
+    before, after = (
+        f"a factor of {2 ** error['log2_error']:.2f} (rank correlation "
+        f"{'–' if error['rank_correlation'] is None else format(error['rank_correlation'], '.2f')})"
+        for error in (model["errors"]["layers"], model["errors"]["corrected"])
+    )
+    return (
+        f"From these alone, the loss model predicts the {LOSSES[FINEST].title} of {model['settings']} trials "
+        f"within {before}, root mean square; each corrected by all other trials, within {after}."
+    )
 
 
 def _keys(found: Findings) -> list[tuple[str, str, str]]:

@@ -136,7 +136,7 @@ class Space:
         return times
 
     def predicted_loss(self, setting: Setting) -> dict[Phase, float]:
-        """Sum of the layers' predicted losses per phase [nats/token]; interactions are left to the search."""
+        """Sum of the layers' predicted losses per phase [nats/token]; `loss.joint` corrects it."""
         losses: dict[Phase, float] = {}
         for phase, factors in setting.items():
             mass = self.statistics.dropped_mass(phase, factors).tolist()

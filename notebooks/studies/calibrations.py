@@ -57,7 +57,7 @@ def config_of(seed: int, arguments: argparse.Namespace) -> RunConfig:
         },
         "budget": {"kl": 0.005, "score_drop": None, "confidence": 0.95},
         "target": {"min_kv_len": dict.fromkeys(("prefill", "decode"), min(arguments.lengths) // 2)},
-        "sensitivity": {"prompts": 2, "target_sparsity": [0.5]},
+        "sensitivity": {"prompts": 2},
         "search": {"trials": arguments.trials},
         "validation": {"short_prompt": None, "attempts": arguments.attempts},
         "seed": seed,

@@ -32,7 +32,7 @@ import torch
 
 from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome, sparsity
-from calibrate.loss.sensitivity import LOSS_POWER, Row
+from calibrate.loss.sensitivity import Row
 from calibrate.model.section import Setting
 from calibrate.pipeline import Stages
 from calibrate.record.files import read_json, write_json
@@ -42,6 +42,7 @@ from calibrate.search.space import grid
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.types import PHASES, Phase
 
+LOSS_POWER = 1.5  # of the dropped mass, as the loss model had it
 PER_OCTAVE = 8  # at the edges of the histograms' bins, below the largest scale factor
 MULTIPLIERS = np.arange(-20.0, 40.0, 0.25)  # log2 of tiles' share per dropped mass
 ALLOWED = (0.0025, 0.005, 0.01)  # predicted loss of both phases together [nats/token]

@@ -41,6 +41,7 @@ def test_a_run_skips_tiles_in_both_phases_and_holds_every_result(finished: Finis
         "fit.json",
         "sensitivity.json",
         "study.db",
+        "loss_model.json",
         "validation.json",
         "thresholds.yaml",
         "run.json",

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from optuna.trial import TrialState
-from report_files import PHASES, chosen_of, close, read
+from report_files import PHASES, Page, chosen_of, close, read
 
 import calibrate
 from calibrate.errors import UserError
+from calibrate.loss.joint import errors_of
 from calibrate.proof.bounds import OWN_SPREAD, lognormal_upper
 from calibrate.record.provenance import digest
 from calibrate.search.cost import load_curves
@@ -71,6 +72,33 @@ def test_heldout_numbers_are_the_validation(run: calibrate.Run, found: dict[str,
                 )
     assert found["verdict"]["passed"] == run.validation["passed"]
     assert found["budget"]["losses"] == {"kl": run.config.budget.kl}
+
+
+def test_the_loss_models_errors_are_those_on_the_trials(
+    run: calibrate.Run, found: dict[str, Any], page: Page
+) -> None:
+    told = read(run.folder, "loss_model.json")
+    trials = run.study.get_trials(states=(TrialState.COMPLETE,))
+    assert found["loss_model"]["settings"] == len(trials) == told["settings"]
+    for phase in PHASES:
+        assert len(told["phases"][phase]["weights"]) == run.thresholds.model.layers
+    # From the layers alone, again.
+    predicted = []
+    for trial in trials:
+        loss = 0.0
+        for phase, factors in trial.user_attrs["setting"].items():
+            mass = run.stats.dropped_mass(phase, factors).tolist()
+            numbers = told["phases"][phase]
+            weighed = zip(numbers["weights"], mass, strict=True)
+            loss += sum(weight * m ** numbers["power"] for weight, m in weighed)
+        predicted.append(loss)
+    ours = errors_of(predicted, [losses_of(trial)["kl"] for trial in trials])
+    assert ours is not None
+    shown = found["loss_model"]["errors"]["layers"]
+    close(
+        [shown["log2_error"], shown["rank_correlation"]], [ours.log2_error, ours.rank_correlation]
+    )
+    assert f"within a factor of {2**ours.log2_error:.2f}" in page.text
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -210,13 +238,16 @@ def test_an_edited_validation_is_named_with_its_key(
         calibrate.open_run(copy).report()
 
 
-@pytest.mark.parametrize("name", ["heldout.json", "fit.json", "sensitivity.json", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["heldout.json", "fit.json", "sensitivity.json", "run.json", "loss_model.json"]
+)
 def test_other_edited_files_are_named(copy: Path, name: str) -> None:
     edited = {
         "heldout.json": {f"{digest(chosen_of(read(copy, 'validation.json'))['setting'])}:a": {}},
         "fit.json": {"prefill": {}},
         "sensitivity.json": ["a"],
         "run.json": {"model": [], "seconds": {"validation": 1}},
+        "loss_model.json": {"errors": {"layers": {}}},
     }
     (copy / name).write_text(json.dumps(edited[name]))
     with pytest.raises(UserError, match=f"{name}`"):

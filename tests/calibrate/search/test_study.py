@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from calibrate.errors import WorkFailed
 from calibrate.loss.measure import Outcome
-from calibrate.loss.sensitivity import LOSS_POWER, LossModel
+from calibrate.loss.sensitivity import LossModel
 from calibrate.prompts.build import Prompt
 from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, Curve
@@ -69,7 +69,9 @@ def space(
 ) -> Space:
     target = chosen.target.model_copy(update={"phases": phases})
     line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
-    losses = LossModel({"prefill": WEIGHTS, "decode": WEIGHTS})
+    losses = LossModel(
+        {"prefill": WEIGHTS, "decode": WEIGHTS}, dict.fromkeys(("prefill", "decode"), 1.5)
+    )
     return build_space(
         statistics(),
         Cost({"prefill": line, "decode": line}, {}),
@@ -621,7 +623,3 @@ def test_a_drop_of_the_score_counts_as_much_as_kl() -> None:
     assert candidates([slow, fast], limits, attempts=2) == [slow, fast]
     assert candidates([slow, fast], limits, attempts=1) == [slow]
     assert candidates([slow, fast], {"kl": 0.01}, attempts=1) == [fast]
-
-
-def test_loss_power_is_what_the_loss_model_uses() -> None:
-    assert LossModel({"prefill": (2.0,)}).loss("prefill", 0, 0.25) == 2.0 * 0.25**LOSS_POWER

@@ -105,7 +105,7 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
-def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
+def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, mass=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
     config, _, stages = decode.choose(
@@ -120,8 +120,8 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
     constants = dict(
         factors=None, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
-        SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32", AHEAD=ahead,
-        STAGES=stages,
+        MASS=mass, SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32",
+        AHEAD=ahead, STAGES=stages,
     )
     if not page:
         constants["table"] = None
@@ -134,7 +134,7 @@ def combine_case(arch):
     return compile(_combine, types, constants, arch, 4)
 
 
-def statistics_case(arch, in_decode, dense_last=False):
+def statistics_case(arch, in_decode, dense_last=False, mass=False):
     tma = arch >= 90
     kv = tile_type(tma, TILE, D)
     types = {"q": "*bf16", "k": kv, "v": kv, "out": "*bf16", "counts": "*i64", "mass": "*i64",
@@ -146,8 +146,9 @@ def statistics_case(arch, in_decode, dense_last=False):
         HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
         HEAD_DIM_V=D, WIDTH=D, WIDTH_V=D, BLOCK_M=128, SUBS=1, VOTE_ROWS=pack if in_decode else 64,
         BLOCK_N=TILE,
-        PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, DECODE=in_decode, LOW=histogram.LOW,
-        PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
+        PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, MASS=mass, DECODE=in_decode,
+        LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma,
+        PRECISION="tf32",
         STAGES=3 if tma else 2,
     )
     if not dense_last:
@@ -192,6 +193,13 @@ cases = {
     "decode paged 16": lambda: decode_case(arch, 16, True, tokens=2),
     "decode paged 128": lambda: decode_case(arch, 128, True),
     "decode 256 dense": lambda: decode_case(arch, 0, False, batch=1, head_dim=256, tile=128),
+    "decode mass": lambda: decode_case(arch, 0, True, mass=True),
+    "decode 64 mass": lambda: decode_case(arch, 0, True, head_dim=64, mass=True),
+    "decode paged 16 mass": lambda: decode_case(arch, 16, True, tokens=2, mass=True),
+    "decode paged 128 mass": lambda: decode_case(arch, 128, True, mass=True),
+    "decode few mass": lambda: decode_case(arch, 0, True, batch=1, mass=True),
+    "decode 256 mass": lambda: decode_case(arch, 0, True, batch=1, head_dim=256, tile=128, mass=True),
+    "decode fp32 mass": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True, mass=True),
     "decode fp32": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True),
     "combine": lambda: combine_case(arch),
 }
@@ -208,6 +216,7 @@ if arch < 100 or KNOWS_BLACKWELL:
         "statistics": lambda: statistics_case(arch, False),
         "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
         "statistics decode": lambda: statistics_case(arch, True),
+        "statistics decode mass": lambda: statistics_case(arch, True, mass=True),
     }
 if arch == 90:
     for head_dim in (64, 128):

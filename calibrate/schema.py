@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from calibrate.errors import UserError
-from skip_softmax.thresholds.types import DecodeGeometry, Phase, PrefillGeometry
+from skip_softmax.thresholds.types import Criteria, DecodeGeometry, Phase, PrefillGeometry
 from skip_softmax.thresholds.yaml_file import parse, read_mapping
 
 Task = Literal[
@@ -298,6 +298,8 @@ class RunConfig(_Section):
 
     model: ModelConfig
     geometry: GeometryConfig = GeometryConfig()
+    criterion: Criteria = Criteria()
+    """What a tile is judged by: `max`, or `{prefill: max, decode: mass}`. The result holds for this only."""
     prompts: PromptsConfig = PromptsConfig()
     budget: BudgetConfig = BudgetConfig()
     target: TargetConfig = TargetConfig()
@@ -309,6 +311,16 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: _Path | None = None
     """Run folder, from where the command is started; unset: `runs/` and the config file's name."""
+
+    @model_validator(mode="after")
+    def _criterion_can_be_served(self) -> RunConfig:
+        self.criterion.check(self.geometry.decode)
+        if self.criterion != Criteria() and self.target.engine != "native":
+            raise ValueError(
+                "`criterion` must be max unless `target.engine` is native, but got `decode: mass` for "
+                f"{self.target.engine}, which judges tiles by their largest score; write `criterion: max`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sensitivity_prompts_exist(self) -> RunConfig:

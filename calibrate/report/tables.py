@@ -87,6 +87,7 @@ def provenance(found: Findings) -> Table:
         "tiles": "; ".join(
             f"{phase} {_listed(found['geometry'][phase])}" for phase in found["phases"]
         ),
+        "criterion": ", ".join(f"{phase} {word}" for phase, word in found["criterion"].items()),
         "min KV length": ", ".join(
             f"{phase} {tokens} tokens" for phase, tokens in found["min_kv_len"].items()
         ),
@@ -164,6 +165,10 @@ def phases(thresholds: Thresholds) -> Table:
             ]
         )
     notes = []
+    if thresholds.criterion.decode == "mass":
+        notes.append(
+            "decode judges a tile by its probability (criterion mass), prefill by its largest score"
+        )
     measured = evidence.get("loss")
     if measured is not None:
         losses = (_bound_text(name, measured[name]) for name in LOSSES if name in measured)

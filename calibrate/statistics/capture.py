@@ -11,17 +11,20 @@ from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt, nearest_bin
 from calibrate.schema import GeometryConfig
-from calibrate.statistics.counts import Statistics
+from calibrate.statistics.counts import Statistics, criterion_identity
 from skip_softmax.api import tile_statistics
 from skip_softmax.huggingface.intercept import LayerCall, intercepted
 from skip_softmax.meaning.histogram import TileHistogram
-from skip_softmax.thresholds.types import Phase
+from skip_softmax.thresholds.types import Criteria, Phase
 
 
 def empty_statistics(
-    loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int]
+    loaded: LoadedModel,
+    geometry: GeometryConfig,
+    lengths: Sequence[int],
+    criterion: Criteria | None = None,
 ) -> Statistics:
-    """Statistics for this model and geometry, with nothing counted yet."""
+    """Statistics for this model, geometry and criterion (None: `max`), with nothing counted yet."""
     layer = loaded.calibratable[0]
     identity = {
         "model": loaded.sha256,
@@ -29,6 +32,7 @@ def empty_statistics(
         "q_heads": layer.q_heads,
         "kv_heads": layer.kv_heads,
         "layers": len(loaded.layers),
+        **criterion_identity(criterion or Criteria()),
     }
     return Statistics.empty(identity, len(loaded.layers), layer.q_heads, layer.kv_heads, lengths)
 
@@ -92,6 +96,7 @@ def observe(
 
     def handler(call: LayerCall) -> torch.Tensor:
         tiles = getattr(geometry, call.phase).model_dump()
+        tiles["criterion"] = getattr(statistics.criterion, call.phase)
         out, histogram = tile_statistics(
             call.q, call.k, call.v, decode=call.phase == "decode", **call.keywords, **tiles
         )

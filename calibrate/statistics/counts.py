@@ -26,7 +26,7 @@ from skip_softmax.meaning.histogram import (
     TileHistogram,
     edges,
 )
-from skip_softmax.thresholds.types import PHASES, Phase
+from skip_softmax.thresholds.types import PHASES, Criteria, Phase
 
 ScaleFactors = float | Sequence[float] | torch.Tensor
 
@@ -55,7 +55,7 @@ class Statistics:
     """Histograms of log2(critical scale factor) for a model.
 
     Attributes:
-        identity: what statistics must share to be merged: model hash, geometry, lengths, shape.
+        identity: what statistics must share to be merged: model hash, geometry, criterion, lengths, shape.
         counts: per phase int64 [layers, heads, lengths, BINS]; KV heads in decode.
         mass: per phase float64, like `counts`: softmax probability summed over rows.
         rows: per phase int64 [layers, lengths]: softmax rows per head.
@@ -103,8 +103,13 @@ class Statistics:
         """Prompt lengths that name the length bins [tokens]."""
         return list(self.identity["lengths"])
 
+    @property
+    def criterion(self) -> Criteria:
+        """What tiles are judged by."""
+        return Criteria.model_validate(self.identity.get("criterion", "max"))
+
     def like(self) -> Statistics:
-        """Statistics of nothing, of the same model, geometry and lengths."""
+        """Statistics of nothing, of the same model, geometry, criterion and lengths."""
         layers, q_heads = self.counts["prefill"].shape[:2]
         kv_heads = self.counts["decode"].shape[1]
         return Statistics.empty(self.identity, layers, q_heads, kv_heads, self.lengths)
@@ -122,9 +127,10 @@ class Statistics:
             UserError: they are of different models, geometries or lengths, or share a prompt.
         """
         if self.identity != other.identity:
-            differing = [k for k in self.identity if self.identity[k] != other.identity.get(k)]
+            keys = dict.fromkeys([*self.identity, *other.identity])
+            differing = [k for k in keys if self.identity.get(k) != other.identity.get(k)]
             raise UserError(
-                "statistics can be merged only if they share model, geometry and lengths, "
+                "statistics can be merged only if they share model, geometry, criterion and lengths, "
                 f"but {differing} differ"
             )
         common = set(self.prompts) & set(other.prompts)
@@ -230,6 +236,11 @@ class Statistics:
                 f"{path}: counted with other bins than this version uses; delete it and run again"
             )
         return cls(identity, **parts, prompts=prompts)
+
+
+def criterion_identity(criterion: Criteria) -> dict[str, Any]:
+    """The criterion in an identity: nothing for `max`, which was the only one when files did not name it."""
+    return {} if criterion == Criteria() else {"criterion": criterion.model_dump(mode="json")}
 
 
 def scale_factor_at(

@@ -70,6 +70,7 @@ def applied(
     # A phase without tiles is dense, and dense attention is the same for any tiles.
     geometry = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
     tiles = {phase: given.model_dump() if given else {} for phase, given in geometry.items()}
+    tiles["decode"]["criterion"] = thresholds.criterion.decode
     # The block may be entered in inference mode and the model run outside of it.
     with torch.inference_mode(False):
         # Counts stay on the model's device: reading them back after every call would make the GPU wait.

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from skip_softmax.thresholds.evidence import EvidenceSection, FitSection, Plain, shaped
 from skip_softmax.thresholds.types import (
     PHASES,
+    Criteria,
     Geometry,
     LayerOverride,
     MinKvLen,
@@ -34,7 +35,7 @@ class Thresholds(Section):
     Attributes:
         format: name and version of the format.
         model: the model that the numbers were calibrated for.
-        criterion: what a tile is judged by.
+        criterion: what a tile is judged by, per phase.
         geometry: tiles of both phases [tokens], those of the kernel that serves.
         min_kv_len: shortest KV length that may skip [tokens]; it is above every scale factor.
         scale_factor: one number per phase for every layer, threshold * kv_len [tokens]; 0 is dense.
@@ -47,7 +48,7 @@ class Thresholds(Section):
 
     format: Literal["skip-softmax/1"] = "skip-softmax/1"
     model: ModelSection
-    criterion: Literal["max"] = "max"
+    criterion: Criteria = Criteria()
     geometry: Geometry
     min_kv_len: MinKvLen = MinKvLen()
     scale_factor: ScaleFactors = ScaleFactors()
@@ -59,6 +60,7 @@ class Thresholds(Section):
 
     @model_validator(mode="after")
     def _laws(self) -> Thresholds:
+        self.criterion.check(self.geometry.decode)
         seen: set[int] = set()
         for index, override in enumerate(self.layers):
             where = f"layers[{index}] (layer {override.layer})"

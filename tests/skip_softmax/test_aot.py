@@ -249,10 +249,13 @@ MAY_SPILL = {
     # At head_dim 128 the producer has 24, and settles the last tiles after an item without any.
     (90, "hopper 128"): 64, (90, "hopper 128 packed"): 64, (90, "hopper 128 padded, not causal"): 64,
     # Products of fp32 are made of parts, which take registers: the speed of fp32 is no goal.
-    **{(arch, name): 4096 for arch in (80, 90, 100) for name in ("prefill fp32", "decode fp32")},
+    **{(arch, name): 4096 for arch in (80, 90, 100)
+       for name in ("prefill fp32", "decode fp32", "decode fp32 mass")},
     # A block of head_dim 256 takes all 255 registers of a thread.
     **{(arch, "decode 256 dense"): 128 for arch in (80, 90, 100)},
+    **{(arch, "decode 256 mass"): 512 for arch in (80, 90, 100)},
     # Statistics keep a weight per bin beside the products, and are taken once per model.
+    **{(arch, "statistics decode mass"): most for arch, most in ((80, 4096), (90, 256), (100, 512))},
     (80, "statistics"): 4096, (80, "statistics decode"): 4096,
     (90, "statistics"): 256, (90, "statistics decode"): 256,
     (100, "statistics"): 512, (100, "statistics decode"): 512,

@@ -164,10 +164,11 @@ class Criteria(Section):
             )
         if isinstance(value, dict | Criteria):
             return value
-        near = difflib.get_close_matches(str(value), ["max", "mass"], n=1, cutoff=0.5)
+        forms = {"max": "max", "mass": "{prefill: max, decode: mass}"}
+        near = difflib.get_close_matches(str(value), forms, n=1, cutoff=0.5)
+        cure = f"did you mean `{forms[near[0]]}`?" if near else "write max"
         raise ValueError(
-            "must be 'max', or a mapping because only decode has more: {prefill: max, decode: mass}, but got "
-            f"{value!r}" + (f"; did you mean `{near[0]}`?" if near and near[0] != value else "")
+            f"must be 'max', or a mapping because decode alone has another, but got {value!r}; {cure}"
         )
 
     @model_serializer(mode="wrap")

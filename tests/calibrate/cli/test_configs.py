@@ -91,6 +91,56 @@ def test_dense_rows_are_for_our_own_engine_alone(
 
 
 @pytest.mark.parametrize(
+    ("tiles", "override", "parts"),
+    [
+        (
+            "{tile_kv: 16}",
+            "criterion.decode=mass",
+            (
+                "`criterion.decode: mass` needs `geometry.decode.running_max: seeded`, but got ascending; set",
+            ),
+        ),
+        (
+            "{tile_kv: 16, running_max: seeded}",
+            "target.engine=trtllm",
+            (
+                "`criterion` must be max unless `target.engine` is native",
+                "for trtllm",
+                "write `criterion: max`",
+            ),
+        ),
+        (
+            "{tile_kv: 16, running_max: seeded}",
+            "criterion.prefill=mass",
+            ("criterion", "`prefill` must be max, but got 'mass'"),
+        ),
+        (
+            "{tile_kv: 16, running_max: seeded}",
+            "criterion=mass",
+            ("criterion", "must be 'max', or a mapping", "but got 'mass'"),
+        ),
+        (
+            "{tile_kv: 16, running_max: seeded}",
+            "criterion.decode=moss",
+            ("criterion.decode", "but got 'moss'; did you mean `mass`?"),
+        ),
+    ],
+)
+def test_a_criterion_that_cannot_be_served_is_refused(
+    call: Callable[..., Result],
+    smoke: Callable[..., Path],
+    tmp_path: Path,
+    tiles: str,
+    override: str,
+    parts: tuple[str, ...],
+) -> None:
+    config = smoke("decode: {tile_kv: 16}", f"decode: {tiles}\ncriterion: {{decode: mass}}")
+    run = call("run", config, "-o", tmp_path / "run", "--set", override)
+    refused(run, str(config), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("override", "parts"),
     [
         ("search.trials", ("section.key=value", "`search.trials`")),

@@ -97,7 +97,7 @@ def test_dense_rows_are_for_our_own_engine_alone(
             "{tile_kv: 16}",
             "criterion.decode=mass",
             (
-                "`criterion.decode: mass` needs `geometry.decode.running_max: seeded`, but got ascending; set",
+                "`criterion.decode: mass` needs `geometry.decode.running_max: seeded`, but got ascending",
             ),
         ),
         (

@@ -16,10 +16,11 @@ from calibrate.errors import UserError, WorkFailed
 from calibrate.loss import losses
 from calibrate.loss.joint import described
 from calibrate.loss.losses import FINEST
-from calibrate.loss.measure import Outcome, compare
+from calibrate.loss.measure import Outcome, compare, compare_unguarded, with_generated
 from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan
 from calibrate.model.config_json import identity_of
 from calibrate.model.forward import dense_logits
+from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
@@ -41,6 +42,8 @@ from calibrate.statistics.fit import fit_phase
 
 if TYPE_CHECKING:
     import optuna
+
+    from skip_softmax.thresholds.file import Thresholds
 
 
 class Progress(Protocol):
@@ -136,6 +139,7 @@ class Stages:
                 seed=self.config.seed,
                 max_context=self.loaded.max_context,
                 memory=self._rows,
+                generate=self.config.generated_tokens,
             )
             write_json(path, {s: [prompt.to_json() for prompt in sets[s]] for s in SPLITS})
         rows = read_json(path)
@@ -343,8 +347,39 @@ class Stages:
 
     def evaluate(self, setting: Setting, prompt: Prompt) -> Outcome:
         """Runs a setting on a prompt, against the dense run."""
-        thresholds = thresholds_for(self.loaded, self.config, setting)
-        return compare(self.loaded, thresholds, prompt, self.dense(prompt))
+        return self.measure(thresholds_for(self.loaded, self.config, setting), prompt)
+
+    def measure(
+        self, thresholds: Thresholds, prompt: Prompt, *, unguarded: bool = False
+    ) -> Outcome:
+        """Runs thresholds on a prompt, against the dense run.
+
+        A held-out prompt with an answer is generated from too, if the config asks for it.
+
+        Args:
+            thresholds: what to apply.
+            prompt: what to run.
+            unguarded: as engines run thresholds of 1 or more.
+        """
+        run = compare_unguarded if unguarded else compare
+        outcome = run(self.loaded, thresholds, prompt, self.dense(prompt))
+        tokens = self.config.generated_tokens
+        if tokens is None or prompt.split != "heldout" or not prompt.answers:
+            return outcome
+        dense = self.dense_text(prompt, tokens)
+        return with_generated(
+            outcome, self.loaded, thresholds, prompt, dense, tokens, unguarded=unguarded
+        )
+
+    def dense_text(self, prompt: Prompt, tokens: int) -> str:
+        """What the model itself writes after a prompt; generated once, and kept in the run folder."""
+        path, setting = self.folder / "generated.json", {"dense": tokens}
+
+        def generated() -> dict[str, str]:
+            return {"text": greedy_text(self.loaded, prompt, tokens)}
+
+        with as_written(path):
+            return str(measured_once(path, setting, prompt, generated)["text"])
 
     def once(
         self, file: str, setting: Any, prompt: Prompt, measure: Callable[[], Outcome]

@@ -55,6 +55,10 @@ Engine = Literal[
 ]
 
 
+LEAST_GENERATED = 128
+"""Errors of decoding add up, so that fewer generated tokens would hide them."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -177,6 +181,9 @@ class BudgetConfig(_Section):
     score_drop: float | None = Field(default=None, gt=0, le=100)
     """Mean drop of the share of reference tokens that the model ranks first [points].
     A few points take hundreds of held-out prompts to prove: a run says how many before it begins."""
+    generated_drop: float | None = Field(default=None, gt=0, le=100)
+    """Mean drop of the share of an answer's values that generated text contains [points], of held-out prompts
+    with a reference answer."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Each upper confidence bound, not the mean, must lie within its budget."""
 
@@ -272,6 +279,10 @@ class ValidationConfig(_Section):
 
     attempts: int = Field(default=5, ge=1)
     """How many points of the front are tried at most, the safest first, until one fails."""
+    generate: int | None = Field(default=None, ge=LEAST_GENERATED)
+    """Tokens generated greedily, with a KV cache, after each held-out prompt that has a reference answer; a
+    token that ends the text ends it earlier. Null: `LEAST_GENERATED` if `budget.generated_drop` is set, else
+    nothing is generated."""
     short_prompt: int | None = Field(default=256, ge=16)
     """Length of an extra prompt that must come out dense because it is below `min_kv_len` [tokens]."""
 
@@ -311,6 +322,12 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: _Path | None = None
     """Run folder, from where the command is started; unset: `runs/` and the config file's name."""
+
+    @property
+    def generated_tokens(self) -> int | None:
+        """Tokens generated after each held-out prompt with an answer; None: nothing is generated."""
+        least = None if self.budget.generated_drop is None else LEAST_GENERATED
+        return self.validation.generate or least
 
     @model_validator(mode="after")
     def _criterion_can_be_served(self) -> RunConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from calibrate.engines.catalogue import find_engine
 from calibrate.errors import UserError, WorkFailed
-from calibrate.loss.measure import Outcome, compare, compare_unguarded
+from calibrate.loss.measure import Outcome
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.pipeline import Stages
 from calibrate.prompts.build import Prompt
@@ -150,8 +150,7 @@ def _projected(run: Stages, ours: RunConfig, winner: Setting, engine: str) -> Pr
 
     def evaluate(setting: Setting, prompt: Prompt) -> Outcome:
         def measure() -> Outcome:
-            thresholds = thresholds_for(run.loaded, ours, setting)
-            return compare(run.loaded, thresholds, prompt, run.dense(prompt))
+            return run.measure(thresholds_for(run.loaded, ours, setting), prompt)
 
         return run.once("served.json", [setting, tiles], prompt, measure)
 
@@ -258,12 +257,11 @@ def _evaluator(run: Stages) -> Evaluate:
         if thresholds.criterion != Criteria():
             parts.add("criterion")
         key = [thresholds.model_dump(mode="json", include=parts), above_one]
-        measure = compare_unguarded if above_one else compare
         return run.once(
             "served.json",
             key,
             prompt,
-            lambda: measure(run.loaded, thresholds, prompt, run.dense(prompt)),
+            lambda: run.measure(thresholds, prompt, unguarded=above_one),
         )
 
     return evaluate

@@ -577,7 +577,7 @@ def test_a_task_is_a_function_and_a_name_in_the_schema(name: str) -> None:
     assert places(name) == {"calibrate/prompts/tasks.py", SCHEMA}
 
 
-@pytest.mark.parametrize("name", ["kl_answer", "kl_text", "flips", "score_drop"])
+@pytest.mark.parametrize("name", ["kl_answer", "kl_text", "flips", "score_drop", "generated_drop"])
 def test_a_loss_is_an_entry_of_losses_a_budget_and_a_line_of_the_format(name: str) -> None:
     other = {
         "score_drop": {

@@ -24,7 +24,7 @@ class Loss:
         title: its name in sentences and tables.
         unit: of its values.
         compare: loss of one prompt, from the logits of the dense and the sparse run
-            [continuation + 1, vocabulary] and the prompt.
+            [continuation + 1, vocabulary] and the prompt; None: it takes generated text (`generated_score`).
         format: how a value is printed.
         least: the smallest possible value.
         answer: which prompts show it: those with a reference answer (True), those without (False), or all
@@ -36,7 +36,7 @@ class Loss:
 
     title: str
     unit: str
-    compare: Callable[[torch.Tensor, torch.Tensor, Prompt], float]
+    compare: Callable[[torch.Tensor, torch.Tensor, Prompt], float] | None
     format: str
     least: float
     most: float = math.inf
@@ -74,6 +74,16 @@ def score(logits: torch.Tensor, prompt: Prompt) -> float:
     return 100.0 * float((first == reference).double().mean())
 
 
+def generated_score(text: str, prompt: Prompt) -> float:
+    """Share of the values of the prompt's answer that a generated text contains [points, 0 to 100].
+
+    As RULER (arXiv 2404.06654) scores: anywhere in the text, in any order, upper or lower case.
+    """
+    written = text.casefold()
+    found = [value.casefold() in written for value in prompt.answers]
+    return 100.0 * sum(found) / len(found)
+
+
 def flips(dense: torch.Tensor, sparse: torch.Tensor) -> float:
     """Share of positions at which the two runs rank different tokens first [%, 0 to 100]."""
     return 100.0 * float((dense.argmax(-1) != sparse.argmax(-1)).double().mean())
@@ -86,6 +96,9 @@ _KL = Loss(
     format="#.3g",
     least=0.0,
 )
+
+GENERATED = "generated_drop"
+"""The loss that takes generated text; dear, so that only the validation measures it, and only if asked to."""
 
 LOSSES = {
     "kl": _KL,
@@ -107,6 +120,15 @@ LOSSES = {
         least=-100.0,
         most=100.0,
     ),
+    GENERATED: Loss(
+        title="generated score drop",
+        unit="points",
+        compare=None,
+        format=".2f",
+        least=-100.0,
+        most=100.0,
+        answer=True,
+    ),
 }
 
 FINEST = "kl"
@@ -115,11 +137,11 @@ layer by layer and predicted, and that tells a dense run's rounding from a leak.
 
 
 def compared(dense: torch.Tensor, sparse: torch.Tensor, prompt: Prompt) -> dict[str, float]:
-    """The losses that a prompt shows, from the logits of both runs [continuation + 1, vocabulary]."""
+    """The losses that a prompt shows in the logits of both runs [continuation + 1, vocabulary]."""
     return {
         name: loss.compare(dense, sparse, prompt)
         for name, loss in LOSSES.items()
-        if loss.shown_by(prompt)
+        if loss.compare is not None and loss.shown_by(prompt)
     }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from calibrate.loss.losses import LOSSES, compared, score
+from calibrate.loss.losses import GENERATED, LOSSES, compared, generated_score, score
 from calibrate.model.forward import forward
+from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from skip_softmax.huggingface.applied import applied
@@ -33,6 +35,8 @@ class Outcome:
         dense_score: share of reference tokens that the dense run ranks first [points].
         visited: tiles per phase and layer.
         skipped: tiles per phase and layer.
+        dense_generated: share of the answer's values in the text that the dense run generates [points];
+            None: nothing was generated.
     """
 
     key: str
@@ -42,6 +46,7 @@ class Outcome:
     dense_score: float
     visited: dict[Phase, list[int]]
     skipped: dict[Phase, list[int]]
+    dense_generated: float | None = None
 
     @property
     def answered(self) -> bool:
@@ -91,6 +96,52 @@ def compare_unguarded(
     loaded: LoadedModel, thresholds: Thresholds, prompt: Prompt, dense: torch.Tensor
 ) -> Outcome:
     """As `compare`, in an engine that knows neither `min_kv_len` nor a largest threshold (`literal`)."""
+    with _unguarded(loaded, thresholds, decode_from=len(prompt.ids)) as (visited, skipped):
+        sparse = forward(loaded, prompt).float().cpu()
+    return outcome(prompt, dense, sparse, visited, skipped)
+
+
+def with_generated(
+    measured: Outcome,
+    loaded: LoadedModel,
+    thresholds: Thresholds,
+    prompt: Prompt,
+    dense: str,
+    tokens: int,
+    *,
+    unguarded: bool = False,
+) -> Outcome:
+    """Adds the loss that takes generated text: thresholds act on prompt and steps as they come.
+
+    Args:
+        measured: what `compare` or `compare_unguarded` gave.
+        loaded: the model.
+        thresholds: what to apply.
+        prompt: one that has `answers`.
+        dense: what the dense run generates, from `greedy_text`.
+        tokens: how many tokens at most, as for the dense run.
+        unguarded: as engines run thresholds of 1 or more.
+
+    Returns:
+        The outcome with one loss more.
+    """
+    served = (
+        _unguarded(loaded, thresholds)
+        if unguarded
+        else applied(loaded.model, thresholds, count=False)
+    )
+    with served:
+        sparse = greedy_text(loaded, prompt, tokens)
+    score = generated_score(dense, prompt)
+    drop = score - generated_score(sparse, prompt)
+    return replace(measured, losses={**measured.losses, GENERATED: drop}, dense_generated=score)
+
+
+@contextmanager
+def _unguarded(
+    loaded: LoadedModel, thresholds: Thresholds, decode_from: int | None = None
+) -> Iterator[tuple[dict[Phase, list[int]], dict[Phase, list[int]]]]:
+    """As `applied`, by the published rule to the letter; yields visited and skipped tiles per layer."""
     layers = len(loaded.layers)
     visited: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
     skipped: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
@@ -115,9 +166,8 @@ def compare_unguarded(
         return torch.stack(outputs)
 
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
-    with intercepted(loaded.model, handler, decode_from=len(prompt.ids), left_alone=left_alone):
-        sparse = forward(loaded, prompt).float().cpu()
-    return outcome(prompt, dense, sparse, visited, skipped)
+    with intercepted(loaded.model, handler, decode_from=decode_from, left_alone=left_alone):
+        yield visited, skipped
 
 
 def outcome(

@@ -34,6 +34,8 @@ _MAX_ROWS = 100_000
 _PATIENCE = 20
 
 _Tokens = tuple[int, ...]
+_Row = tuple[_Tokens, _Tokens, tuple[str, ...]]
+"""Prompt, continuation and answers."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Prompt:
     """Teacher-forced tokens after the prompt, 1 to `decode_tokens` of them."""
     has_answer: bool
     """Whether `continuation` is a reference answer; else it is the text's own."""
+    answers: tuple[str, ...] = ()
+    """The values that the whole reference answer lists; empty: there is none, or an earlier version
+    did not keep them."""
 
     @property
     def key(self) -> str:
@@ -64,7 +69,8 @@ class Prompt:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Prompt:
         """The prompt that `to_json` wrote."""
-        return cls(**{**row, "ids": tuple(row["ids"]), "continuation": tuple(row["continuation"])})
+        lists = {key: tuple(row.get(key, ())) for key in ("ids", "continuation", "answers")}
+        return cls(**{**row, **lists})
 
 
 def build(
@@ -74,6 +80,7 @@ def build(
     seed: int,
     max_context: int | None,
     memory: Sequence[dict[str, Any]] | None = None,
+    generate: int | None = None,
 ) -> dict[Split, list[Prompt]]:
     """Builds the calibration, search and held-out prompts.
 
@@ -90,6 +97,8 @@ def build(
         seed: of every random choice, at least 0.
         max_context: longest prompt plus continuation that the model takes [tokens]; None: no limit.
         memory: the rows of a source `task: memory`.
+        generate: how many tokens the model may write after a prompt with an answer; they must fit into its
+            context too. None: nothing is generated.
 
     Returns:
         The prompts of each set, exactly as many as `config` says.
@@ -97,7 +106,7 @@ def build(
     Raises:
         UserError: a source is missing, broken, too short or too long; the message says where.
     """
-    setup = _Setup(config, Codec(tokenizer), seed, max_context, memory)
+    setup = _Setup(config, Codec(tokenizer), seed, max_context, memory, generate or 0)
     _check_sources(setup)
     counts = (config.calibration, config.search, config.heldout)
     plan = {split: _shares(config, count) for split, count in zip(SPLITS, counts, strict=True)}
@@ -133,6 +142,13 @@ class _Setup:
     seed: int
     max_context: int | None
     memory: Sequence[dict[str, Any]] | None
+    generate: int
+
+    def room(self, source: Source, after: int) -> tuple[int, str]:
+        """What must fit behind a prompt [tokens], and what it is called: the longer of two runs."""
+        if source.has_answer and self.generate > after:
+            return self.generate, "generated tokens"
+        return after, "continuation"
 
 
 def _shares(config: PromptsConfig, count: int) -> list[tuple[int, int]]:
@@ -165,7 +181,7 @@ def _check_sources(setup: _Setup) -> None:
     config, read = setup.config, Counter[tuple[str | None, ...]]()
     for source in config.sources:
         if _MAKERS.get(source.task) is not _from_rows:
-            _check_context(config, setup.max_context)
+            _check_context(setup, source)
         if source.task not in TASKS:
             read[source.task, source.path, source.dataset, source.subset, source.split] += 1
     for (task, path, dataset, *_), times in read.items():
@@ -176,12 +192,14 @@ def _check_sources(setup: _Setup) -> None:
             )
 
 
-def _check_context(config: PromptsConfig, max_context: int | None) -> None:
-    length, after = max(config.lengths), config.decode_tokens
-    if max_context is not None and length + after > max_context:
+def _check_context(setup: _Setup, source: Source) -> None:
+    length, context = max(setup.config.lengths), setup.max_context
+    after, _ = setup.room(source, setup.config.decode_tokens)
+    name = "decode_tokens" if after == setup.config.decode_tokens else "validation.generate"
+    if context is not None and length + after > context:
         raise UserError(
-            "`length + decode_tokens <= context` must hold, but got "
-            f"{length} + {after} > {max_context} for model context; lower `prompts.lengths`"
+            f"`length + {name} <= context` must hold, but got {length} + {after} > {context} for model "
+            "context; lower `prompts.lengths`"
         )
 
 
@@ -207,9 +225,9 @@ def _generated(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt
     task = setup.config.sources[index].task
     for slot in slots:
         stream = f"{setup.seed}/{index}/{slot.split}/{slot.number}"
-        ids, after = generate(task, stream, slot.length, setup.codec)
+        ids, after, answers = generate(task, stream, slot.length, setup.codec)
         after = after[: setup.config.decode_tokens]
-        yield Prompt(task, slot.split, slot.length, ids, after, has_answer=True)
+        yield Prompt(task, slot.split, slot.length, ids, after, has_answer=True, answers=answers)
 
 
 def _windows(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
@@ -246,16 +264,14 @@ def _from_rows(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt
         rng.shuffle(pool)
     for slot in slots:
         length = slot.length if pools[slot.length] else max(pools, key=lambda n: len(pools[n]))
-        ids, after = pools[length].pop()
-        yield Prompt(source.task, slot.split, length, ids, after, source.has_answer)
+        ids, after, answers = pools[length].pop()
+        yield Prompt(source.task, slot.split, length, ids, after, source.has_answer, answers)
 
 
-def _pools(
-    setup: _Setup, source: Source, slots: list[_Slot]
-) -> dict[int, list[tuple[_Tokens, _Tokens]]]:
+def _pools(setup: _Setup, source: Source, slots: list[_Slot]) -> dict[int, list[_Row]]:
     """Different rows by length bin: enough for every slot, of the lengths wanted if they exist."""
     lengths, wanted = setup.config.lengths, Counter(slot.length for slot in slots)
-    pools: dict[int, list[tuple[_Tokens, _Tokens]]] = {length: [] for length in lengths}
+    pools: dict[int, list[_Row]] = {length: [] for length in lengths}
     seen: set[str] = set()
     read = outside = repeated = 0
     full = False
@@ -271,15 +287,16 @@ def _pools(
             # A broken row is an error wherever it stands in a user's own file.
             continue
         ids, after = _row_tokens(setup, where, prompt, answer)
+        answers = () if answer is None else (answer.strip(),)
         if source.task != "hub":
-            _check_row(setup, where, len(ids), len(after))
-        if not after or not _fits(setup, ids, after) or not _within(lengths, len(ids)):
+            _check_row(setup, source, where, len(ids), len(after))
+        if not after or not _fits(setup, source, ids, after) or not _within(lengths, len(ids)):
             outside += 1
         elif (digest := _digest(ids)) in seen:
             repeated += 1
         else:
             seen.add(digest)
-            pools[lengths[nearest_bin(len(ids), lengths)]].append((ids, after))
+            pools[lengths[nearest_bin(len(ids), lengths)]].append((ids, after, answers))
         enough = len(seen) >= len(slots)
         balanced = all(len(pools[n]) >= wanted[n] for n in lengths)
         full = enough and (balanced or read >= _PATIENCE * len(slots))
@@ -322,15 +339,17 @@ def _row_tokens(
     return tuple(ids), tuple(after)
 
 
-def _fits(setup: _Setup, ids: _Tokens, after: _Tokens) -> bool:
-    return setup.max_context is None or len(ids) + len(after) <= setup.max_context
+def _fits(setup: _Setup, source: Source, ids: _Tokens, after: _Tokens) -> bool:
+    room, _ = setup.room(source, len(after))
+    return setup.max_context is None or len(ids) + room <= setup.max_context
 
 
-def _check_row(setup: _Setup, where: str, tokens: int, after: int) -> None:
-    if setup.max_context is not None and tokens + after > setup.max_context:
+def _check_row(setup: _Setup, source: Source, where: str, tokens: int, after: int) -> None:
+    room, name = setup.room(source, after)
+    if setup.max_context is not None and tokens + room > setup.max_context:
         raise UserError(
-            f"{where}: `prompt + continuation <= context` must hold, but got "
-            f"{tokens} + {after} > {setup.max_context} tokens; shorten the row or remove it"
+            f"{where}: `prompt + {name} <= context` must hold, but got "
+            f"{tokens} + {room} > {setup.max_context} tokens; shorten the row or remove it"
         )
 
 

@@ -47,7 +47,7 @@ class Codec:
 
 def generate(
     task: str, stream: str, length: int, codec: Codec
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
     """Makes one prompt of a built-in task, with the largest body that fits and the end of its lead.
 
     Args:
@@ -57,7 +57,7 @@ def generate(
         codec: the tokenizer.
 
     Returns:
-        The prompt, and all tokens of its answer.
+        The prompt, all tokens of its answer, and the values that the answer lists.
 
     Raises:
         UserError: not even the task without filler fits.
@@ -77,7 +77,7 @@ def generate(
     cloze = write(task, stream, length=length, size=size)
     ids, after = codec.split(cloze.lead + cloze.body, cloze.answer)
     assert len(ids) >= room
-    return (*codec.prefix, *ids[len(ids) - room :]), tuple(after)
+    return (*codec.prefix, *ids[len(ids) - room :]), tuple(after), cloze.values
 
 
 def _largest_size(tokens_at: Callable[[int], int], least: int, room: int) -> int:

@@ -45,8 +45,13 @@ class Cloze:
     """Filler in front of `body`, ends in white space; its beginning is cut to reach a length."""
     body: str
     """All that the answer needs; ends just before the answer, without white space."""
-    answer: str
-    """What comes next; begins with a space."""
+    values: tuple[str, ...]
+    """What is asked for, in order; each once."""
+
+    @property
+    def answer(self) -> str:
+        """What comes next; begins with a space."""
+        return f" {', '.join(self.values)}."
 
 
 TASKS: dict[str, Callable[[Random, int, int], Cloze]] = {}
@@ -159,8 +164,7 @@ def _needle_keys(rng: Random, size: int, *, keys: int, asked: int) -> Cloze:
         if asked == 1
         else f"The special magic numbers for {_listed(wanted)} are"
     )
-    answer = ", ".join(number_of[name] for name in wanted)
-    return Cloze(lead, f"{hay}\n\n{question}", f" {answer}.")
+    return Cloze(lead, f"{hay}\n\n{question}", tuple(number_of[name] for name in wanted))
 
 
 @_task
@@ -170,7 +174,7 @@ def needle_multivalue(rng: Random, _: int, size: int) -> Cloze:
     statements = [f"One of the special magic numbers for {name} is {n}." for n in numbers]
     lead, hay = _hidden(rng, size, statements)
     question = f"The special magic numbers for {name} are"
-    return Cloze(lead, f"{hay}\n\n{question}", f" {', '.join(numbers)}.")
+    return Cloze(lead, f"{hay}\n\n{question}", tuple(numbers))
 
 
 @_task
@@ -183,7 +187,7 @@ def variable_tracking(rng: Random, _: int, size: int) -> Cloze:
     statements = [f"VAR {name} = {it}." for name, it in zip(names, sources, strict=True)]
     lead, hay = _hidden(rng, size, statements)
     question = f"The variables that are equal to {value} are VAR"
-    return Cloze(lead, f"{hay}\n\n{question}", f" {', '.join(names)}.")
+    return Cloze(lead, f"{hay}\n\n{question}", tuple(names))
 
 
 @_task
@@ -200,7 +204,7 @@ def common_words(rng: Random, length: int, size: int) -> Cloze:
     common.sort(key=entries.index)
     lines = " ".join(f"{i}. {word}" for i, word in enumerate(entries, start=1))
     question = f"The {count} words that occur most often in the list are"
-    return Cloze(_aside(rng), f"{lines}\n\n{question}", f" {', '.join(common)}.")
+    return Cloze(_aside(rng), f"{lines}\n\n{question}", tuple(common))
 
 
 @_task
@@ -218,8 +222,7 @@ def frequent_words(rng: Random, length: int, size: int) -> Cloze:
     entries = [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
     rng.shuffle(entries)
     question = "Leaving out the dots, the three words that occur most often in the text are"
-    answer = ", ".join(words[1 : last + 1])
-    return Cloze(_aside(rng), f"{' '.join(entries)}\n\n{question}", f" {answer}.")
+    return Cloze(_aside(rng), f"{' '.join(entries)}\n\n{question}", tuple(words[1 : last + 1]))
 
 
 def _aside(rng: Random) -> str:

@@ -151,7 +151,7 @@ def _curve(curve: dict[str, Any], dense: Mapping[str, Any] | None) -> dict[str, 
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: _round(value) for key, value in row.items()}
+    return {key: _round(value) for key, value in row.items() if value is not None}
 
 
 def _round(value: float) -> float:

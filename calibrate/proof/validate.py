@@ -32,7 +32,7 @@ class Attempt:
         relative_time: predicted attention time of `served` relative to dense, weighted over phases.
         sparsity: achieved, per phase.
         by_length: per phase and length: target (see `targets`) and achieved sparsity.
-        by_task: mean losses per task.
+        by_task: mean losses and dense scores per task.
         prompts: how many held-out prompts.
         failing: those that lose their answer; None: an earlier version did not count them.
     """
@@ -239,8 +239,10 @@ def _attempt(
 
 
 def _task(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    generated = [o.dense_generated for o in outcomes if o.dense_generated is not None]
     return {
         **mean_losses(outcomes),
         "dense_score": float(np.mean([o.dense_score for o in outcomes])),
+        **({"dense_generated": float(np.mean(generated))} if generated else {}),
         "prompts": len(outcomes),
     }

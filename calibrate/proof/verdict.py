@@ -36,11 +36,19 @@ would otherwise pass for spread. It adds at most 1 % of the budget to the mean."
 
 @dataclass(frozen=True)
 class Bound:
-    """A mean with its one-sided upper confidence bound."""
+    """A mean with its one-sided upper confidence bound.
+
+    Attributes:
+        mean: over the prompts that show the loss.
+        upper: its upper bound.
+        confidence: of the bound.
+        prompts: how many show the loss; None: an earlier version did not say.
+    """
 
     mean: float
     upper: float
     confidence: float
+    prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,11 @@ def require_provable(config: RunConfig) -> None:
     """
     law, heldout = Law.of(config), config.prompts.heldout
     answered = with_answer(config.prompts, heldout)
+    if config.validation.generate is not None and not answered:
+        raise UserError(
+            f"validation.generate: what is generated is compared with a reference answer, but none of the "
+            f"{heldout} held-out prompts has one; add such a source to `prompts.sources`, or leave it null"
+        )
     for name, limit in law.limits.items():
         loss = LOSSES[name]
         showing, which = {
@@ -195,7 +208,7 @@ def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
     values = [outcome.losses[name] for outcome in showing]
     mean = float(np.mean(values))
     if not np.isfinite(values).all():
-        return Bound(mean, math.inf, law.confidence)
+        return Bound(mean, math.inf, law.confidence, len(values))
     if math.isfinite(loss.most):
         upper = bounded_upper(values, law.confidence, high=loss.most)
     else:
@@ -206,7 +219,7 @@ def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
             floor=_NEGLIGIBLE * law.limits.get(name, mean),
             seed=law.seed,
         )
-    return Bound(mean, upper, law.confidence)
+    return Bound(mean, upper, law.confidence, len(values))
 
 
 def _failing(outcomes: Sequence[Outcome], law: Law) -> Failing:

@@ -201,7 +201,13 @@ def _attempt(attempt: Attempt | None) -> dict[str, Any] | None:
 def _bound(bound: Bound) -> dict[str, Any]:
     # Too few prompts have no bound.
     upper = six(bound.upper) if math.isfinite(bound.upper) else None
-    return {"mean": six(bound.mean), "upper": upper, "confidence": six(bound.confidence)}
+    confidence = six(bound.confidence)
+    return {
+        "mean": six(bound.mean),
+        "upper": upper,
+        "confidence": confidence,
+        "prompts": bound.prompts,
+    }
 
 
 def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[str, Any]:
@@ -333,8 +339,14 @@ def _tasks(
             "lengths": [outcome.length for outcome in mine],
             "losses": {name: _task_bound(name, mine, law) for name in by_loss(mine)},
             "dense_score": six(float(np.mean([outcome.dense_score for outcome in mine]))),
+            "dense_generated": _mean_of([outcome.dense_generated for outcome in mine]),
         }
     return tasks
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return six(float(np.mean(known))) if known else None
 
 
 def _task_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> dict[str, Any]:

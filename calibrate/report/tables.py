@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
-from calibrate.loss.losses import FINEST, LOSSES, Loss
+from calibrate.loss.losses import FINEST, GENERATED, LOSSES, Loss
 from calibrate.proof.dense import reach_text
 from calibrate.report.findings import Findings
 from calibrate.terminal import Table
@@ -45,8 +44,12 @@ def heldout(found: Findings) -> Table:
     limits = found["budget"]["losses"]
     parts = _parts(limits, limits)
     setting = "Chosen" if searched["passed"] else "Last candidate"
-    untested = {name: bound for name, bound in searched["losses"].items() if name not in limits}
-    notes = [", ".join(starmap(_bound_text, untested.items()))] if untested else []
+    untested = [
+        _bound_text(name, bound, searched["prompts"])
+        for name, bound in searched["losses"].items()
+        if name not in limits
+    ]
+    notes = [", ".join(untested)] if untested else []
     notes += [] if searched["failing"] is None else [failing_text(searched["failing"])]
     return Table(
         "Held-out prompts: loss against sparsity",
@@ -171,8 +174,9 @@ def phases(thresholds: Thresholds) -> Table:
         )
     measured = evidence.get("loss")
     if measured is not None:
-        losses = (_bound_text(name, measured[name]) for name in LOSSES if name in measured)
-        notes.append(f"{', '.join(losses)} on {measured['heldout_prompts']} held-out prompts")
+        prompts = measured["heldout_prompts"]
+        losses = (_bound_text(name, measured[name], prompts) for name in LOSSES if name in measured)
+        notes.append(f"{', '.join(losses)} on {prompts} held-out prompts")
     if "failing_prompts" in evidence:
         notes.append(failing_text(evidence["failing_prompts"]))
     return Table(
@@ -318,16 +322,19 @@ def _lengths(found: Findings) -> Table:
 
 
 def _tasks(found: Findings) -> Table:
-    parts = _parts(_measured([*found["tasks"].values()]), found["budget"]["losses"])
+    measured = _measured([*found["tasks"].values()])
+    parts = _parts(measured, found["budget"]["losses"])
+    columns = ("dense generated score [points]",) if GENERATED in measured else ()
     return Table(
         "Losses of each task",
-        ("task", "prompts", *_bound_columns(parts), "dense score [points]"),
+        ("task", "prompts", *_bound_columns(parts), "dense score [points]", *columns),
         [
             [
                 name,
                 str(task["prompts"]),
                 *_bound_cells(task["losses"], parts),
                 f"{task['dense_score']:.1f}",
+                *(_points(task["dense_generated"]) for _ in columns),
             ]
             for name, task in found["tasks"].items()
         ],
@@ -373,6 +380,11 @@ def _thresholds(found: Findings) -> Table:
                 f"{100 * phase['layer_dropped_mass'][layer]:.3g} %",
             ]
     return Table("Scale factor per layer", tuple(columns), rows)
+
+
+def _points(score: float | None) -> str:
+    """A score, one decimal; a dash for none."""
+    return "–" if score is None else f"{score:.1f}"
 
 
 def percent_text(share: float | None) -> str:
@@ -430,10 +442,12 @@ def _bound_cells(losses: Mapping[str, Any], parts: _Parts) -> list[str]:
     return [LOSSES[name].text(losses.get(name, {}).get(part)) for name, part in parts]
 
 
-def _bound_text(name: str, bound: Mapping[str, Any]) -> str:
-    """`KL 0.00310 (upper bound 0.00420) nats/token`."""
-    loss = LOSSES[name]
-    return f"{loss.title} {loss.text(bound['mean'])} (upper bound {loss.text(bound['upper'])}) {loss.unit}"
+def _bound_text(name: str, bound: Mapping[str, Any], prompts: int) -> str:
+    """`KL 0.00310 (upper bound 0.00420) nats/token`, and how many of the prompts show it if not all do."""
+    loss, shown = LOSSES[name], bound.get("prompts") or prompts
+    upper = f"(upper bound {loss.text(bound['upper'])}) {loss.unit}"
+    part = "" if shown == prompts else f" ({shown} prompts)"
+    return f"{loss.title} {loss.text(bound['mean'])} {upper}{part}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

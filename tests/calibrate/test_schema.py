@@ -84,3 +84,13 @@ def test_a_retired_key_of_an_old_run_folder_is_read_over_and_others_are_not(tmp_
     assert load_config(written(tmp_path, text)).validation.attempts == 2
     with pytest.raises(FileError, match=r"run.yaml:2: validation.bootstraps: unknown key"):
         load_config(written(tmp_path, text.replace("bootstrap", "bootstraps")))
+
+
+def test_text_is_generated_if_the_budget_or_the_key_asks_for_it() -> None:
+    def asked(drop: float | None = None, generate: int | None = None) -> int | None:
+        sections = {"budget": {"generated_drop": drop}, "validation": {"generate": generate}}
+        return RunConfig.model_validate({"model": {"path": "x"}, **sections}).generated_tokens
+
+    assert (asked(), asked(drop=5.0), asked(5.0, 300), asked(generate=129)) == (None, 128, 300, 129)
+    with pytest.raises(ValueError, match="greater than or equal to 128"):
+        asked(generate=127)

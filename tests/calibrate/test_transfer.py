@@ -151,10 +151,10 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
         largest = max(thresholds.per_head(1, "prefill"))
         return far(outcome) if largest > 60 else outcome
 
-    from calibrate import transfer
+    from calibrate import pipeline, transfer
 
-    original = transfer.compare
-    monkeypatch.setattr(transfer, "compare", compare)
+    original = pipeline.compare
+    monkeypatch.setattr(pipeline, "compare", compare)
     monkeypatch.setattr(transfer, "points", lambda _study: [])
     monkeypatch.setattr(project, "_nearest", lambda *_: 120.0)
     code, out, err = call("project", copied, "--engine", "sglang", "--json")
@@ -167,7 +167,7 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
     assert report["direct"]["scale_factor"]["prefill"] == 120.0
     assert 40 < report["used"]["scale_factor"]["prefill"] <= 60
     # Nothing holds: exit 1 and no file.
-    monkeypatch.setattr(transfer, "compare", lambda *a: far(original(*a)))
+    monkeypatch.setattr(pipeline, "compare", lambda *a: far(original(*a)))
     (copied / "served.json").unlink()
     (copied / "projected-sglang.yaml").unlink()
     code, out, err = call("project", copied, "--engine", "sglang")

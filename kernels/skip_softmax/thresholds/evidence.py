@@ -103,6 +103,7 @@ class LossSection(_Evidence):
     kl_text: BoundSection | None = None
     flips: BoundSection | None = None
     score_drop: BoundSection
+    generated_drop: BoundSection | None = None
     heldout_prompts: int
 
 

@@ -81,12 +81,14 @@ def make(
     tokenizer: Any = None,
     seed: int = 0,
     max_context: int | None = None,
+    generate: int | None = None,
     **changes: Any,
 ) -> dict[str, list[Prompt]]:
     sources = tuple(s if isinstance(s, Source) else Source(task=s) for s in sources)
     small = {"lengths": (512,), "decode_tokens": 80, "calibration": 2, "search": 2, "heldout": 3}
     config = PromptsConfig(sources=sources, **{**small, **changes})
-    return build(config, tokenizer or bpe(), seed=seed, max_context=max_context)
+    words = tokenizer or bpe()
+    return build(config, words, seed=seed, max_context=max_context, generate=generate)
 
 
 def every(sets: dict[str, list[Prompt]]) -> list[Prompt]:
@@ -161,6 +163,19 @@ def test_continuations_are_cut_to_decode_tokens() -> None:
 
 
 # The answers, found again in the text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_values_of_an_answer_are_kept_whole_where_the_continuation_is_cut(task: str) -> None:
+    whole, cut = (every(make(task, decode_tokens=tokens)) for tokens in (80, 3))
+    for prompt, shorter in zip(whole, cut, strict=True):
+        assert shorter.answers == prompt.answers and len(shorter.continuation) == 3
+        assert bpe().decode(list(prompt.continuation)) == f" {', '.join(prompt.answers)}."
+        assert len(set(prompt.answers)) == len(prompt.answers) > 0
+        assert Prompt.from_json(json.loads(json.dumps(prompt.to_json()))) == prompt
+        before = {key: value for key, value in prompt.to_json().items() if key != "answers"}
+        assert Prompt.from_json(before).answers == (), "an earlier version did not keep them"
+        assert Prompt.from_json(before).key == prompt.key
 
 
 def statements(text: str):
@@ -766,6 +781,22 @@ def test_generated_lengths_and_their_continuations_fit_the_context(task: str) ->
     )
 
 
+def test_what_is_generated_must_fit_the_context_too(tmp_path: Path) -> None:
+    make("needle_single", max_context=640, generate=128)
+    make("text", max_context=592, generate=128)  # no answer, so nothing is generated
+    law = r"`length \+ validation.generate <= context` must hold, but got 512 \+ 128 > 639 for"
+    with pytest.raises(UserError, match=law):
+        make("needle_single", max_context=639, generate=128)
+    path = write_jsonl(tmp_path / "a.jsonl", sized([100] * 9 + [120]))
+    exact = {"lengths": (100,), "tokenizer": bpe(258), "calibration": 4, "search": 3}
+    assert len(every(from_file(path, max_context=248, generate=128, **exact))) == 10
+    law = (
+        r"a\.jsonl:10: `prompt \+ generated tokens <= context` must hold, but got 120 \+ 128 > 247"
+    )
+    with pytest.raises(UserError, match=law):
+        from_file(path, max_context=247, generate=128, **exact)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_length_too_small_for_the_task_is_an_error(task: str) -> None:
     with pytest.raises(
@@ -822,6 +853,6 @@ def test_a_long_prompt_is_fitted_in_few_tries(
     monkeypatch.setattr(
         fitting.Codec, "encode", lambda self, text: texts.append(len(text)) or encode(self, text)
     )
-    ids, _ = fitting.generate("needle_multikey", "s", 65536, fitting.Codec(smollm2))
+    ids, *_ = fitting.generate("needle_multikey", "s", 65536, fitting.Codec(smollm2))
     assert len(ids) == 65536
     assert sum(texts) < 10 * len(smollm2.decode(list(ids)))

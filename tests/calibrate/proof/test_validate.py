@@ -482,6 +482,18 @@ NEEDLE, TEXT = {"task": "needle_single"}, {"task": "text"}
             {"flips": 20.0},
             r"flips: .* 20 % .* `prompts.heldout: 12` it is 23.51",
         ),
+        (
+            [TEXT],
+            12,
+            {"generated_drop": 50.0},
+            r"generated_drop: at least 5 .* reference .* has 0; add",
+        ),
+        (
+            [NEEDLE, TEXT],
+            12,
+            {"generated_drop": 30.0},
+            r"12` \(6 with a reference answer\) it is 41",
+        ),
         ([{"task": "hub", "dataset": "d"}], 9, {"kl_answer": 0.01}, r"or `budget.kl_answer: null`"),
     ],
 )
@@ -498,3 +510,15 @@ def test_a_budget_on_a_loss_that_too_few_prompts_can_show_is_refused(
         require_provable(asking())
     answered = {"task": "hub", "dataset": "d", "answer_field": "a"}
     require_provable(asking(sources=[NEEDLE, TEXT, answered], heldout=50))
+
+
+def test_generating_without_anything_to_compare_with_is_refused() -> None:
+    def asking(*sources: dict[str, str]) -> RunConfig:
+        prompts = {"lengths": [1024], "sources": list(sources), "heldout": 7}
+        return RunConfig.model_validate(
+            {"model": {"path": "unused"}, "prompts": prompts, "validation": {"generate": 131}}
+        )
+
+    with pytest.raises(UserError, match=r"validation.generate: what .* none of the 7 held-out"):
+        require_provable(asking(TEXT))
+    require_provable(asking(NEEDLE, TEXT))

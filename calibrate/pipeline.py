@@ -248,6 +248,7 @@ class Stages:
             [step for step in todo if step not in done],
             lambda setting: thresholds_for(self.loaded, self.config, setting),
             shortest[: self.config.sensitivity.prompts],
+            self.dense,
         )
         for row in measured:
             rows.append(asdict(row))

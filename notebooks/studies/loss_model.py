@@ -187,7 +187,9 @@ def measure(seed: int, output: Path) -> None:
     for index, prompt in enumerate(prompts):
         rows = found["alone"].setdefault(str(index), [])
         missing = todo[len(rows) :]
-        for row in measure_layers(stages.loaded, stages.statistics, missing, thresholds, [prompt]):
+        for row in measure_layers(
+            stages.loaded, stages.statistics, missing, thresholds, [prompt], stages.dense
+        ):
             rows.append(asdict(row))
             write_json(path, found)
         print(f"seed {seed} prompt {index}: {len(rows)} layers alone", flush=True)

@@ -265,6 +265,7 @@ def test_measuring_one_layer_by_replay_equals_running_everything(family: str, ph
                 steps,
                 lambda setting: thresholds_for(loaded, config, setting),
                 [prompt],
+                lambda prompt: capture.forward(loaded, prompt),
             )
         )
 
@@ -280,6 +281,7 @@ def test_measuring_one_layer_by_replay_equals_running_everything(family: str, ph
         assert row.kl == pytest.approx(expected, rel=1e-2, abs=1e-7)
         assert int(tiles[row.phase].skipped[row.layer].sum()) > 0
         assert row.sparsity > 0
+        assert row.rounding < 1e-9, "float32 rounds finely"
     assert [(row.phase, row.layer, row.scale_factor) for row in rows] == todo
     # An interrupted measurement continues with what is missing.
     assert measured(todo[-1:]) == rows[-1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from types import SimpleNamespace
@@ -96,3 +97,20 @@ def test_a_layer_is_weighed_at_its_own_mass() -> None:
         assert model.loss("prefill", row.layer, row.dropped_mass) == pytest.approx(row.kl)
     assert model.loss("prefill", 0, 0.0) == 0.0
     assert model.loss("prefill", 0, 0.1) == pytest.approx(0.2**1.4 / 2**POWER)
+
+
+def test_rounding_decides_neither_the_power_nor_the_weight() -> None:
+    """In 16 bits many a layer alone loses less than two dense kernels differ by."""
+    rounding = 1e-5
+    masses = [[3e-2, 1e-1], [1e-4, 1e-3], [2e-4, 5e-4]] * 7
+    measured = [
+        dataclasses.replace(row, kl=row.kl + rounding, rounding=rounding)
+        for row in rows(2.0, masses)
+    ]
+    measured.append(Row("prefill", 21, 1.0, 0.5, 0.3, 0.0, rounding))  # the last layer: dense rows
+    model = loss_model(measured, 22, ["prefill"])
+    assert model.powers["prefill"] == pytest.approx(2.0, abs=0.1)
+    assert model.loss("prefill", 0, 0.05) == pytest.approx(0.05**2, rel=0.3)
+    assert model.loss("prefill", 21, 0.3) < 1e-8
+    deaf = [dataclasses.replace(row, rounding=0.0) for row in measured]
+    assert loss_model(deaf, 22, ["prefill"]).powers["prefill"] < 1.5, "this test shows nothing"

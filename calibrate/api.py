@@ -77,6 +77,7 @@ class Run:
     @property
     def study(self) -> optuna.Study:
         """The Optuna study."""
+        self._require_search()
         self._stages.notes.require("sensitivity")
         return self._stages.study
 
@@ -108,6 +109,7 @@ class Run:
         """
         from calibrate.record.folder import write_config
 
+        self._require_search()
         with self._locked() as stages:
             search = stages.config.search
             if trials is not None and trials < search.trials:
@@ -125,7 +127,7 @@ class Run:
         return self
 
     def validate(self) -> Run:
-        """Chooses again from the trials and proves the choice on the held-out prompts.
+        """Chooses again from the trials, or at the target, and proves the choice on the held-out prompts.
 
         Returns:
             This run, with its new verdict and report.
@@ -135,7 +137,7 @@ class Run:
             WorkFailed: no setting skips anything within the budget.
         """
         with self._locked() as stages:
-            stages.notes.require("search")
+            stages.notes.require("capture" if self.config.target.targets else "search")
             stages.notes.reopen("validation")
             stages.prove()
         return self
@@ -186,6 +188,7 @@ class Run:
         from calibrate.engines.catalogue import find_phases
         from calibrate.transfer import project_run
 
+        self._require_search()
         chosen = find_phases(phases)
         with self._locked() as stages:
             return project_run(stages, engine, gpu, chosen)
@@ -216,6 +219,15 @@ class Run:
         from calibrate.transfer import statistics_for
 
         return statistics_for(self._stages, _thresholds(thresholds))
+
+    def _require_search(self) -> None:
+        """Refuses a run that searches for nothing."""
+        if self.config.target.targets:
+            raise UserError(
+                f"`{self.folder}`: `target.target_sparsity` must be null for this, but the run has one, in "
+                "place of a search; every engine takes its number per phase as it is (`calibrate export`), "
+                "and a run in another folder, without the key, searches"
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[Stages]:

@@ -149,6 +149,9 @@ def show(
     rows = expectations(thresholds, statistics)
     dense = [f"layer {entry.layer} is dense: {entry.reason}" for entry in thresholds.uncalibrated]
     shown = [tables.phases(thresholds), *([tables.expected(rows)] if rows else [])]
+    attained = thresholds.evidence.get("target_sparsity")
+    if attained:
+        shown.append(tables.targets(attained))
     left = tables.left_dense(thresholds.evidence)
     terminal.show(*shown, *left, tables.layers(thresholds), *dense)
 
@@ -336,13 +339,17 @@ def _finish(finished: Any, as_json: bool) -> None:
             {"folder": str(finished.folder), "thresholds": str(path), "evidence": evidence}
         )
     else:
-        from calibrate.report.tables import heldout, left_dense
+        from calibrate.report.tables import heldout, left_dense, targets
 
-        terminal.show(heldout(finished.findings), *left_dense(evidence))
+        found = evidence.get("target_sparsity")
+        attained = [targets(found)] if found else []
+        terminal.show(heldout(finished.findings), *attained, *left_dense(evidence))
     if evidence["verdict"] != "passed":
+        from calibrate.report.tables import cure
+
         raise WorkFailed(
             f"validation failed: {evidence.get('reason', 'a short prompt did not come out dense')}; "
-            f"`{path}` was written with skipping disabled. Raise the budget, or give the search more trials"
+            f"`{path}` was written with skipping disabled. {cure(evidence)}"
         )
     terminal.say(f"passed: {path}")
 

@@ -24,9 +24,10 @@ from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
+from calibrate.proof import target as targeted
 from calibrate.proof.dense import left_dense, nothing_skipped
 from calibrate.proof.emit import emit
-from calibrate.proof.validate import Validation, validate
+from calibrate.proof.validate import Attempt, Validation, validate
 from calibrate.proof.verdict import Law, require_provable
 from calibrate.record import provenance
 from calibrate.record.files import as_written, read_json, write_json
@@ -36,9 +37,11 @@ from calibrate.search.cost import Cost, load_curves
 from calibrate.search.points import Point, candidates, uniform_candidates
 from calibrate.search.space import Space, build_space
 from calibrate.search.study import least_pruned, open_study, points, search, stopped
+from calibrate.statistics import nvidia
 from calibrate.statistics.capture import capture, empty_statistics, without_unseen
 from calibrate.statistics.counts import Statistics
 from calibrate.statistics.fit import fit_phase
+from skip_softmax.thresholds.types import Phase
 
 if TYPE_CHECKING:
     import optuna
@@ -112,8 +115,9 @@ class Stages:
             require_provable(self.config)
         self.capture()
         self.fit()
-        self.sensitivity()
-        self.search()
+        if not self.config.target.targets:
+            self.sensitivity()
+            self.search()
         self.prove()
 
     # What the stages share.
@@ -215,9 +219,14 @@ class Stages:
         if not missing:
             return
         # What else the config can get wrong is said before the long work, not after it.
-        _ = self.study, self.cost
+        _ = self.cost
+        targets = self.config.target.targets
+        if not targets:
+            _ = self.study
         self.progress.stage("capture", len(total), len(total) - len(missing))
-        counted = capture(self.loaded, total, self.statistics, self.config.geometry)
+        counted = capture(
+            self.loaded, total, self.statistics, self.config.geometry, samples=bool(targets)
+        )
         for prompt, self.statistics in counted:
             self.statistics.save(self.folder / "stats.safetensors")
             self.progress.step(f"{prompt.task}, {prompt.length} tokens")
@@ -230,6 +239,10 @@ class Stages:
             phase: fit_phase(self.statistics, phase, self.config.fit)
             for phase in self.config.target.phases
         }
+        for phase in self.config.target.targets:
+            curve = nvidia.fit(self.statistics.samples[phase])
+            aim = targeted.aim(self.statistics, phase, curve, self.config.target)
+            fits[phase] |= {"nvidia": curve, "target": asdict(aim)}
         write_json(self.folder / "fit.json", fits, indent=1)
 
     def sensitivity(self) -> None:
@@ -289,21 +302,14 @@ class Stages:
         self.notes.finish("search")
 
     def validate(self) -> None:
-        """Proves the best trial on the held-out prompts, and writes the thresholds file."""
+        """Proves the best trial, or the target's number, on held-out prompts; writes the thresholds file."""
         if self.notes.finished("validation"):
             return
-        heldout = self.prompts["heldout"]
-        # A phase that skips nothing is left dense, which costs less than the kernel that could skip.
-        found = [point.without_idle(self.space.relative_time) for point in points(self.study)]
-        limits = self.config.budget.limits
-        if not any(point.skips for point in found):
-            pruned = least_pruned(self.study, limits)
-            raise WorkFailed(nothing_skipped(self.statistics, self.config.target, limits, pruned))
-        within = limits, self.config.validation.attempts
-        chosen = candidates(found, *within)
-        # The best single number is picked as the winner is: within the same shares of the budget.
-        baselines = uniform_candidates(found, *within)
-        short, searched = self._short_prompt(), self._count_search_prompts()
+        heldout, target = self.prompts["heldout"], self.config.target
+        chosen, baselines = self._aimed() if target.targets else self._searched()
+        # A target was not tried on the search prompts, so counting them would tell nothing about it.
+        searched = None if target.targets else self._count_search_prompts()
+        short = self._short_prompt()
         # At most: a sequence of candidates ends at its first failure.
         steps = len(heldout) * (len(chosen) + len(baselines)) + (short is not None)
         self.progress.stage("validation", steps, 0)
@@ -321,11 +327,18 @@ class Stages:
             self.statistics,
             Law.of(self.config),
             short,
-            self.space.relative_time,
+            lambda setting: self.cost.weighted_time(self.statistics, setting, target.phase_weight),
             searched,
         )
-        write_json(self.folder / "validation.json", result.to_json(), indent=1)
-        self._write_thresholds(result)
+        attempt = result.chosen
+        assert attempt is not None  # there is at least one candidate
+        found = result.to_json()
+        if target.targets:
+            found["target_sparsity"] = targeted.attained(
+                attempt, self._fits(), self.statistics, self.config.budget.limits
+            )
+        write_json(self.folder / "validation.json", found, indent=1)
+        self._write_thresholds(result, attempt, found.get("target_sparsity"))
         self.notes.finish("validation")
 
     def prove(self) -> None:
@@ -434,27 +447,63 @@ class Stages:
             indent=1,
         )
 
-    def _write_thresholds(self, result: Validation) -> None:
-        attempt = result.chosen
-        assert attempt is not None  # `candidates` gives at least one
-        winner: Setting = attempt.served
-        thresholds = emit(
-            thresholds_for(self.loaded, self.config, winner),
-            result,
-            read_json(self.folder / "fit.json"),
-            self.space.phase_times(winner),
-            self.cost,
-            self.config.budget,
-            self.provenance(self.config),
-            left_dense(
+    def _searched(self) -> tuple[list[Point], list[Point]]:
+        """The trials to prove, and those with one number per phase."""
+        # A phase that skips nothing is left dense, which costs less than the kernel that could skip.
+        found = [point.without_idle(self.space.relative_time) for point in points(self.study)]
+        limits = self.config.budget.limits
+        if not any(point.skips for point in found):
+            pruned = least_pruned(self.study, limits)
+            raise WorkFailed(nothing_skipped(self.statistics, self.config.target, limits, pruned))
+        within = limits, self.config.validation.attempts
+        # The best single number is picked as the winner is: within the same shares of the budget.
+        return candidates(found, *within), uniform_candidates(found, *within)
+
+    def _aimed(self) -> tuple[list[Point], list[Point]]:
+        """The one setting that the target sparsity asks for; no search prompt has seen it."""
+        aims, config = targeted.aims_of(self._fits()), self.config.target
+        if all(aim.refused for aim in aims.values()):
+            raise WorkFailed(targeted.nothing_aimed(aims, self.statistics, config))
+        usable = tuple(layer.index for layer in self.loaded.calibratable)
+        setting = targeted.candidate(aims, len(self.loaded.layers), usable)
+        time = self.cost.weighted_time(self.statistics, setting, config.phase_weight)
+        expected = {
+            phase: self.statistics.sparsity(phase, factors) for phase, factors in setting.items()
+        }
+        return [Point("target", setting, {}, time, expected)], []
+
+    def _fits(self) -> dict[Phase, dict[str, Any]]:
+        fits: dict[Phase, dict[str, Any]] = read_json(self.folder / "fit.json")
+        return fits
+
+    def _write_thresholds(
+        self, result: Validation, attempt: Attempt, found: dict[str, Any] | None
+    ) -> None:
+        winner, target, fits = attempt.served, self.config.target, self._fits()
+        if found is None:
+            dense = left_dense(
                 attempt,
                 points(self.study),
                 self.statistics,
-                self.config.target,
+                target,
                 self.config.budget.limits,
                 self.space.layers,
-            ),
+            )
+        else:
+            dense = targeted.left_dense(attempt, fits, self.statistics, target)
+            fits = targeted.curves_of(fits)
+        thresholds = emit(
+            thresholds_for(self.loaded, self.config, winner),
+            result,
+            fits,
+            self.cost.phase_times(self.statistics, winner),
+            self.cost,
+            self.config.budget,
+            self.provenance(self.config),
+            dense,
         )
+        if found is not None:
+            thresholds = targeted.with_target(thresholds, attempt, found, dense)
         thresholds.save(self.folder / "thresholds.yaml")
 
     def _sensitivity_rows(self) -> list[dict[str, Any]]:

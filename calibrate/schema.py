@@ -205,10 +205,22 @@ class TargetConfig(_Section):
     """How much each phase's predicted attention time counts in the objective."""
     min_kv_len: dict[Phase, int] = {"prefill": 512, "decode": 512}
     """Shortest KV length that will use the thresholds [tokens]; shorter requests run dense."""
+    target_sparsity: float | dict[Phase, float] | None = None
+    """Share of the tiles to skip, of all phases or of each, in (0, 1): in place of a search, each phase gets
+    the number that Model-Optimizer's curve has there, and that setting is proven. null: search."""
 
     def largest_scale_factor(self, phase: Phase) -> float:
         """Largest scale factor that `min_kv_len > scale_factor` allows [tokens]."""
         return self.min_kv_len[phase] * 0.98
+
+    @property
+    def targets(self) -> dict[Phase, float]:
+        """The target sparsity of each phase, in (0, 1); empty: the setting is searched for."""
+        if isinstance(self.target_sparsity, dict):
+            return self.target_sparsity
+        return (
+            {} if self.target_sparsity is None else dict.fromkeys(self.phases, self.target_sparsity)
+        )
 
     @model_validator(mode="after")
     def _phases_make_sense(self) -> TargetConfig:
@@ -221,6 +233,22 @@ class TargetConfig(_Section):
                 )
             if self.min_kv_len.get(phase, 0) < 1:
                 raise ValueError(f"`min_kv_len` needs a positive number for phase `{phase}`")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_make_sense(self) -> TargetConfig:
+        for phase, share in self.targets.items():
+            if not 0 < share < 1:
+                raise ValueError(
+                    f"`0 < target_sparsity < 1` must hold, but got {share:g} for {phase}; give the share of "
+                    "the tiles to skip, for example 0.5"
+                )
+        if isinstance(self.target_sparsity, dict) and set(self.targets) != set(self.phases):
+            raise ValueError(
+                "`target_sparsity` must give a number for each of `phases`, "
+                f"{' and '.join(self.phases)}, and for no other, but gives "
+                f"{' and '.join(self.targets) or 'none'}; correct one of the two, or give one number for all"
+            )
         return self
 
 
@@ -336,6 +364,16 @@ class RunConfig(_Section):
             raise ValueError(
                 "`criterion` must be max unless `target.engine` is native, but got `decode: mass` for "
                 f"{self.target.engine}, which judges tiles by their largest score; write `criterion: max`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_target_is_for_the_criterion_of_engines(self) -> RunConfig:
+        if self.target.targets and self.criterion != Criteria():
+            raise ValueError(
+                "`criterion` must be max with `target.target_sparsity`, because Model-Optimizer's curve is of "
+                "thresholds that judge a tile by its largest score, but got `decode: mass`; write `criterion: "
+                "max`, or leave the target out"
             )
         return self
 

@@ -108,7 +108,8 @@ def _curve(request: Request, phase: Phase, factor: float) -> tuple[float, float,
     fit = request.thresholds.fit.get(phase, {})
     a, b = fit.get("a"), fit.get("b")
     if isinstance(a, (int, float)) and isinstance(b, (int, float)) and a > 0 and b > 0:
-        target = (math.log(factor) - math.log(a)) / b
+        # The last digits are the logarithms' rounding: a target that was given comes back as it was given.
+        target = float(f"{(math.log(factor) - math.log(a)) / b:.14g}")
         if 0 <= target <= 1:
             low, high = fit.get("sparsity_range", (0.0, 1.0))
             note = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -27,11 +28,25 @@ def write(request: Request) -> Written:
         f"#   config = SkipSoftmaxAttentionConfig(threshold_scale_factor={{{arguments}}})\n"
         f"#   LLM(MODEL, {KEY}=config)\n"
     )
+    header += "".join(_formulas(request))
     lost = ("layers left dense: TensorRT-LLM reads them from the model's config.json",)
     return Written(
         header + yaml.safe_dump({KEY: section}, sort_keys=False),
         lost if request.dense_layers else (),
     )
+
+
+def _formulas(request: Request) -> Iterator[str]:
+    """Where the numbers come from, for a human: TensorRT-LLM reads a curve in config.json only."""
+    found = request.thresholds.evidence.get("target_sparsity", {})
+    for phase in request.scale_factor:
+        if phase in found:
+            fit = found[phase]["fit"]
+            lowered = found[phase]["scale_factor"] < found[phase]["asked"]
+            yield (
+                f"# {phase}: {fit['a']!r} * exp({fit['b']!r} * target_sparsity) at target_sparsity: "
+                f"{found[phase]['target']!r}{', lowered to what min_kv_len allows' if lowered else ''}\n"
+            )
 
 
 def read(source: Source) -> Foreign:

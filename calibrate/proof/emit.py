@@ -93,7 +93,7 @@ def _evidence(
             "attempts": len(validation.attempts),
         }
         if chosen.failing is not None:
-            evidence["failing_prompts"] = _rounded(asdict(chosen.failing))
+            evidence["failing_prompts"] = rounded(asdict(chosen.failing))
     if chosen is not None and validation.passed:
         evidence["predicted_speedup"] = {
             **{phase: round(1 / time, 3) for phase, time in times.items()},
@@ -115,21 +115,18 @@ def _evidence(
 
 def _loss(attempt: Attempt) -> dict[str, Any]:
     return {
-        **{name: _rounded(asdict(bound)) for name, bound in attempt.losses.items()},
+        **{name: rounded(asdict(bound)) for name, bound in attempt.losses.items()},
         "heldout_prompts": attempt.prompts,
-        "by_task": {
-            task: {k: _round(v) for k, v in row.items()} for task, row in attempt.by_task.items()
-        },
+        "by_task": rounded(attempt.by_task),
     }
 
 
 def _sparsity(attempt: Attempt) -> dict[str, Any]:
     return {
         phase: {
-            "achieved": _round(share),
+            "achieved": rounded(share),
             "by_length": {
-                str(length): {k: _round(v) for k, v in row.items()}
-                for length, row in attempt.by_length[phase].items()
+                str(length): rounded(row) for length, row in attempt.by_length[phase].items()
             },
         }
         for phase, share in attempt.sparsity.items()
@@ -143,16 +140,13 @@ def _curve(curve: dict[str, Any], dense: Mapping[str, Any] | None) -> dict[str, 
         refused = f"the phase is left dense: {dense['reason']}"
     if refused is not None:
         return {"refused": refused, "points": curve["points"]}
-    kept = {key: value for key, value in curve.items() if value is not None}
-    return {
-        key: [_round(v) for v in value] if isinstance(value, (list, tuple)) else _round(value)
-        for key, value in kept.items()
-    }
+    return {key: rounded(value) for key, value in curve.items() if value is not None}
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: _round(value) for key, value in row.items() if value is not None}
-
-
-def _round(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.5g}")
+def rounded(value: Any) -> Any:
+    """Five significant digits, through mappings and lists; what is None in a mapping is left out."""
+    if isinstance(value, Mapping):
+        return {key: rounded(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, (list, tuple)):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -13,7 +13,7 @@ from calibrate.report.figures import add_chosen
 from calibrate.report.findings import Findings, findings, percent
 from calibrate.report.page import render, sentence
 from calibrate.report.style import ACCENT, DASHES, INK, SYMBOLS, finish, upper_bars
-from calibrate.report.tables import compared, config_differences, provenance
+from calibrate.report.tables import at_the_same_loss, compared, config_differences, provenance
 from calibrate.schema import RunConfig
 from skip_softmax.thresholds.types import Phase
 
@@ -58,6 +58,7 @@ def write_comparison(
         phases=phases,
         tables={
             "numbers": compared(runs),
+            "same": at_the_same_loss(runs),
             "config": config_differences([run["provenance"]["config"] for run in runs]),
             "a": provenance(runs[0]),
             "b": provenance(runs[1]),

@@ -285,6 +285,8 @@ class Figures:
     def by_length(self) -> go.Figure:
         """Target sparsity, from calibration and search prompts, against what held-out prompts gave."""
         figure = go.Figure()
+        asked = self._found["target_sparsity"]
+        named = {"target": "our histogram" if asked else "target", "achieved": "achieved"}
         ticks: set[int] = set()
         for index, (phase, numbers) in enumerate(self._found["phases"].items()):
             rows = numbers["by_length"]["searched"] or {}
@@ -296,10 +298,18 @@ class Figures:
                     x=[int(length) for length in lengths],
                     y=[percent(rows[length][kind]) for length in lengths],
                     mode="markers+lines",
-                    name=f"{phase}, {kind}",
+                    name=f"{phase}, {named[kind]}",
                     marker={"symbol": SYMBOLS[index] + opened, "size": 9, "color": colour},
                     line={"color": colour, "dash": dash, "width": 1.4},
-                    hovertemplate=f"{phase}, %{{x}} tokens<br>{kind} %{{y:.1f}} %<extra></extra>",
+                    hovertemplate=(
+                        f"{phase}, %{{x}} tokens<br>{named[kind]} %{{y:.1f}} %<extra></extra>"
+                    ),
+                )
+            if phase in asked:
+                figure.add_hline(
+                    y=percent(asked[phase]["target"]),
+                    line={"color": colour, "width": 1, "dash": "dash"},
+                    annotation_text=f"{phase}, target",
                 )
         figure.update_xaxes(type="log", tickvals=sorted(ticks), ticktext=[*map(str, sorted(ticks))])
         figure.update_yaxes(rangemode="tozero")

@@ -44,12 +44,12 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         config: the run's config.
 
     Returns:
-        `name`, `folder`, `verdict`, `budget`, `dense`, `layers_dense` (what is left dense, as in the
-        evidence of the thresholds file), `trials`, `pruned`, `stopped` (why the search ended before its
-        last trial, or None), `front`, `heldout` (all candidates, the chosen one, and one number per
-        phase), `loss_model` (its errors on trials), `tasks`, `phases` (per phase: `scale_factor`, `sparsity`
-        and so on) and `provenance`. `losses` has every loss that was measured, by its name in `LOSSES`; the
-        `loss` of a layer that skips alone is `FINEST`.
+        `name`, `folder`, `verdict`, `budget`, `dense`, `layers_dense` (what is left dense, as in the evidence
+        of the thresholds file), `target_sparsity` (from there too; empty without a target), `trials`,
+        `pruned`, `stopped` (why the search ended before its last trial, or None), `front`, `heldout` (all
+        candidates, the chosen one, and one number per phase), `loss_model` (its errors on trials), `tasks`,
+        `phases` (per phase: `scale_factor`, `sparsity` and so on) and `provenance`. `losses` has every loss
+        that was measured, by its name in `LOSSES`; the `loss` of a layer that skips alone is `FINEST`.
 
     Raises:
         UserError: the folder has no statistics, or a file in it is damaged.
@@ -92,7 +92,7 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         "folder": folder.resolve().name,
         "verdict": _verdict(validation, thresholds),
         "budget": _budget(config),
-        **_left_dense(thresholds),
+        **_stated(thresholds),
         "min_kv_len": {phase: config.target.min_kv_len[phase] for phase in config.target.phases},
         "geometry": config.geometry.model_dump(mode="json"),
         "criterion": {phase: getattr(config.criterion, phase) for phase in phases},
@@ -166,10 +166,11 @@ def _verdict(validation: Validation | None, thresholds: Thresholds | None) -> di
     return {"passed": passed, "reason": reason}
 
 
-def _left_dense(thresholds: Thresholds | None) -> dict[str, Any]:
-    """Phases and layers that are left dense, with the reasons; files of earlier versions name none."""
+def _stated(thresholds: Thresholds | None) -> dict[str, Any]:
+    """What is left dense, with the reasons, and what came of a target; earlier versions state none."""
     evidence = {} if thresholds is None else thresholds.evidence
-    return {key: _rounded(evidence.get(key, {})) for key in ("dense", "layers_dense")}
+    keys = ("dense", "layers_dense", "target_sparsity")
+    return {key: _rounded(evidence.get(key, {})) for key in keys}
 
 
 def _budget(config: RunConfig) -> dict[str, Any]:
@@ -212,7 +213,8 @@ def _bound(bound: Bound) -> dict[str, Any]:
 
 def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[str, Any]:
     """Trials of the study, in the order they were made."""
-    if config.search.storage is None and not (folder / "study.db").exists():
+    own = config.search.storage is None
+    if config.target.targets or (own and not (folder / "study.db").exists()):
         return {"trials": [], "pruned": 0, "front": [], "stopped": None}
     study = read_study(config.search, folder)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

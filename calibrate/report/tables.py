@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ def tables_of(found: Findings) -> dict[str, Table]:
         }
     if found["tasks"]:
         tables["tasks"] = _tasks(found)
+    if found["target_sparsity"]:
+        # The user's target, not what the statistics say of the setting.
+        tables["lengths"] = targets(found["target_sparsity"])
     return tables
 
 
@@ -136,6 +140,55 @@ def compared(runs: Sequence[Findings]) -> Table:
     return Table("Both runs on held-out prompts", ("", "A", "B"), lines)
 
 
+def at_the_same_loss(runs: Sequence[Findings]) -> Table | None:
+    """What a search found for the loss that a target sparsity costs; None: the runs are no such pair."""
+    aimed = [run for run in runs if run["target_sparsity"]]
+    searched = [run for run in runs if run["trials"]]
+    made = [
+        (run["provenance"].get("model", {}).get("sha256"), run["geometry"], run["min_kv_len"])
+        for run in runs
+    ]
+    if len(aimed) != 1 or len(searched) != 1 or made[0] != made[1]:
+        return None
+    row = aimed[0]["heldout"]["searched"]
+    spent = {
+        name: row["losses"][name]["mean"]
+        for name in aimed[0]["budget"]["losses"]
+        if name in row["losses"]
+    }
+    within = [
+        trial
+        for trial in searched[0]["trials"]
+        if all(trial["losses"].get(name, math.inf) <= loss for name, loss in spent.items())
+    ]
+    best = max(within, key=lambda trial: float(trial["speedup"]), default=None)
+    phases = list(aimed[0]["phases"])
+
+    def cells(losses: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+        return [
+            *(LOSSES[name].text(losses[name]) for name in spent),
+            *(percent_text(found["sparsity"].get(phase)) for phase in phases),
+            speedup_text(found["speedup"]),
+        ]
+
+    lines = [["target sparsity", *cells(spent, row)]]
+    if best is None:
+        lines.append(["search: no trial costs as little", *["–"] * (len(lines[0]) - 1)])
+    else:
+        lines.append([f"search: trial {best['number']}", *cells(best["losses"], best)])
+    return Table(
+        "At the same loss",
+        (
+            "setting",
+            *(f"{LOSSES[name].title} [{LOSSES[name].unit}]" for name in spent),
+            *(f"{phase} skipped" for phase in phases),
+            "predicted speed-up",
+        ),
+        lines,
+        ("a trial was measured on its run's search prompts, the target on the held-out prompts",),
+    )
+
+
 def config_differences(configs: Sequence[dict[str, Any]]) -> Table:
     """The keys in which two run configs differ."""
     flat = [_flat(config) for config in configs]
@@ -208,6 +261,68 @@ def left_dense(evidence: Mapping[str, Any]) -> list[str]:
             )
             lines.append(f"{phase}: {which} left dense: {reason}")
     return lines
+
+
+def targets(found: Mapping[str, Any]) -> Table:
+    """How close a target sparsity came: what each curve predicted of the number, and what it skipped.
+
+    Args:
+        found: per phase, from `proof.target.attained`.
+    """
+    rows, notes = [], []
+    for phase, entry in found.items():
+        rows += [
+            [
+                f"{phase}, {length} tokens",
+                percent_text(entry["target"]),
+                *(percent_text(row.get(name)) for name in ("nvidia", "ours", "histogram")),
+                percent_text(row["achieved"]),
+            ]
+            for length, row in sorted(entry["by_length"].items(), key=lambda item: int(item[0]))
+        ]
+        fit = entry["fit"]
+        low, high = fit["sparsity_range"]
+        notes.append(
+            f"{phase}: {fit['a']:g} * exp({fit['b']:g} * target_sparsity) from {fit['points']} points of "
+            f"{100 * low:.0f} to {100 * high:.0f} %; R² {fit['r2']:.3f} of the logarithms, "
+            f"{fit['r2_raw']:.3f} of the numbers themselves; all lengths together skip "
+            f"{percent_text(entry['achieved'])}"
+        )
+        if not low <= entry["target"] <= high:
+            notes.append(
+                f"{phase}: the target is outside those points, so the curve is a guess there"
+            )
+        if entry["scale_factor"] < entry["asked"]:
+            notes.append(
+                f"{phase}: the curve asks for {entry['asked']:.5g} tokens, but `target.min_kv_len` allows "
+                f"{entry['scale_factor']:.5g}, which is used"
+            )
+    columns = (
+        "phase and length",
+        "target",
+        "Model-Optimizer's curve",
+        "our curve",
+        "our histogram",
+        "achieved",
+    )
+    title = (
+        "Target sparsity: what was predicted of its number, and what it skipped on held-out prompts"
+    )
+    return Table(title, columns, rows, tuple(notes))
+
+
+def cure(evidence: Mapping[str, Any]) -> str:
+    """What helps a result that failed."""
+    found = evidence.get("target_sparsity")
+    if not found:
+        return "Raise the budget, or give the search more trials"
+    allowed = " and ".join(
+        f"{percent_text(entry['affordable'])} in {phase}"
+        for phase, entry in found.items()
+        if "affordable" in entry
+    )
+    estimate = f" (by the statistics, about {allowed} would keep within it)" if allowed else ""
+    return f"Lower `target.target_sparsity`{estimate}, or raise the budget"
 
 
 def layers(thresholds: Thresholds) -> Table:

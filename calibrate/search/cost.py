@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -15,6 +15,10 @@ from calibrate import bench
 from calibrate.errors import UserError
 from calibrate.schema import CostConfig, GeometryConfig
 from skip_softmax.thresholds.types import PHASES, Criteria, Phase
+
+if TYPE_CHECKING:
+    from calibrate.model.section import Setting
+    from calibrate.statistics.counts import Statistics
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,24 @@ class Cost:
             for share, on in zip(layer_sparsity, armed, strict=True)
         ]
         return sum(times) / len(times)
+
+    def phase_times(self, statistics: Statistics, setting: Setting) -> dict[Phase, float]:
+        """Predicted attention time of each phase of a setting relative to dense."""
+        return {
+            phase: self.relative_time(
+                phase,
+                statistics.layer_sparsity(phase, factors).tolist(),
+                [factor > 0 for factor in factors],
+            )
+            for phase, factors in setting.items()
+        }
+
+    def weighted_time(
+        self, statistics: Statistics, setting: Setting, weights: Mapping[Phase, float]
+    ) -> float:
+        """Predicted attention time of a setting relative to dense, weighted over phases."""
+        times = self.phase_times(statistics, setting)
+        return sum(weights[p] * t for p, t in times.items()) / sum(weights[p] for p in times)
 
 
 def load_curves(

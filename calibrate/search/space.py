@@ -123,17 +123,11 @@ class Space:
 
     def relative_time(self, setting: Setting) -> float:
         """Predicted attention time relative to dense, weighted over phases."""
-        weights = self.target.phase_weight
-        times = self.phase_times(setting)
-        return sum(weights[p] * t for p, t in times.items()) / sum(weights[p] for p in times)
+        return self.cost.weighted_time(self.statistics, setting, self.target.phase_weight)
 
     def phase_times(self, setting: Setting) -> dict[Phase, float]:
         """Predicted attention time of each phase relative to dense."""
-        times: dict[Phase, float] = {}
-        for phase, factors in setting.items():
-            share = self.statistics.layer_sparsity(phase, factors).tolist()
-            times[phase] = self.cost.relative_time(phase, share, [factor > 0 for factor in factors])
-        return times
+        return self.cost.phase_times(self.statistics, setting)
 
     def predicted_loss(self, setting: Setting) -> dict[Phase, float]:
         """Sum of the layers' predicted losses per phase [nats/token]; `loss.joint` corrects it."""

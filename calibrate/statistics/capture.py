@@ -11,11 +11,12 @@ from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt, nearest_bin
 from calibrate.schema import GeometryConfig
+from calibrate.statistics import nvidia
 from calibrate.statistics.counts import Statistics, criterion_identity
 from skip_softmax.api import tile_statistics
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.intercept import LayerCall, intercepted, joined
 from skip_softmax.meaning.histogram import TileHistogram
-from skip_softmax.thresholds.types import Criteria, Phase
+from skip_softmax.thresholds.types import PHASES, Criteria, Phase
 
 
 def empty_statistics(
@@ -38,7 +39,11 @@ def empty_statistics(
 
 
 def capture(
-    loaded: LoadedModel, prompts: Sequence[Prompt], statistics: Statistics, geometry: GeometryConfig
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    statistics: Statistics,
+    geometry: GeometryConfig,
+    samples: bool = False,
 ) -> Iterator[tuple[Prompt, Statistics]]:
     """Counts the tiles of the prompts that are not in the statistics yet.
 
@@ -50,6 +55,7 @@ def capture(
         prompts: prompts to count.
         statistics: what was counted before; left as it is.
         geometry: tiles of both phases.
+        samples: whether to keep what Model-Optimizer's fit needs, see `observe`.
 
     Yields:
         Each prompt once it is counted, with the statistics up to it.
@@ -59,7 +65,7 @@ def capture(
         if prompt.key in counted:
             continue
         one = statistics.like()
-        observe(loaded, prompt, one, geometry)
+        observe(loaded, prompt, one, geometry, samples)
         statistics = statistics.merge(one)
         yield prompt, statistics
 
@@ -82,9 +88,21 @@ def without_unseen(loaded: LoadedModel, statistics: Statistics) -> LoadedModel:
 
 
 def observe(
-    loaded: LoadedModel, prompt: Prompt, statistics: Statistics, geometry: GeometryConfig
+    loaded: LoadedModel,
+    prompt: Prompt,
+    statistics: Statistics,
+    geometry: GeometryConfig,
+    samples: bool = False,
 ) -> torch.Tensor:
     """Runs one prompt densely and adds its tiles, and its key, to the statistics.
+
+    Args:
+        loaded: the model.
+        prompt: the prompt.
+        statistics: what to add to.
+        geometry: tiles of both phases.
+        samples: whether to add the rows of `nvidia.sample` too, for which each decode step is counted in
+            a call of its own.
 
     Returns:
         The logits [continuation + 1, vocabulary], which are the dense model's.
@@ -92,22 +110,35 @@ def observe(
     length_bin = nearest_bin(prompt.length, statistics.lengths)
     prompt_len, steps = len(prompt.ids), len(prompt.continuation)
     # Read back after the pass: in every call it would make the GPU wait.
-    seen: list[tuple[int, Phase, TileHistogram]] = []
+    seen: list[tuple[int, Phase, int, TileHistogram]] = []
 
     def handler(call: LayerCall) -> torch.Tensor:
         tiles = getattr(geometry, call.phase).model_dump()
         tiles["criterion"] = getattr(statistics.criterion, call.phase)
-        out, histogram = tile_statistics(
-            call.q, call.k, call.v, decode=call.phase == "decode", **call.keywords, **tiles
-        )
-        seen.append((call.layer, call.phase, histogram))
-        return out
+        parts = [call]
+        if samples and call.phase == "decode":
+            parts = [call.rows(i, i + 1) for i in range(call.q.shape[2])]
+        outputs = []
+        for part in parts:
+            out, histogram = tile_statistics(
+                part.q, part.k, part.v, decode=part.phase == "decode", **part.keywords, **tiles
+            )
+            seen.append((part.layer, part.phase, part.kv_len, histogram))
+            outputs.append(out)
+        return joined(outputs)
 
     left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
     with intercepted(loaded.model, handler, decode_from=prompt_len, left_alone=left_alone):
         logits = forward(loaded, prompt)
-    for layer, phase, histogram in seen:
+    by_call: dict[tuple[Phase, int], list[torch.Tensor]] = {}
+    for layer, phase, kv_len, histogram in seen:
         statistics.add(layer, phase, length_bin, histogram)
+        by_call.setdefault((phase, kv_len), []).append(histogram.counts.cpu())
+    if samples:
+        for phase in PHASES:
+            rows = [nvidia.sample(c, kv_len) for (p, kv_len), c in by_call.items() if p == phase]
+            if rows:
+                statistics.samples[phase] = torch.stack(rows)
     lengths: dict[Phase, tuple[int, int]] = {
         "prefill": (prompt_len, 1),
         "decode": (sum(range(prompt_len + 1, prompt_len + steps + 1)), steps),

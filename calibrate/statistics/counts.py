@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Statistics:
         kv_tokens: per phase int64 [lengths]: sum of KV lengths over calls [tokens].
         calls: per phase int64 [lengths]: calls (prefill) or decode steps.
         prompts: keys of the prompts that were counted.
+        samples: per phase float64 [samples, 1 + thresholds], the rows of `nvidia.sample`; empty unless a
+            target sparsity asks for them.
     """
 
     identity: dict[str, Any]
@@ -71,6 +73,9 @@ class Statistics:
     kv_tokens: dict[Phase, torch.Tensor]
     calls: dict[Phase, torch.Tensor]
     prompts: list[str]
+    samples: dict[Phase, torch.Tensor] = field(
+        default_factory=lambda: {phase: torch.zeros(0, 0, dtype=torch.float64) for phase in PHASES}
+    )
 
     @classmethod
     def empty(
@@ -142,7 +147,10 @@ class Statistics:
             name: {p: getattr(self, name)[p] + getattr(other, name)[p] for p in PHASES}
             for name in PARTS
         }
-        return Statistics(self.identity, **both, prompts=[*self.prompts, *other.prompts])
+        samples = {phase: _stacked(self.samples[phase], other.samples[phase]) for phase in PHASES}
+        return Statistics(
+            self.identity, **both, prompts=[*self.prompts, *other.prompts], samples=samples
+        )
 
     def visited(self, phase: Phase) -> torch.Tensor:
         """Visited tiles, int64 [layers, heads, lengths]."""
@@ -209,6 +217,7 @@ class Statistics:
             for name in PARTS
             for phase in PHASES
         }
+        tensors |= {f"samples.{phase}": rows for phase, rows in self.samples.items() if len(rows)}
         metadata = {"identity": json.dumps(self.identity), "prompts": json.dumps(self.prompts)}
         save_atomically(tensors, Path(path), metadata)
 
@@ -235,7 +244,10 @@ class Statistics:
             raise UserError(
                 f"{path}: counted with other bins than this version uses; delete it and run again"
             )
-        return cls(identity, **parts, prompts=prompts)
+        statistics = cls(identity, **parts, prompts=prompts)
+        for phase in PHASES:
+            statistics.samples[phase] = tensors.get(f"samples.{phase}", statistics.samples[phase])
+        return statistics
 
 
 def criterion_identity(criterion: Criteria) -> dict[str, Any]:
@@ -268,6 +280,11 @@ def scale_factor_at(
     inside = float(cumulative[index]) - below
     fraction = min(max((wanted - below) / inside, 0.0), 1.0) if inside and index else 1.0
     return float(2.0 ** (LOW + (index - 1 + fraction) / PER_OCTAVE))
+
+
+def _stacked(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The rows of both; without rows a tensor has no width yet."""
+    return torch.cat([one, other]) if len(one) and len(other) else one if len(one) else other
 
 
 def _at_edges(histogram: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,54 @@ class DenseSection(_Evidence):
     first: _Positive | None = None
 
 
+class TargetFitSection(_Evidence):
+    """Model-Optimizer's curve `a * exp(b * target_sparsity)` [tokens], and how well it fits.
+
+    Attributes:
+        a: at sparsity 0 [tokens].
+        b: growth of its logarithm from sparsity 0 to 1.
+        r2: of the logarithms.
+        r2_raw: of the scale factors themselves.
+        points: how many were fitted.
+        sparsity_range: theirs.
+    """
+
+    a: _Positive
+    b: _Positive
+    r2: _Number
+    r2_raw: _Number
+    points: int
+    sparsity_range: Annotated[list[_Share], _Pair]
+
+
+class PredictedSection(ShareSection):
+    """Sparsity that two curves and the histograms predicted, and what was achieved."""
+
+    nvidia: _Share | None = None
+    ours: _Share | None = None
+    histogram: _Share
+
+
+class TargetSection(ShareSection):
+    """What a phase was to skip, and what came of it.
+
+    Attributes:
+        target: share of the tiles that was asked for.
+        asked: what the curve gives for it [tokens].
+        scale_factor: what was used, at most what `min_kv_len` allows [tokens].
+        fit: the curve.
+        by_length: per KV length.
+        affordable: a sparsity that the budget allows by estimate; None: the target keeps within it.
+    """
+
+    target: _Share
+    asked: _Positive
+    scale_factor: _Positive
+    fit: TargetFitSection
+    by_length: dict[Annotated[str, BeforeValidator(_length)], PredictedSection] = {}
+    affordable: _Share | None = None
+
+
 class EvidenceSection(_Evidence):
     """The parts of `evidence` that are read."""
 
@@ -177,4 +225,5 @@ class EvidenceSection(_Evidence):
     uniform_baseline: BaselineSection = BaselineSection(loss={}, sparsity={})
     imported: ImportedSection = ImportedSection()
     dense: dict[Phase, DenseSection] = {}
+    target_sparsity: dict[Phase, TargetSection] = {}
     layers_dense: dict[Phase, dict[str, list[Annotated[int, Field(ge=0)]]]] = {}

@@ -371,9 +371,9 @@ class RunConfig(_Section):
     def _a_target_is_for_the_criterion_of_engines(self) -> RunConfig:
         if self.target.targets and self.criterion != Criteria():
             raise ValueError(
-                "`criterion` must be max with `target.target_sparsity`, because Model-Optimizer's curve is of "
-                "thresholds that judge a tile by its largest score, but got `decode: mass`; write `criterion: "
-                "max`, or leave the target out"
+                "`criterion` must be max with `target.target_sparsity`, because Model-Optimizer's curve is "
+                "of thresholds that judge a tile by its largest score, but got `decode: mass`; write "
+                "`criterion: max`, or leave the target out"
             )
         return self
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from calibrate.loss.losses import LOSSES
-from calibrate.loss.sensitivity import LOSS_POWER
+from calibrate.loss.sensitivity import POWER
 from calibrate.model.section import Setting
 from calibrate.proof.dense import reach, reach_text
 from calibrate.proof.emit import rounded
@@ -198,7 +198,7 @@ def affordable(
     """Sparsity of each phase at which a candidate that broke its budget should meet it, by estimate.
 
     All its numbers are lowered by one factor until the dropped mass to the power that losses follow
-    (`sensitivity.LOSS_POWER`), summed over layers, has fallen as far as the upper bound must.
+    (`sensitivity.POWER`), summed over layers, has fallen as far as the upper bound must.
 
     Returns:
         Sparsity of the calibration prompts per phase; empty if the candidate met its budget, or broke one
@@ -221,7 +221,7 @@ def affordable(
 
     def cost(setting: Setting) -> float:
         return sum(
-            float((statistics.dropped_mass(phase, factors) ** LOSS_POWER).sum())
+            float((statistics.dropped_mass(phase, factors) ** POWER).sum())
             for phase, factors in setting.items()
         )
 

@@ -23,10 +23,12 @@ from calibrate.model.forward import dense_logits
 from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, thresholds_for
-from calibrate.prompts.build import SPLITS, Prompt, Split, build
+from calibrate.prompts.build import SPLITS, Prompt, Split, build, planned_tasks
 from calibrate.proof import target as targeted
+from calibrate.proof.bounds import provable_share
 from calibrate.proof.dense import left_dense, nothing_skipped
 from calibrate.proof.emit import emit
+from calibrate.proof.plan import ASSUMED_SPREAD, foresight, looks, shares, spread_seen
 from calibrate.proof.validate import Attempt, Validation, validate
 from calibrate.proof.verdict import Law, require_provable
 from calibrate.record import provenance
@@ -34,9 +36,17 @@ from calibrate.record.files import as_written, read_json, write_json
 from calibrate.record.folder import Notes, measured_once
 from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, load_curves
-from calibrate.search.points import Point, candidates, uniform_candidates
+from calibrate.search.path import Candidate, candidates, walked
+from calibrate.search.points import Point
 from calibrate.search.space import Space, build_space
-from calibrate.search.study import least_pruned, open_study, points, search, stopped
+from calibrate.search.study import (
+    least_pruned,
+    open_study,
+    points,
+    prompt_losses,
+    search,
+    stopped,
+)
 from calibrate.statistics import nvidia
 from calibrate.statistics.capture import capture, empty_statistics, without_unseen
 from calibrate.statistics.counts import Statistics
@@ -58,6 +68,9 @@ class Progress(Protocol):
     def step(self, note: str) -> None:
         """One step of the current stage is finished."""
 
+    def note(self, text: str) -> None:
+        """Something worth knowing, in a sentence."""
+
 
 class Silent:
     """Watches and prints nothing."""
@@ -66,6 +79,9 @@ class Silent:
         """Prints nothing."""
 
     def step(self, note: str) -> None:
+        """Prints nothing."""
+
+    def note(self, text: str) -> None:
         """Prints nothing."""
 
 
@@ -113,6 +129,9 @@ class Stages:
         """
         if not self.notes.finished("validation"):
             require_provable(self.config)
+            tasks = planned_tasks(self.config.prompts, "heldout")
+            law = Law.of(self.config)
+            self.progress.note(foresight(tasks, law, ASSUMED_SPREAD, seen=False))
         self.capture()
         self.fit()
         if not self.config.target.targets:
@@ -306,11 +325,12 @@ class Stages:
         if self.notes.finished("validation"):
             return
         heldout, target = self.prompts["heldout"], self.config.target
+        law = Law.of(self.config)
         chosen, baselines = self._aimed() if target.targets else self._searched()
         # A target was not tried on the search prompts, so counting them would tell nothing about it.
         searched = None if target.targets else self._count_search_prompts()
         short = self._short_prompt()
-        # At most: a sequence of candidates ends at its first failure.
+        # At most: a sequence of candidates ends at its first failure, and a candidate where a look decides.
         steps = len(heldout) * (len(chosen) + len(baselines)) + (short is not None)
         self.progress.stage("validation", steps, 0)
 
@@ -325,7 +345,7 @@ class Stages:
             heldout,
             evaluate,
             self.statistics,
-            Law.of(self.config),
+            law,
             short,
             lambda setting: self.cost.weighted_time(self.statistics, setting, target.phase_weight),
             searched,
@@ -447,19 +467,27 @@ class Stages:
             indent=1,
         )
 
-    def _searched(self) -> tuple[list[Point], list[Point]]:
-        """The trials to prove, and those with one number per phase."""
+    def _searched(self) -> tuple[list[Candidate], list[Candidate]]:
+        """The settings to prove, and those with one number per phase."""
         # A phase that skips nothing is left dense, which costs less than the kernel that could skip.
         found = [point.without_idle(self.space.relative_time) for point in points(self.study)]
         limits = self.config.budget.limits
         if not any(point.skips for point in found):
             pruned = least_pruned(self.study, limits)
             raise WorkFailed(nothing_skipped(self.statistics, self.config.target, limits, pruned))
-        within = limits, self.config.validation.attempts
-        # The best single number is picked as the winner is: within the same shares of the budget.
-        return candidates(found, *within), uniform_candidates(found, *within)
+        law, tasks = Law.of(self.config), [prompt.task for prompt in self.prompts["heldout"]]
+        spread = spread_seen(
+            prompt_losses(self.study), [p.task for p in self.prompts["search"]], limits[FINEST]
+        )
+        provable = provable_share(tasks, looks(tasks, law.confidence)[-1].confidence, spread)
+        aims = shares(provable, self.config.validation.attempts)
+        chosen = candidates(found, self.space, limits, aims, provable)
+        # The best single number is proven as the winner is: on its own path, at the same shares.
+        uniform = [point for point in found if point.name == "uniform"]
+        self.progress.note(foresight(tasks, law, spread, seen=True))
+        return chosen, walked(uniform, self.space, limits, aims, provable)
 
-    def _aimed(self) -> tuple[list[Point], list[Point]]:
+    def _aimed(self) -> tuple[list[Candidate], list[Candidate]]:
         """The one setting that the target sparsity asks for; no search prompt has seen it."""
         aims, config = targeted.aims_of(self._fits()), self.config.target
         if all(aim.refused for aim in aims.values()):
@@ -470,7 +498,8 @@ class Stages:
         expected = {
             phase: self.statistics.sparsity(phase, factors) for phase, factors in setting.items()
         }
-        return [Point("target", setting, {}, time, expected)], []
+        point = Point("target", setting, {}, time, expected)
+        return [Candidate(point, setting, None, time)], []
 
     def _fits(self) -> dict[Phase, dict[str, Any]]:
         fits: dict[Phase, dict[str, Any]] = read_json(self.folder / "fit.json")

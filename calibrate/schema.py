@@ -305,8 +305,8 @@ class SearchConfig(_Section):
 class ValidationConfig(_Section):
     """The proof on held-out prompts."""
 
-    attempts: int = Field(default=5, ge=1)
-    """How many points of the front are tried at most, the safest first, until one fails."""
+    attempts: int = Field(default=12, ge=1)
+    """Settings tried at most, the safest first, until one fails; more come nearer to the budget."""
     generate: int | None = Field(default=None, ge=LEAST_GENERATED)
     """Tokens generated greedily, with a KV cache, after each held-out prompt that has a reference answer; a
     token that ends the text ends it earlier. Null: `LEAST_GENERATED` if `budget.generated_drop` is set, else

@@ -72,6 +72,10 @@ class Bars:
         """Moves the bar."""
         self._bars.update(self._task, advance=1, note=note)
 
+    def note(self, text: str) -> None:
+        """Prints a line; bars go on below it."""
+        say(f"note: {text}")
+
 
 @dataclass(frozen=True)
 class Table:

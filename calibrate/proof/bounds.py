@@ -9,6 +9,9 @@
 All of them take prompts as independent, and none depends on their order. A resampled bound (bootstrap)
 is not among them: from 10 to 24 skewed losses it lets a mean at the budget pass in 13 to 30 % of cases
 where 5 % are promised.
+
+How much of a limit prompts can prove, and how many it takes, is known before they are run, for a spread
+that is assumed or was seen elsewhere: `provable_share` and `prompts_for`.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from scipy import stats
 
 Values = NDArray[np.float64]
 
-OWN_SPREAD = 4
-"""Prompts of a task from which its spread is its own; with fewer, the spread of all tasks is assumed."""
+FREEDOM = 4
+"""Degrees of freedom that the spread of a task has at least: one less than its prompts; what these lack is
+borrowed from the spread of all tasks."""
 
 # Bets as shares of the largest that can never lose more than everything, and the capital on each. The
 # largest needs the fewest prompts where no prompt loses; the others survive prompts that lose everything.
@@ -42,15 +46,16 @@ def lognormal_upper(
 ) -> float:
     """One-sided upper bound of the mean of losses that are lognormal within each stratum.
 
-    The generalised confidence interval of a lognormal mean (Krishnamoorthy and Mathew 2003,
-    doi:10.1016/S0378-3758(02)00153-2), summed over strata: each stratum's mean and spread are drawn as
-    often as the sample makes them plausible, and the bound is a quantile of the sum. Where the bound from
+    Each stratum has the generalised confidence limit of a lognormal mean (Krishnamoorthy and Mathew 2003,
+    doi:10.1016/S0378-3758(02)00153-2): its mean and spread are drawn as often as the sample makes them
+    plausible, and the limit is a quantile. Strata are independent, so how far their limits lie above their
+    estimates adds up as variances do (Zou and Donner 2008, doi:10.1002/sim.3095). Where the bound from
     the sample's moments is larger, it counts: many values may show that they are not lognormal.
 
-    A stratum of `OWN_SPREAD` values or more has its own spread. Smaller ones are taken to spread as all
-    strata do on average, because two or three values say almost nothing about it: where such a stratum
-    spreads more and decides the mean, the bound is too low. If no stratum has two values, all values
-    are one stratum. What no value hints at, such as a rare failure that no prompt met, is not covered.
+    A stratum of five values or more has its own spread. Two or three values say almost nothing about it, so
+    smaller strata fill up to `FREEDOM` with what the spread of all strata says: where such a stratum spreads
+    more and decides the mean, the bound is too low. If no stratum has two values, all values are one
+    stratum. What no value hints at, such as a rare failure that no prompt met, is not covered.
 
     Args:
         values: one per prompt, not negative.
@@ -85,16 +90,22 @@ def lognormal_upper(
         groups = [np.log(sample)]
     random = np.random.default_rng(seed)
     squares = [float(((group - group.mean()) ** 2).sum()) for group in groups]
-    shared = sum(squares) / random.chisquare(len(sample) - len(groups), draws)
-    mean = np.zeros(draws)
-    with np.errstate(over="ignore"):
-        for group, square in zip(groups, squares, strict=True):
-            size = len(group)
-            own = size >= OWN_SPREAD
-            variance = square / random.chisquare(size - 1, draws) if own else shared
-            centre = group.mean() + random.standard_normal(draws) * np.sqrt(variance / size)
-            mean += size / len(sample) * np.exp(centre + variance / 2)
-    plausible = float(np.quantile(mean, confidence, method="higher"))
+    freedom = len(sample) - len(groups)
+    shared = sum(squares) / random.chisquare(freedom, draws)
+    estimate, above = 0.0, []
+    for group, square in zip(groups, squares, strict=True):
+        size, share = len(group), len(group) / len(sample)
+        borrowed = max(FREEDOM - (size - 1), 0) if len(groups) > 1 else 0
+        known = size - 1 + borrowed
+        variance = (square + borrowed * shared) / random.chisquare(known, draws)
+        centre = group.mean() + random.standard_normal(draws) * np.sqrt(variance / size)
+        with np.errstate(over="ignore"):
+            limit = float(np.quantile(np.exp(centre + variance / 2), confidence, method="higher"))
+        likely = (square + borrowed * sum(squares) / freedom) / known
+        mean = math.exp(group.mean() + likely / 2)
+        estimate += share * mean
+        above.append(share * (limit - mean))
+    plausible = estimate + math.hypot(*above)
     return max(plausible, _from_moments([np.exp(group) for group in groups], confidence))
 
 
@@ -179,6 +190,63 @@ def prompts_needed(limit: float, confidence: float, *, high: float) -> int:
     while not proven(enough):
         too_few, enough = enough, 2 * enough
     while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if proven(middle) else (middle, enough)
+    return enough
+
+
+def provable_share(strata: Sequence[str], confidence: float, spread: float) -> float:
+    """The largest share of a limit that a loss's true mean may be, to be proven in about half of all cases.
+
+    A true mean over its `lognormal_upper` of an ideal sample: in each stratum, the logarithms lie at the
+    normal quantiles. Strata are taken to lose alike.
+
+    Args:
+        strata: the stratum of each prompt.
+        confidence: level of the bound, in (0, 1).
+        spread: standard deviation of the logarithm of the loss within each stratum, above 0.
+
+    Returns:
+        The share, in [0, 1).
+    """
+    logarithms = np.zeros(len(strata))
+    # As in `lognormal_upper`: where no stratum has two values, all are one.
+    names = np.asarray(strata if len(set(strata)) < len(strata) else [""] * len(strata))
+    for name in np.unique(names):
+        size = int((names == name).sum())
+        if size > 1:
+            scores = stats.norm.ppf((np.arange(size) + 0.5) / size)
+            logarithms[names == name] = spread * scores / scores.std(ddof=1)
+    upper = lognormal_upper(np.exp(logarithms).tolist(), confidence, names.tolist())
+    return math.exp(spread**2 / 2) / upper
+
+
+def prompts_for(
+    share: float, strata: Sequence[str], confidence: float, spread: float, *, most: int = 10_000
+) -> int | None:
+    """How many prompts `provable_share` needs for a share, with these strata in the same proportions.
+
+    Args:
+        share: of a limit, in (0, 1).
+        strata: the strata in the order in which prompts come; they repeat.
+        confidence: level of the bound, in (0, 1).
+        spread: standard deviation of the logarithm of the loss within each stratum, above 0.
+        most: where to stop looking.
+
+    Returns:
+        The number, to 2 %; None: more than `most`.
+    """
+
+    def proven(prompts: int) -> bool:
+        repeated = [strata[i % len(strata)] for i in range(prompts)]
+        return provable_share(repeated, confidence, spread) >= share
+
+    too_few, enough = 1, 2
+    while not proven(enough):
+        if enough >= most:
+            return None
+        too_few, enough = enough, min(2 * enough, most)
+    while enough - too_few > max(1, enough // 50):
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if proven(middle) else (middle, enough)
     return enough

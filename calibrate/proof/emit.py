@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from calibrate.loss.losses import LOSSES
 from calibrate.proof.validate import Attempt, Validation
 from calibrate.schema import BudgetConfig
 from calibrate.search.cost import Cost
@@ -92,6 +93,8 @@ def _evidence(
             "sparsity": _sparsity(chosen),
             "attempts": len(validation.attempts),
         }
+        if validation.passed:
+            evidence["claim"] = _claim(chosen, budget)
         if chosen.failing is not None:
             evidence["failing_prompts"] = rounded(asdict(chosen.failing))
     if chosen is not None and validation.passed:
@@ -111,6 +114,19 @@ def _evidence(
     if validation.short_prompt is not None:
         evidence["short_prompt"] = validation.short_prompt
     return evidence
+
+
+def _claim(attempt: Attempt, budget: BudgetConfig) -> str:
+    """What was proven, in a sentence."""
+    bounds = (
+        f"a mean {LOSSES[name].title} of at most {LOSSES[name].text(attempt.losses[name].upper)} "
+        f"{LOSSES[name].unit}"
+        for name in budget.limits
+    )
+    return (
+        f"with {100 * budget.confidence:g} % confidence, over prompts like the {attempt.prompts} held-out "
+        f"ones on which it was run: {' and '.join(bounds)}"
+    )
 
 
 def _loss(attempt: Attempt) -> dict[str, Any]:

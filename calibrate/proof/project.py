@@ -14,20 +14,22 @@ from typing import Any
 from calibrate.engines.catalogue import find_gpu, geometry_of, objections, servers_for
 from calibrate.engines.types import Engine
 from calibrate.errors import UserError
-from calibrate.loss.losses import LOSSES
+from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome, mean_losses, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
+from calibrate.proof.bounds import provable_share
+from calibrate.proof.plan import looks, shares, spread_seen
 from calibrate.proof.validate import Validation, validate
 from calibrate.proof.verdict import Law
-from calibrate.search.points import Point, candidates
+from calibrate.search.path import Candidate, candidates
+from calibrate.search.points import BOLDEST, Point
 from calibrate.search.space import Space, grid
 from skip_softmax.thresholds.types import Geometry, Phase
 
 _STEP = 0.5  # octaves between tried projections
 _STEPS = 12
 _PER_OCTAVE = 8
-_ENOUGH = 0.25  # a share of the budget; steps end there, below what a second candidate may spend
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,11 @@ def project(
     """
     search, heldout = prompts
     limits = law.limits
+    kl: list[list[float]] = []
 
     def measured(name: str, setting: Setting) -> Point:
         outcomes = [evaluate(setting, prompt) for prompt in search]
+        kl.append([outcome.losses[FINEST] for outcome in outcomes])
         return Point(
             name,
             setting,
@@ -130,7 +134,7 @@ def project(
     for setting in _expressible(known, engine, winner, limits)[:2]:
         points.append(measured("search", setting))
     for step in range(1, _STEPS + 1):
-        if min(point.share(limits) for point in points) <= _ENOUGH:
+        if min(point.share(limits) for point in points) <= BOLDEST:
             break
         lower = {
             phase: float(f"{factor * 2 ** (-_STEP * step):.5g}")
@@ -139,9 +143,13 @@ def project(
         points.append(measured("projection", space.one_number(lower, dense)))
     direct = points[0]
     over = [name for name, loss in direct.losses.items() if loss > limits.get(name, math.inf)]
-    tried = candidates(points, limits, attempts)
-    if not over and direct.skips and direct not in tried:
-        tried = sorted([direct, *tried], key=lambda point: point.share(limits))
+    spread = spread_seen(kl, [prompt.task for prompt in search], limits[FINEST])
+    tasks = [prompt.task for prompt in heldout]
+    provable = provable_share(tasks, looks(tasks, law.confidence)[-1].confidence, spread)
+    tried = candidates(points, space, limits, shares(provable, attempts), provable)
+    if not over and direct.skips:
+        itself = Candidate(direct, direct.setting, direct.share(limits), direct.relative_time)
+        tried = sorted([itself, *tried], key=lambda candidate: candidate.share or 0.0)
     result = validate(
         tried, (), heldout, evaluate, space.statistics, law, None, space.relative_time
     )
@@ -159,8 +167,9 @@ def project(
 
 
 def _behind(result: Validation) -> str:
-    """Why a setting that was not tried is not believed: a safer one failed."""
-    return f"a safer setting failed before it: {result.attempts[-1].reason}"
+    """Why a setting that was not tried is not believed: a safer one failed, or foretold that it would."""
+    last = result.attempts[-1]
+    return f"a safer setting failed before it: {last.reason}" if last.reason else str(result.ended)
 
 
 def describe(setting: Setting) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Non-inferiority, paired: every prompt is its own control, and the upper confidence bound must stay
 within the budget, not the mean; `bounds` says what each bound assumes. Several candidates are tried
-in an order fixed beforehand, each at the full level (`validate.validate`).
+in an order fixed beforehand, each at the full level, and each at several looks (`plan`, `validate.validate`).
 
 Several losses are proven jointly at the full level each: a setting passes only if all of them do, so if it
 breaks a promise, that promise's own test must have erred (intersection-union test, Berger 1982).
@@ -29,7 +29,7 @@ from calibrate.proof.bounds import (
 from calibrate.schema import RunConfig
 from skip_softmax.thresholds.types import Phase
 
-_NEGLIGIBLE = 0.01
+NEGLIGIBLE = 0.01
 """Losses below this share of the budget count as this much: they may be 0, and how far below they are
 would otherwise pass for spread. It adds at most 1 % of the budget to the mean."""
 
@@ -40,8 +40,8 @@ class Bound:
 
     Attributes:
         mean: over the prompts that show the loss.
-        upper: its upper bound.
-        confidence: of the bound.
+        upper: bound of the mean.
+        confidence: with which all bounds hold that were looked at to decide, this one among them.
         prompts: how many show the loss; None: an earlier version did not say.
     """
 
@@ -116,7 +116,11 @@ class Verdict:
 
 
 def judge(
-    outcomes: Sequence[Outcome], phases: Sequence[Phase], law: Law, objections: Sequence[str] = ()
+    outcomes: Sequence[Outcome],
+    phases: Sequence[Phase],
+    law: Law,
+    objections: Sequence[str] = (),
+    at: float | None = None,
 ) -> Verdict:
     """Decides whether a setting passes.
 
@@ -125,8 +129,9 @@ def judge(
         phases: in which tiles may be skipped; in one of them they must be.
         law: budgets and confidence.
         objections: what else speaks against the setting.
+        at: confidence of this look, see `upper_bound`.
     """
-    losses = {name: upper_bound(name, outcomes, law) for name in by_loss(outcomes)}
+    losses = {name: upper_bound(name, outcomes, law, at) for name in by_loss(outcomes)}
     achieved = {phase: sparsity(outcomes, phase) for phase in phases}
     reasons = list(objections)
     if achieved and not any(achieved.values()):
@@ -140,7 +145,7 @@ def judge(
                 f"{loss.title} {loss.text(bound.mean)}, upper bound {loss.text(bound.upper)} "
                 f"above the budget of {limit:g} {loss.unit}"
             )
-    return Verdict(losses, _failing(outcomes, law), achieved, tuple(reasons))
+    return Verdict(losses, _failing(outcomes, law, at), achieved, tuple(reasons))
 
 
 def require_provable(config: RunConfig) -> None:
@@ -193,36 +198,68 @@ def ran_dense(outcome: Outcome, law: Law) -> bool:
     return skipped == 0 and outcome.losses[FINEST] < 0.1 * law.limits[FINEST]
 
 
-def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> Bound:
+def upper_bound(name: str, outcomes: Sequence[Outcome], law: Law, at: float | None = None) -> Bound:
     """Mean of a loss over the prompts that show it, with the upper bound that its entry in `LOSSES` asks for.
 
     Args:
         name: of the loss.
         outcomes: of the prompts, at least one of which shows the loss.
         law: confidence, and the budget.
+        at: confidence of one look of several that together have the law's (`plan.looks`); None: there is
+            only one. A loss that has a largest value has the law's confidence at every look: its capital
+            is a martingale while prompts come, and reaches the level by chance at no look at all more
+            often than at a single one (Ville's inequality).
 
     Returns:
         Mean and bound; infinite where a prompt's loss is no number, or the bound has none to go by.
     """
-    loss, showing = LOSSES[name], [outcome for outcome in outcomes if name in outcome.losses]
+    showing = [outcome for outcome in outcomes if name in outcome.losses]
     values = [outcome.losses[name] for outcome in showing]
-    mean = float(np.mean(values))
-    if not np.isfinite(values).all():
-        return Bound(mean, math.inf, law.confidence, len(values))
+    upper = _upper(name, values, [outcome.task for outcome in showing], law, at)
+    return Bound(float(np.mean(values)), upper, law.confidence, len(values))
+
+
+def foreseen(
+    outcomes: Sequence[Outcome], law: Law, prompts: int, at: float, times: float = 1.0
+) -> dict[str, float]:
+    """The bound that each budgeted loss will come to if all prompts lose what those seen do.
+
+    Args:
+        outcomes: of the prompts seen.
+        law: budgets and confidence.
+        prompts: how many there will be, at least as many as were seen.
+        at: confidence of the last look.
+        times: how much more they will lose than those seen did.
+
+    Returns:
+        Bounds, as shares of the budgets; infinite where a loss is no number; none of a loss that no prompt
+        has shown.
+    """
+    repeated = [outcomes[i % len(outcomes)] for i in range(prompts)]
+    found: dict[str, float] = {}
+    for name, limit in law.limits.items():
+        showing = [outcome for outcome in repeated if name in outcome.losses]
+        values = [min(times * o.losses[name], LOSSES[name].most) for o in showing]
+        if values:
+            found[name] = _upper(name, values, [o.task for o in showing], law, at) / limit
+    return found
+
+
+def _upper(
+    name: str, values: Sequence[float], tasks: Sequence[str], law: Law, at: float | None
+) -> float:
+    loss = LOSSES[name]
+    if not np.isfinite(values).all() or at == 1:
+        return math.inf
     if math.isfinite(loss.most):
-        upper = bounded_upper(values, law.confidence, high=loss.most)
-    else:
-        upper = lognormal_upper(
-            values,
-            law.confidence,
-            [outcome.task for outcome in showing],
-            floor=_NEGLIGIBLE * law.limits.get(name, mean),
-            seed=law.seed,
-        )
-    return Bound(mean, upper, law.confidence, len(values))
+        return bounded_upper(values, law.confidence, high=loss.most)
+    floor = NEGLIGIBLE * law.limits.get(name, float(np.mean(values)))
+    confidence = law.confidence if at is None else at
+    return lognormal_upper(values, confidence, tasks, floor=floor, seed=law.seed)
 
 
-def _failing(outcomes: Sequence[Outcome], law: Law) -> Failing:
+def _failing(outcomes: Sequence[Outcome], law: Law, at: float | None) -> Failing:
     seen = sum(outcome.answer_lost for outcome in outcomes)
     of = sum(outcome.answered for outcome in outcomes)
-    return Failing(seen, of, failing_share_upper(seen, of, law.confidence), law.confidence)
+    upper = failing_share_upper(seen, of, law.confidence if at is None else at)
+    return Failing(seen, of, upper, law.confidence)

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from calibrate.errors import UserError
 from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome, by_loss
-from calibrate.proof.bounds import OWN_SPREAD
+from calibrate.proof.bounds import FREEDOM
 from calibrate.proof.validate import Attempt, Validation
 from calibrate.proof.verdict import Bound, Law, upper_bound
 from calibrate.record.files import as_written, read_json
@@ -354,7 +354,7 @@ def _mean_of(values: Iterable[float | None]) -> float | None:
 def _task_bound(name: str, outcomes: Sequence[Outcome], law: Law) -> dict[str, Any]:
     values = by_loss(outcomes)[name]
     bound = _bound(upper_bound(name, outcomes, law))
-    if len(values) < OWN_SPREAD:  # too few to know the task's spread from
+    if len(values) < FREEDOM:  # too few to know the task's spread from
         bound["upper"] = None
     return {"values": [*map(six, values)], **bound}
 

@@ -1,18 +1,15 @@
-"""Measured settings as points: the front, and which of them to prove."""
+"""Measured settings as points, and the front."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from calibrate.errors import WorkFailed
 from calibrate.loss.losses import LOSSES, largest_share
 from calibrate.model.section import Setting
 from skip_softmax.thresholds.types import Phase
 
-# Shares of the budget, on the search prompts, of the safest and the boldest candidate. The safest one must
-# pass or nothing does: of 28 calibrations that began at 0.3 with 24 held-out prompts, 8 ended there, with an
-# upper bound 3 to 6 times the mean (`notebooks/studies/calibrations.json`).
+# Shares of the budget, on the search prompts, at which warm starts aim.
 SAFEST, BOLDEST = 0.1, 1.0
 MIDDLE = (SAFEST + BOLDEST) / 2
 
@@ -73,80 +70,6 @@ def front(points: Sequence[Point], limits: Mapping[str, float]) -> list[Point]:
         if not best or point.share(limits) < best[-1].share(limits):
             best.append(point)
     return best
-
-
-def candidates(points: Sequence[Point], limits: Mapping[str, float], attempts: int) -> list[Point]:
-    """What the validation should try, in order: the fastest point within each of rising shares of the budget.
-
-    A point that is predicted no faster than the dense kernel is none.
-
-    The order and the number are fixed before any held-out prompt is seen, as fixed-sequence testing
-    requires (`validate.validate`).
-
-    Args:
-        points: measured settings.
-        limits: the budgets.
-        attempts: how many candidates at most.
-
-    Returns:
-        Points, the safest first; each spends more of the budget and is faster than the one before.
-
-    Raises:
-        WorkFailed: no point skips any tiles within the budget, or none that does is faster than dense.
-    """
-    chosen = _within_shares(points, limits, attempts)
-    if not chosen:
-        boldest = _shares(attempts)[-1]
-        within = [p for p in points if p.skips and p.share(limits) <= boldest]
-        if within:
-            least = min(point.relative_time for point in within)
-            raise WorkFailed(
-                f"no trial within the budget is predicted faster than dense: the fastest takes {least:.4g} "
-                "of the dense attention time; skipping does not pay here: raise the budget, calibrate on "
-                "longer prompts, or name the device that serves with `cost.device`"
-            )
-        raise WorkFailed(
-            f"no trial skips any tiles within the budget: {_nearest(points, limits, boldest)}, or give "
-            "the search more trials"
-        )
-    return chosen
-
-
-def uniform_candidates(
-    points: Sequence[Point], limits: Mapping[str, float], attempts: int
-) -> list[Point]:
-    """As `candidates`, of the points with one number per phase; empty if none skips within the budget."""
-    return _within_shares([p for p in points if p.name == "uniform"], limits, attempts)
-
-
-def _within_shares(
-    points: Sequence[Point], limits: Mapping[str, float], attempts: int
-) -> list[Point]:
-    chosen: list[Point] = []
-    for share in _shares(attempts):
-        within = [
-            p for p in points if p.skips and p.relative_time < 1.0 and p.share(limits) <= share
-        ]
-        fastest = min(within, key=lambda p: (p.relative_time, p.share(limits)), default=None)
-        if fastest is not None and fastest not in chosen:
-            chosen.append(fastest)
-    return chosen
-
-
-def _shares(attempts: int) -> list[float]:
-    """Shares of the budget that the candidates may spend, rising; a single one takes the middle."""
-    if attempts == 1:
-        return [MIDDLE]
-    return [SAFEST + (BOLDEST - SAFEST) * i / (attempts - 1) for i in range(attempts)]
-
-
-def _nearest(points: Sequence[Point], limits: Mapping[str, float], share: float) -> str:
-    """How far the nearest point that skips is from the budget, and which budget to raise."""
-    useful = [point for point in points if point.skips]
-    if not useful:
-        return f"none that ran to its end skips; raise `budget.{next(iter(limits))}`"
-    name, text = against_budget(min(useful, key=lambda p: p.share(limits)), limits, share)
-    return f"the nearest one that skips has {text}; raise `budget.{name}`"
 
 
 def against_budget(point: Point, limits: Mapping[str, float], share: float) -> tuple[str, str]:

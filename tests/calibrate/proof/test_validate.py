@@ -17,12 +17,14 @@ from calibrate.errors import UserError
 from calibrate.loss.losses import LOSSES, Loss
 from calibrate.loss.measure import Outcome
 from calibrate.prompts.build import Prompt
+from calibrate.proof.bounds import lognormal_upper
 from calibrate.proof.emit import emit
 from calibrate.proof.validate import Validation, targets, validate
 from calibrate.proof.verdict import Law, judge, require_provable, upper_bound
 from calibrate.report.tables import phases
 from calibrate.schema import CostConfig, RunConfig, load_config
 from calibrate.search.cost import Cost, Curve, load_curves
+from calibrate.search.path import Candidate
 from calibrate.search.points import Point
 from calibrate.statistics.counts import Statistics
 from skip_softmax import Thresholds
@@ -46,11 +48,10 @@ def config(**budget: object) -> RunConfig:
     )
 
 
-def point(factor: float, name: str = "search") -> Point:
+def candidate(factor: float, name: str = "search", share: float = 0.1) -> Candidate:
     setting = {"prefill": (factor,) * 4, "decode": (factor,) * 4}
-    return Point(
-        name, setting, {"kl": 0.001, "score_drop": 0.0}, 0.8, {"prefill": 0.5, "decode": 0.5}
-    )
+    losses, skipped = {"kl": 0.001, "score_drop": 0.0}, {"prefill": 0.5, "decode": 0.5}
+    return Candidate(Point(name, setting, losses, 0.8, skipped), setting, share, 0.8)
 
 
 def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int = 0):
@@ -71,7 +72,7 @@ def evaluator(kl: float, drop: float = 0.0, skipped: int = 5, short_skips: int =
     return evaluate
 
 
-TEN = point(10.0)
+TEN = candidate(10.0)
 LENIENT = Law.of(config(score_drop=60.0))
 
 
@@ -102,15 +103,18 @@ def counted(skipped: int, prompt: str) -> Statistics:
 
 def test_the_target_is_what_was_counted_less_what_skipping_itself_moves() -> None:
     statistics, searched = counted(6, "a"), counted(4, "b")
-    tried = replace(TEN, sparsity={"prefill": 0.5, "decode": 0.45})
+    tried = replace(TEN, of=replace(TEN.of, sparsity={"prefill": 0.5, "decode": 0.45}))
     alone = targets(tried, statistics)
     assert alone == {phase: {1024: 0.6, 2048: 0.8} for phase in ("prefill", "decode")}
     # Both counts together, less what the search prompts lost between counting (0.5) and running.
     found = targets(tried, statistics, searched)
     assert found["prefill"] == pytest.approx({1024: 0.5, 2048: 0.7})
     assert found["decode"] == pytest.approx({1024: 0.45, 2048: 0.65})
-    lost = targets(replace(TEN, sparsity={"prefill": 0.5, "decode": -9.0}), statistics, searched)
-    assert lost["decode"] == {1024: 0.0, 2048: 0.0}
+    gone = replace(TEN, of=replace(TEN.of, sparsity={"prefill": 0.5, "decode": -9.0}))
+    assert targets(gone, statistics, searched)["decode"] == {1024: 0.0, 2048: 0.0}
+    # A setting on the path that skips nothing is moved as far as the measured one.
+    dense = replace(TEN, setting=dict.fromkeys(TEN.setting, (0.0,) * 4))
+    assert targets(dense, statistics)["prefill"] == {1024: 0.0, 2048: 0.0}
 
 
 def test_a_true_loss_at_the_budget_passes_no_more_often_than_promised() -> None:
@@ -212,7 +216,7 @@ def idle_in(phase: str, kl: float = 0.004):
 
 
 def test_a_phase_that_skips_nothing_does_not_fail_the_other(tmp_path: Path) -> None:
-    result = run(idle_in("decode"), baselines=(point(7.0, "uniform"),))
+    result = run(idle_in("decode"), baselines=(candidate(7.0, "uniform"),))
     attempt = result.attempts[0]
     assert result.passed and attempt.sparsity == {"prefill": 0.5, "decode": 0.0}
     assert attempt.setting["decode"] == (10.0,) * 4, "as it was measured"
@@ -310,7 +314,7 @@ def by_factor(*failing: float):
 
 def test_candidates_are_tried_at_the_full_level_until_one_fails() -> None:
     """Fixed sequence: what lies behind the first failure is not believed, and not even run."""
-    four = tuple(point(factor) for factor in (1.0, 2.0, 3.0, 4.0))
+    four = tuple(candidate(factor) for factor in (1.0, 2.0, 3.0, 4.0))
     found = run(by_factor(3.0), points=four, score_drop=None)
     assert [attempt.setting["prefill"][0] for attempt in found.attempts] == [1.0, 2.0, 3.0]
     assert {attempt.losses["kl"].confidence for attempt in found.attempts} == {0.95}
@@ -322,14 +326,15 @@ def test_candidates_are_tried_at_the_full_level_until_one_fails() -> None:
 
 def test_a_validation_of_an_earlier_version_went_from_bold_to_safe() -> None:
     bold, safe = (
-        run(by_factor(10.0), points=(point(f),), score_drop=None).attempts[0] for f in (10.0, 5.0)
+        run(by_factor(10.0), points=(candidate(f),), score_drop=None).attempts[0]
+        for f in (10.0, 5.0)
     )
     assert Validation((bold, safe), None, None).chosen == safe
 
 
 def test_single_numbers_are_tried_in_the_same_way() -> None:
     """A file for an engine that takes one number should hold one, if a slower one would do."""
-    ten, five = point(10.0), point(5.0)
+    ten, five = candidate(10.0), candidate(5.0)
     evaluate = by_factor(10.0)
     found = run(evaluate, points=(five,), baselines=(five, ten), score_drop=None)
     assert found.baseline is not None and found.baseline.passed
@@ -376,7 +381,7 @@ def emitted(tmp_path: Path, result: Any, dense: Any = MappingProxyType({})) -> T
 
 
 def test_what_passed_is_emitted_with_its_evidence(tmp_path: Path) -> None:
-    file = emitted(tmp_path, run(evaluator(0.004), baselines=(point(7.0, "uniform"),)))
+    file = emitted(tmp_path, run(evaluator(0.004), baselines=(candidate(7.0, "uniform"),)))
     assert file.evidence["verdict"] == "passed"
     assert {file.per_head(layer, "prefill") for layer in range(4)} == {(10.0,) * 4}
     assert file.scale_factor.prefill == 7.0
@@ -394,7 +399,7 @@ def test_what_passed_is_emitted_with_its_evidence(tmp_path: Path) -> None:
 
 
 def test_what_failed_is_emitted_dense_and_says_failed(tmp_path: Path) -> None:
-    file = emitted(tmp_path, run(evaluator(0.02), baselines=(point(7.0, "uniform"),)))
+    file = emitted(tmp_path, run(evaluator(0.02), baselines=(candidate(7.0, "uniform"),)))
     assert file.evidence["verdict"] == "failed"
     assert "above the budget" in file.evidence["reason"]
     assert all(
@@ -522,3 +527,109 @@ def test_generating_without_anything_to_compare_with_is_refused() -> None:
     with pytest.raises(UserError, match=r"validation.generate: what .* none of the 7 held-out"):
         require_provable(asking(TEXT))
     require_provable(asking(NEEDLE, TEXT))
+
+
+# Prompts are spent where a test is undecided.
+
+MANY = [Prompt("text", "heldout", 1024, (i,), (1,) * 8, False) for i in range(200)]
+SPREAD = np.random.default_rng(0).lognormal(-0.125, 0.5, 200)
+
+
+class Planted:
+    """Losses whose true mean is a factor's share of the budget, and every run that was made."""
+
+    def __init__(self, law: Law, drop: float = 0.0) -> None:
+        self.law, self.drop = law, drop
+        self.runs: list[tuple[float, int]] = []
+
+    def __call__(self, setting: Any, prompt: Prompt) -> Outcome:
+        factor, index = setting["prefill"][0], prompt.ids[0]
+        self.runs.append((factor, index))
+        kl = factor * self.law.limits["kl"] * float(SPREAD[index])
+        return replace(evaluator(0.0)(setting, prompt), losses={"kl": kl, "score_drop": self.drop})
+
+    def validated(self, *factors: float, expected: Any = None) -> Validation:
+        sequence = [
+            candidate(factor, share=share)
+            for factor, share in zip(factors, expected or factors, strict=True)
+        ]
+        empty = Statistics.empty({}, 4, 4, 2, [1024])
+        return validate(sequence, (), MANY, self, empty, self.law, None, lambda _: 1.0)
+
+
+KL_ONLY = Law({"kl": 0.01}, 0.95, 0)
+
+
+def test_the_last_candidate_within_the_budget_is_the_last_to_pass() -> None:
+    """The search prompts were wrong by a factor of 2, so the right one stands past the nominal budget."""
+    planted = Planted(KL_ONLY)
+    true = (0.1, 0.4, 0.6, 0.75, 0.85, 1.05, 1.3)
+    found = planted.validated(*true, expected=[2 * share for share in true])
+    assert found.chosen is not None and found.passed
+    assert found.chosen.setting["prefill"][0] == 0.85 and found.chosen.expected == 1.7
+    assert found.chosen.losses["kl"].upper <= 0.01 < found.chosen.losses["kl"].upper * 1.05 / 0.85
+    assert {attempt.losses["kl"].confidence for attempt in found.attempts} == {0.95}
+
+
+def test_safe_candidates_pass_at_an_early_look_and_bold_ones_take_all_prompts() -> None:
+    planted = Planted(KL_ONLY)
+    found = planted.validated(0.1, 0.75, 0.85)
+    used = [attempt.prompts for attempt in found.attempts]
+    assert used[0] == 25 and used == sorted(used) and used[-1] == 200
+    levels = {25: 0.999, 50: 0.9985, 100: 0.995, 200: 0.9575}
+    assert [a.level for a in found.attempts] == pytest.approx([levels[n] for n in used])
+    assert len(planted.runs) == sum(used), "and no other prompt is run"
+    # The bound is that of the prompts that were run, at the look's level.
+    first = [0.001 * float(x) for x in SPREAD[:25]]
+    bound = found.attempts[0].losses["kl"]
+    assert bound.mean == pytest.approx(np.mean(first))
+    assert bound.upper == pytest.approx(lognormal_upper(first, 0.999, floor=1e-4))
+
+
+def test_a_hopeless_candidate_is_given_up_early() -> None:
+    planted = Planted(KL_ONLY)
+    found = planted.validated(0.1, 5.0, expected=(0.1, 0.2))
+    given_up = found.attempts[-1]
+    assert not given_up.passed and given_up.prompts == 25 and given_up.level is None
+    assert given_up.reason is not None
+    assert given_up.reason.startswith("given up after 25 of 200 held-out prompts: KL 0.0")
+    assert given_up.losses["kl"].upper > 0.01
+    assert found.chosen == found.attempts[0] and found.ended is None
+
+
+def test_what_the_last_one_foretells_is_not_run_at_all() -> None:
+    planted = Planted(KL_ONLY)
+    found = planted.validated(0.1, 0.8, 2.0, 2.5)
+    assert [attempt.setting["prefill"][0] for attempt in found.attempts] == [0.1, 0.8]
+    assert found.passed and {factor for factor, _ in planted.runs} == {0.1, 0.8}
+    assert found.ended is not None
+    assert found.ended.startswith("2 bolder candidates were not tried: the next would have KL 0.0")
+    assert Validation((), None, None).ended is None, "earlier versions did not say"
+
+
+def test_a_drop_that_nothing_suggests_does_not_end_a_sequence() -> None:
+    """Its bound is near the margin although no prompt loses anything: that does not grow with boldness."""
+    law = Law({"kl": 0.01, "score_drop": 1.7}, 0.95, 0)
+    found = Planted(law).validated(0.1, 0.3, 0.6)
+    assert [attempt.passed for attempt in found.attempts] == [True] * 3
+    assert all(1.5 <= attempt.losses["score_drop"].upper <= 1.7 for attempt in found.attempts)
+    assert {attempt.prompts for attempt in found.attempts} == {200}, "fewer prompts cannot prove it"
+    lost = Planted(law, drop=3.0).validated(0.1)
+    assert lost.attempts[0].prompts < 200 and "score drop 3.00" in str(lost.attempts[0].reason)
+
+
+def test_a_single_look_at_few_prompts_has_the_whole_level() -> None:
+    result = run(evaluator(0.004))
+    assert (result.attempts[0].prompts, result.attempts[0].level) == (12, 0.95)
+
+
+def test_a_file_says_what_was_proven_on_how_many_prompts(tmp_path: Path) -> None:
+    found = Planted(KL_ONLY).validated(0.1, 5.0)
+    evidence = emitted(tmp_path, found).evidence
+    assert evidence["loss"]["heldout_prompts"] == 25
+    upper = LOSSES["kl"].text(evidence["loss"]["kl"]["upper"])
+    assert evidence["claim"].startswith(
+        "with 95 % confidence, over prompts like the 25 held-out ones on which it was run: "
+        f"a mean KL of at most {upper} nats/token"
+    )
+    assert "claim" not in emitted(tmp_path, run(evaluator(0.02))).evidence

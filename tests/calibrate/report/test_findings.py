@@ -16,7 +16,7 @@ from report_files import PHASES, Page, chosen_of, close, read
 import calibrate
 from calibrate.errors import UserError
 from calibrate.loss.joint import errors_of
-from calibrate.proof.bounds import OWN_SPREAD, lognormal_upper
+from calibrate.proof.bounds import FREEDOM, lognormal_upper
 from calibrate.record.provenance import digest
 from calibrate.search.cost import load_curves
 from calibrate.search.study import losses_of
@@ -156,7 +156,7 @@ def test_tasks_are_the_heldout_prompts(run: calibrate.Run, found: dict[str, Any]
         close(kl["mean"], np.mean([row["losses"]["kl"] for row in mine]))
         close(kl["mean"], chosen_of(run.validation)["by_task"][task]["kl"])
         losses = [row["losses"]["kl"] for row in mine]
-        assert len(mine) >= OWN_SPREAD, "or the task has no bound of its own"
+        assert len(mine) >= FREEDOM, "or the task has no bound of its own"
         floor = 0.01 * run.config.budget.kl
         close(kl["upper"], lognormal_upper(losses, kl["confidence"], floor=floor))
         drops = [row["losses"]["score_drop"] for row in mine]

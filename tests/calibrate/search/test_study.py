@@ -9,17 +9,13 @@ from pathlib import Path
 
 import optuna
 import pytest
-import torch
 from optuna.trial import TrialState
+from planted_space import LAYERS, config, planted_loss, space
 
-from calibrate.errors import WorkFailed
 from calibrate.loss.measure import Outcome
-from calibrate.loss.sensitivity import LossModel
 from calibrate.prompts.build import Prompt
 from calibrate.schema import RunConfig
-from calibrate.search.cost import Cost, Curve
-from calibrate.search.points import Point, candidates, front, uniform_candidates
-from calibrate.search.space import Space, build_space
+from calibrate.search.space import Space
 from calibrate.search.study import (
     Evaluate,
     losses_of,
@@ -29,58 +25,8 @@ from calibrate.search.study import (
     search,
     stopped,
 )
-from calibrate.statistics.counts import Statistics
-from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
 
-LAYERS = 4
-WEIGHTS = (5.0, 0.5, 0.05, 0.005)
 PROMPTS = [Prompt("text", "search", 4096, (i,), (1,), False) for i in range(3)]
-
-
-def config(**search_changes: object) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": {"path": "unused"},
-            "prompts": {"lengths": [4096]},
-            "budget": {"kl": 0.01, "score_drop": 2.0},
-            "target": {"min_kv_len": {"prefill": 4000, "decode": 4000}},
-            "search": {"trials": 12, **search_changes},
-        }
-    )
-
-
-def statistics() -> Statistics:
-    """Every layer: 40 tiles from critical scale factor 1 to 1024, a quarter octave apart."""
-    result = Statistics.empty({}, LAYERS, 2, 2, [4096])
-    for phase in ("prefill", "decode"):
-        bins = torch.arange(40) * PER_OCTAVE // 4 - LOW * PER_OCTAVE + 1
-        result.counts[phase][:, :, 0, bins] = 1
-        result.counts[phase][:, :, 0, NEVER] = 10
-        result.mass[phase][:, :, 0, bins] = torch.logspace(-4, -1, 40, dtype=torch.float64)
-        result.rows[phase][:] = 10
-        result.kv_tokens[phase][:], result.calls[phase][:] = 4096, 1
-    return result
-
-
-def space(
-    chosen: RunConfig,
-    layers: tuple[int, ...] = tuple(range(LAYERS)),
-    phases: tuple[str, ...] = ("prefill", "decode"),
-) -> Space:
-    target = chosen.target.model_copy(update={"phases": phases})
-    line = Curve((0.0, 1.0), (1.02, 0.5), 4096)
-    losses = LossModel(
-        {"prefill": WEIGHTS, "decode": WEIGHTS}, dict.fromkeys(("prefill", "decode"), 1.5)
-    )
-    return build_space(
-        statistics(),
-        Cost({"prefill": line, "decode": line}, {}),
-        losses,
-        layers,
-        target,
-        budget=chosen.budget.kl,
-        groups=chosen.search.groups,
-    )
 
 
 def run_search(study: optuna.Study, of: Space, chosen: RunConfig, evaluate: Evaluate) -> Iterator:
@@ -93,10 +39,6 @@ def run_search(study: optuna.Study, of: Space, chosen: RunConfig, evaluate: Eval
         limits=chosen.budget.limits,
         seed=chosen.seed,
     )
-
-
-def planted_loss(of: Space, setting: dict) -> float:
-    return sum(of.predicted_loss(setting).values())
 
 
 def outcome(of: Space, setting: dict, prompt: Prompt) -> Outcome:
@@ -530,96 +472,9 @@ def test_hopeless_trials_stop_after_the_first_prompts(tmp_path) -> None:
     assert asked == [PROMPTS[0].key] * 6
 
 
-def point(kl: float, time: float, name: str = "search", share: float = 0.5) -> Point:
-    return Point(
-        name,
-        {"prefill": (1.0,), "decode": (1.0,)},
-        {"kl": kl, "score_drop": 0.0},
-        time,
-        {"prefill": share, "decode": share},
-    )
-
-
-def test_the_front_and_the_candidates() -> None:
-    slow, good, wild, beaten = (
-        point(0.001, 0.9),
-        point(0.004, 0.7),
-        point(0.02, 0.5),
-        point(0.005, 0.8),
-    )
-    limits = config().budget.limits
-    assert front([slow, good, wild, beaten], limits) == [wild, good, slow]
-    # From safe to bold, each faster than the one before, none above the budget.
-    assert candidates([slow, good, wild, beaten], limits, attempts=3) == [slow, good]
-    assert candidates([slow, good, wild, beaten], limits, attempts=1) == [good]
-    single = [point(0.003, 0.8, "uniform"), point(0.006, 0.7, "uniform")]
-    beyond = point(0.05, 0.1, "uniform")
-    assert uniform_candidates([slow, *single[::-1], beyond], limits, attempts=3) == single
-    assert uniform_candidates([slow], limits, attempts=3) == []
-
-
-def test_a_run_that_skips_nothing_fails_and_says_so() -> None:
-    limits = config().budget.limits
-    with pytest.raises(
-        WorkFailed,
-        match=r"no trial skips any tiles within the budget: none that ran to its end skips",
-    ):
-        candidates([point(0.0, 1.0, share=0.0)], limits, attempts=3)
-    with pytest.raises(
-        WorkFailed,
-        match=r"nearest one that skips has KL 0.500 nats/token, .* 0.01; raise `budget.kl`",
-    ):
-        candidates([point(0.5, 0.7)], limits, attempts=3)
-    dropping = dataclasses.replace(point(0.001, 0.7), losses={"kl": 0.001, "score_drop": 6.0})
-    with pytest.raises(
-        WorkFailed,
-        match=r"has score drop 6.00 points, .* 2; raise `budget.score_drop`",
-    ):
-        candidates([dropping], limits, attempts=3)
-
-
-def test_what_is_predicted_no_faster_than_dense_is_no_candidate() -> None:
-    limits = config().budget.limits
-    slow, equal, fast = point(0.001, 1.03), point(0.002, 1.0), point(0.003, 0.99)
-    assert candidates([slow, equal, fast], limits, attempts=3) == [fast]
-    assert uniform_candidates([point(0.001, 1.03, "uniform")], limits, attempts=3) == []
-    with pytest.raises(WorkFailed, match=r"faster than dense: the fastest takes 1 of the dense"):
-        candidates([slow, equal], limits, attempts=3)
-
-
-def test_a_phase_that_skips_nothing_is_left_dense_and_the_other_one_is_chosen() -> None:
-    """An idle phase costs the dense time, so a point that only seemed slow may be the fastest."""
-    limits = config().budget.limits
-    both = point(0.001, 0.8)
-    idle = dataclasses.replace(point(0.001, 0.9), sparsity={"prefill": 0.5, "decode": 0.0})
-    assert candidates([idle], limits, attempts=1) == [idle]
-    assert uniform_candidates([dataclasses.replace(idle, name="uniform")], limits, attempts=1)
-
-    def relative_time(setting: dict) -> float:
-        return 0.7 if any(setting["prefill"]) and not any(setting["decode"]) else 2.0
-
-    dense = idle.without_idle(relative_time)
-    assert dense.setting == {"prefill": (1.0,), "decode": (0.0,)}
-    assert (dense.relative_time, dense.losses) == (0.7, idle.losses)
-    assert both.without_idle(relative_time) is both
-    found = [p.without_idle(relative_time) for p in (both, idle)]
-    assert candidates(found, limits, attempts=1) == [dense]
-
-
 @pytest.mark.slow
 def test_an_idle_phase_costs_exactly_the_dense_time() -> None:
     here = space(config())
     setting = here.setting(here.seeds()[0][1])
     times = here.phase_times({**setting, "decode": (0.0,) * len(setting["decode"])})
     assert times["decode"] == 1.0 and times["prefill"] < 1.0
-
-
-def test_a_drop_of_the_score_counts_as_much_as_kl() -> None:
-    """Faster points that spend too much of either budget are not chosen."""
-    limits = {"kl": 0.01, "score_drop": 2.0}
-    slow, fast = point(0.001, 0.9), point(0.001, 0.5)
-    fast = dataclasses.replace(fast, losses={"kl": 0.001, "score_drop": 1.8})
-    assert fast.share(limits) == pytest.approx(0.9)
-    assert candidates([slow, fast], limits, attempts=2) == [slow, fast]
-    assert candidates([slow, fast], limits, attempts=1) == [slow]
-    assert candidates([slow, fast], {"kl": 0.01}, attempts=1) == [fast]

@@ -129,9 +129,6 @@ class Stages:
         """
         if not self.notes.finished("validation"):
             require_provable(self.config)
-            tasks = planned_tasks(self.config.prompts, "heldout")
-            law = Law.of(self.config)
-            self.progress.note(foresight(tasks, law, ASSUMED_SPREAD, seen=False))
         self.capture()
         self.fit()
         if not self.config.target.targets:
@@ -242,6 +239,9 @@ class Stages:
         targets = self.config.target.targets
         if not targets:
             _ = self.study
+        # Nothing the config can get wrong is left to say.
+        tasks = planned_tasks(self.config.prompts, "heldout")
+        self.progress.note(foresight(tasks, Law.of(self.config), ASSUMED_SPREAD, seen=False))
         self.progress.stage("capture", len(total), len(total) - len(missing))
         counted = capture(
             self.loaded, total, self.statistics, self.config.geometry, samples=bool(targets)

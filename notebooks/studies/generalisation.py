@@ -13,6 +13,14 @@ the tiles of every calibration prompt apart, so that any part of them can be lef
 - few: how far off the predicted sparsity is when few prompts are counted, for several ways to count.
 
 `table` sums up the seeds. A run takes up what it left in its folder.
+
+The answer, in `generalisation.json` beside this file (SmolLM2-135M-Instruct in fp16 on an H200, 1K to 4K,
+three seeds, 30 counted and 15 held-out prompts each; means with standard errors over seeds, points of
+sparsity): without a length, prefill is off by 2.8 (0.7) instead of 1.0 (0.3) and decode by 3.3 (0.7) instead
+of 2.7 (0.7); without a task by 1.2 (0.3) instead of 0.9 and 5.5 (0.7) instead of 3.7. What breaks is the loss
+on text that was left out: KL 0.0066 (0.0023) instead of 0.0030 (0.0005). In chunks of 512 tokens prefill
+skips 0.9, 2.3 and 3.3 points more at 1K, 2K and 4K, at 0.97, 1.03 and 1.08 times the KL; decode does not
+change. Of other texts, licences cost most.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from calibrate.model.forward import dense_logits
 from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, thresholds_for
-from calibrate.prompts.build import SPLITS, Prompt, Split, build, planned_tasks
+from calibrate.prompts.build import SPLITS, Prompt, Split, build
 from calibrate.proof import target as targeted
 from calibrate.proof.bounds import provable_share
 from calibrate.proof.dense import left_dense, nothing_skipped
@@ -239,8 +239,7 @@ class Stages:
         targets = self.config.target.targets
         if not targets:
             _ = self.study
-        # Nothing the config can get wrong is left to say.
-        tasks = planned_tasks(self.config.prompts, "heldout")
+        tasks = [prompt.task for prompt in self.prompts["heldout"]]
         self.progress.note(foresight(tasks, Law.of(self.config), ASSUMED_SPREAD, seen=False))
         self.progress.stage("capture", len(total), len(total) - len(missing))
         counted = capture(

@@ -56,8 +56,9 @@ class Result(NamedTuple):
 
     @property
     def message(self) -> str:
-        """Stderr without the stages' lines, which stand for bars where it is no terminal."""
-        return re.sub(r"^[a-z ]+: \d+ of \d+ done\n", "", self.stderr, flags=re.MULTILINE)
+        """Stderr without the lines of stages, which stand for bars on a terminal, and their notes."""
+        progress = r"^([a-z ]+: \d+ of \d+ done|note: with \d+ held-out prompts .*)\n"
+        return re.sub(progress, "", self.stderr, flags=re.MULTILINE)
 
 
 def refused(result: Result, *parts: str) -> None:

@@ -124,11 +124,6 @@ def with_answer(config: PromptsConfig, count: int) -> int:
     return sum(config.sources[index].has_answer for index, _ in _shares(config, count))
 
 
-def planned_tasks(config: PromptsConfig, split: Split) -> list[str]:
-    """The task of each prompt of a set, in their order, before any is built."""
-    return [config.sources[index].task for index, _ in _shares(config, getattr(config, split))]
-
-
 @dataclass(frozen=True)
 class _Slot:
     """A prompt to be made by one source: the `number`-th of that source in its set."""

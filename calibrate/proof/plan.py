@@ -38,6 +38,8 @@ _ASSUMED_WEIGHT = (
 _OPEN = 0.5
 _SAFEST = 1.2  # the first of K candidates aims at this / K of what can be proven
 
+_LEAST = 0.001  # of what can be proven: too few prompts may have no bound before they are seen
+
 GOAL = 0.85
 """The share of the budget for which a run says how many prompts it would take."""
 
@@ -115,6 +117,7 @@ def shares(provable: float, attempts: int) -> list[float]:
         provable: the share that the held-out prompts can prove, in (0, 1].
         attempts: how many, at least 1.
     """
+    provable = max(provable, _LEAST)
     between = (attempts - 1) // 5
     others = attempts - 1 - between
     ends = [

@@ -156,6 +156,12 @@ def require_provable(config: RunConfig) -> None:
     """
     law, heldout = Law.of(config), config.prompts.heldout
     answered = with_answer(config.prompts, heldout)
+    # A look has most of the allowed error, not all of it (`plan.looks`).
+    if math.isinf(lognormal_upper([1.0, 1.001] * heldout, 1 - (1 - law.confidence) / 2)):
+        raise UserError(
+            f"budget.confidence: losses must have an upper bound, but `prompts.heldout: {heldout}` have no "
+            f"upper bound of the KL at a confidence of {law.confidence:g}; lower it, 0.9999 is possible"
+        )
     if config.validation.generate is not None and not answered:
         raise UserError(
             f"validation.generate: what is generated is compared with a reference answer, but none of the "

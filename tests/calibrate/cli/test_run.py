@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -14,6 +16,7 @@ from conftest import (
 )
 from report_files import chosen_of
 
+from calibrate import pipeline
 from skip_softmax.thresholds.file import Thresholds
 
 
@@ -22,6 +25,19 @@ def test_smoke_run_ends_well_within_a_minute(finished: Finished) -> None:
     assert finished.seconds < 60
     assert "Traceback" not in finished.result.stderr
     assert finished.result.message == "passed: run/thresholds.yaml\n"
+
+
+def test_a_run_says_what_it_can_prove_before_the_work_and_before_the_proof(
+    finished: Finished,
+) -> None:
+    said = finished.result.stderr.splitlines()
+    notes = [line for line in said if line.startswith("note: with 8 held-out prompts and ")]
+    assert "losses that differ by a factor of 2 within a task" in notes[0]
+    assert "the spread seen on the search prompts" in notes[1]
+    assert all(" of the KL budget can be proven; 0.85 would take about " in note for note in notes)
+    stages = {line.partition(":")[0]: number for number, line in enumerate(said)}
+    assert said.index(notes[0]) < stages["capture"] < stages["search"]
+    assert stages["search"] < said.index(notes[1]) < stages["validation"]
 
 
 def test_json_of_a_run_is_exactly_one_document_on_stdout(finished: Finished) -> None:
@@ -76,10 +92,24 @@ def test_messages_do_not_take_paths_for_markup_or_wrap_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", ["budget.kl=1e-13", "budget.confidence=0.999999"])
+@pytest.mark.parametrize("budget", ["budget.kl=1e-13", "budget.kl=0.1"])
 def test_a_budget_that_cannot_be_met_exits_1_and_leaves_nothing_that_skips(
-    call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path, budget: str
+    call: Callable[..., Result],
+    smoke: Callable[..., Path],
+    tmp_path: Path,
+    budget: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nothing is within the budget on the search prompts, or held-out prompts lose far more than those."""
+    if budget == "budget.kl=0.1":
+
+        def compare(loaded: Any, thresholds: Thresholds, prompt: Any, dense: Any) -> Any:
+            outcome = original(loaded, thresholds, prompt, dense)
+            lost = {**outcome.losses, "kl": 10.0} if prompt.split == "heldout" else outcome.losses
+            return replace(outcome, losses=lost)
+
+        original = pipeline.compare
+        monkeypatch.setattr(pipeline, "compare", compare)
     few = ("--set", "search.trials=3")
     command = ("run", smoke(), "-o", tmp_path / "run", "--set", budget, *few)
     result, again = call(*command), call(*command)
@@ -90,7 +120,7 @@ def test_a_budget_that_cannot_be_met_exits_1_and_leaves_nothing_that_skips(
     assert "udget" in result.message  # the law
     assert "aise" in result.message  # the cure
     written = tmp_path / "run" / "thresholds.yaml"
-    if budget.startswith("budget.kl"):
+    if budget == "budget.kl=1e-13":
         assert "no trial skips" in result.message
         assert result.stdout == ""
         assert not written.exists()
@@ -108,6 +138,11 @@ def test_a_budget_that_nothing_could_prove_is_refused_before_any_work(
     call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
+    result = call("run", smoke(), "-o", folder, "--set", "budget.confidence=0.999999")
+    assert result.code == 2 and len(result.message.splitlines()) == 1
+    assert "`prompts.heldout: 8` have no upper bound of the KL at a confidence of 0.999999" in (
+        result.message
+    )
     result = call("run", smoke(), "-o", folder, "--set", "budget.score_drop=3")
     assert result.code == 2 and len(result.message.splitlines()) == 1
     for part in (

@@ -96,6 +96,16 @@ def test_edges_of_the_lognormal_bound() -> None:
         lognormal_upper([-1.0, 1.0], 0.95)
 
 
+def test_levels_near_one_take_more_draws_or_have_no_bound() -> None:
+    values = np.random.default_rng(5).lognormal(0, 1, 24).tolist()
+    found = [lognormal_upper(values, level, seed=1) for level in (0.99, 0.999, 0.9999, 0.99995)]
+    assert found == sorted(found) and len(set(found)) == 4
+    # A quantile that is beyond all draws would be too low: 10 000 of them know nothing of 1 in 100 000.
+    many = [lognormal_upper(values, 0.9999, seed=seed) for seed in range(5)]
+    assert max(many) < 1.25 * min(many)
+    assert lognormal_upper(values, 1 - 1e-6) == math.inf
+
+
 def test_a_higher_confidence_needs_a_higher_bound() -> None:
     values = np.random.default_rng(5).lognormal(0, 1, 24).tolist()
     drops = [0.0] * 20 + [3.0] * 4

@@ -254,7 +254,7 @@ def _ended(
     worst = max(found, key=lambda name: found[name])
     if found[worst] <= NEXT_HOPELESS:
         return None
-    mean = times * float(np.mean([outcome.losses[worst] for outcome in outcomes]))
+    mean = times * mean_losses(outcomes)[worst]
     return (
         f"{left} bolder {'candidate was' if left == 1 else 'candidates were'} not tried: the next would have "
         f"{_bound_text(worst, mean, found[worst], law)}"

@@ -130,11 +130,12 @@ def observe(
     left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
     with intercepted(loaded.model, handler, decode_from=prompt_len, left_alone=left_alone):
         logits = forward(loaded, prompt)
-    by_call: dict[tuple[Phase, int], list[torch.Tensor]] = {}
-    for layer, phase, kv_len, histogram in seen:
+    for layer, phase, _, histogram in seen:
         statistics.add(layer, phase, length_bin, histogram)
-        by_call.setdefault((phase, kv_len), []).append(histogram.counts.cpu())
     if samples:
+        by_call: dict[tuple[Phase, int], list[torch.Tensor]] = {}
+        for _, phase, kv_len, histogram in seen:
+            by_call.setdefault((phase, kv_len), []).append(histogram.counts.cpu())
         for phase in PHASES:
             rows = [nvidia.sample(c, kv_len) for (p, kv_len), c in by_call.items() if p == phase]
             if rows:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT
+from studies import opened
 
 from calibrate.model.forward import forward
 from calibrate.model.load import LoadedModel
@@ -21,18 +19,6 @@ from calibrate.statistics.counts import PARTS, Statistics
 from skip_softmax.huggingface.layers import inspect_layers
 from skip_softmax.meaning.histogram import BINS, NEVER, TileHistogram, bin_index
 from skip_softmax.thresholds.types import PHASES
-
-
-def opened(name: str) -> ModuleType:
-    """A study under its own name: what stands beside it can import it, as when it is run."""
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "notebooks" / "studies" / f"{name}.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

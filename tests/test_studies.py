@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from studies import STUDIES, opened
 
 from calibrate.loss.measure import Outcome
 from calibrate.loss.sensitivity import LossModel
@@ -23,31 +21,20 @@ from calibrate.search.space import build_space
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
 
-STUDIES = ROOT / "notebooks" / "studies"
-
-
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_study", STUDIES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"{name}_study"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    return loaded("per_head")
+    return opened("per_head")
 
 
 @pytest.fixture(scope="module")
 def samplers() -> ModuleType:
-    return loaded("samplers")
+    return opened("samplers")
 
 
 @pytest.fixture(scope="module")
 def loss_models() -> ModuleType:
-    module = loaded("loss_model")
+    module = opened("loss_model")
     module.__dict__["RESAMPLES"] = 100  # of intervals, which here are as good from fewer
     return module
 

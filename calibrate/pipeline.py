@@ -25,10 +25,9 @@ from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
 from calibrate.proof import target as targeted
-from calibrate.proof.bounds import provable_share
 from calibrate.proof.dense import left_dense, nothing_skipped
 from calibrate.proof.emit import emit
-from calibrate.proof.plan import ASSUMED_SPREAD, foresight, looks, shares, spread_seen
+from calibrate.proof.plan import ASSUMED_SPREAD, foresight, provable, shares, spread_seen
 from calibrate.proof.validate import Attempt, Validation, validate
 from calibrate.proof.verdict import Law, require_provable
 from calibrate.record import provenance
@@ -478,13 +477,13 @@ class Stages:
         spread = spread_seen(
             prompt_losses(self.study), [p.task for p in self.prompts["search"]], limits[FINEST]
         )
-        provable = provable_share(tasks, looks(tasks, law.confidence)[-1].confidence, spread)
-        aims = shares(provable, self.config.validation.attempts)
-        chosen = candidates(found, self.space, limits, aims, provable)
+        share = provable(tasks, law, spread)
+        aims = shares(share, self.config.validation.attempts)
+        chosen = candidates(found, self.space, limits, aims, share)
         # The best single number is proven as the winner is: on its own path, at the same shares.
         uniform = [point for point in found if point.name == "uniform"]
         self.progress.note(foresight(tasks, law, spread, seen=True))
-        return chosen, walked(uniform, self.space, limits, aims, provable)
+        return chosen, walked(uniform, self.space, limits, aims, share)
 
     def _aimed(self) -> tuple[list[Candidate], list[Candidate]]:
         """The one setting that the target sparsity asks for; no search prompt has seen it."""

@@ -106,6 +106,20 @@ NEXT_HOPELESS = 1.05
 """No further candidate is tried if the one that passed foretells a bound above so many budgets."""
 
 
+def provable(tasks: Sequence[str], law: Law, spread: float) -> float:
+    """The largest share of the KL budget that the held-out prompts can prove.
+
+    Args:
+        tasks: of the held-out prompts, in their order.
+        law: budgets and confidence.
+        spread: standard deviation of log KL within a task.
+
+    Returns:
+        The share, in [0, 1): `bounds.provable_share` at the last look.
+    """
+    return provable_share(tasks, looks(tasks, law.confidence)[-1].confidence, spread)
+
+
 def shares(provable: float, attempts: int) -> list[float]:
     """Shares of the budget, on the search prompts, at which candidates aim, rising.
 
@@ -166,8 +180,7 @@ def foresight(tasks: Sequence[str], law: Law, spread: float, *, seen: bool) -> s
         spread: standard deviation of log KL within a task.
         seen: whether the spread is of the search prompts; else it is assumed.
     """
-    last = looks(tasks, law.confidence)[-1].confidence
-    share = provable_share(tasks, last, spread)
+    share = provable(tasks, law, spread)
     known = (
         f"the spread seen on the search prompts (sd of log KL {spread:.2g})"
         if seen
@@ -178,6 +191,7 @@ def foresight(tasks: Sequence[str], law: Law, spread: float, *, seen: bool) -> s
         f"budget can be proven"
     )
     if share < GOAL:
+        last = looks(tasks, law.confidence)[-1].confidence
         needed = prompts_for(GOAL, tasks, last, spread)
         more = "more than 10000" if needed is None else f"about {needed}"
         text += f"; {GOAL} would take {more} prompts"

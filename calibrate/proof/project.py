@@ -18,8 +18,7 @@ from calibrate.loss.losses import FINEST, LOSSES
 from calibrate.loss.measure import Outcome, mean_losses, sparsity
 from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
-from calibrate.proof.bounds import provable_share
-from calibrate.proof.plan import looks, shares, spread_seen
+from calibrate.proof.plan import provable, shares, spread_seen
 from calibrate.proof.validate import Validation, validate
 from calibrate.proof.verdict import Law
 from calibrate.search.path import Candidate, candidates
@@ -145,8 +144,8 @@ def project(
     over = [name for name, loss in direct.losses.items() if loss > limits.get(name, math.inf)]
     spread = spread_seen(kl, [prompt.task for prompt in search], limits[FINEST])
     tasks = [prompt.task for prompt in heldout]
-    provable = provable_share(tasks, looks(tasks, law.confidence)[-1].confidence, spread)
-    tried = candidates(points, space, limits, shares(provable, attempts), provable)
+    share = provable(tasks, law, spread)
+    tried = candidates(points, space, limits, shares(share, attempts), share)
     if not over and direct.skips:
         itself = Candidate(direct, direct.setting, direct.share(limits), direct.relative_time)
         tried = sorted([itself, *tried], key=lambda candidate: candidate.share or 0.0)

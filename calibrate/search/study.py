@@ -42,8 +42,8 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _METRICS = ["largest share of a budget", "predicted attention time"]
 _METRIC_BEFORE = "loss [nats/token]"  # of studies that earlier versions made: the KL
 # After the first warm starts, later ones target these shares of the budget, using the losses measured so
-# far: those of the candidates, so that the path from safe to bold has points. A second try corrects the
-# first. Then each phase skips alone, in case the other one is not worth its loss.
+# far, so that the proof's path has measured points near it. A second try corrects the first. Then each
+# phase skips alone, in case the other one is not worth its loss.
 _BOTH = ("analytic", "uniform")
 _AIMS = (
     *((name, share) for share in (MIDDLE, SAFEST, BOLDEST, MIDDLE) for name in _BOTH),

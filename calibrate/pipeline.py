@@ -32,7 +32,8 @@ from calibrate.proof.validate import Attempt, Validation, validate
 from calibrate.proof.verdict import Law, require_provable
 from calibrate.record import provenance
 from calibrate.record.files import as_written, read_json, write_json
-from calibrate.record.folder import Notes, measured_once
+from calibrate.record.folder import Notes
+from calibrate.record.measured import Measured
 from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, load_curves
 from calibrate.search.path import Candidate, candidates, walked
@@ -119,6 +120,7 @@ class Stages:
         self.notes = Notes(folder, config)
         self._model = model
         self._rows = rows
+        self._files: dict[str, Measured] = {}
 
     def run(self) -> None:
         """Runs all stages that are not on disk yet.
@@ -334,7 +336,7 @@ class Stages:
 
         def evaluate(setting: Setting, prompt: Prompt) -> Outcome:
             return self.once(
-                "heldout.json", setting, prompt, lambda: self.evaluate(setting, prompt)
+                "heldout.jsonl", setting, prompt, lambda: self.evaluate(setting, prompt)
             )
 
         result = validate(
@@ -405,23 +407,27 @@ class Stages:
 
     def dense_text(self, prompt: Prompt, tokens: int) -> str:
         """What the model itself writes after a prompt; generated once, and kept in the run folder."""
-        path, setting = self.folder / "generated.json", {"dense": tokens}
+        kept, setting = self._measured("generated.jsonl"), {"dense": tokens}
 
         def generated() -> dict[str, str]:
             return {"text": greedy_text(self.loaded, prompt, tokens)}
 
-        with as_written(path):
-            return str(measured_once(path, setting, prompt, generated)["text"])
+        with as_written(kept.path):
+            return str(kept.once(setting, prompt, generated)["text"])
 
     def once(
         self, file: str, setting: Any, prompt: Prompt, measure: Callable[[], Outcome]
     ) -> Outcome:
         """Measures a setting on a prompt, or takes from the run folder's `file` what was measured before."""
-        row = measured_once(self.folder / file, setting, prompt, lambda: asdict(measure()))
+        row = self._measured(file).once(setting, prompt, lambda: asdict(measure()))
         outcome = Outcome.from_row(row)
         shown = losses.text(outcome.losses, self.config.budget.limits)
         self.progress.step(f"{prompt.task}, {prompt.length} tokens: {shown}")
         return outcome
+
+    def _measured(self, file: str) -> Measured:
+        # Kept open: a proof asks thousands of times.
+        return self._files.setdefault(file, Measured(self.folder / file))
 
     def provenance(self, config: RunConfig) -> dict[str, Any]:
         """What decides the numbers of a thresholds file that is made at `config`."""

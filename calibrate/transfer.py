@@ -152,7 +152,7 @@ def _projected(run: Stages, ours: RunConfig, winner: Setting, engine: str) -> Pr
         def measure() -> Outcome:
             return run.measure(thresholds_for(run.loaded, ours, setting), prompt)
 
-        return run.once("served.json", [setting, tiles], prompt, measure)
+        return run.once("served.jsonl", [setting, tiles], prompt, measure)
 
     search, heldout = run.prompts["search"], run.prompts["heldout"]
     run.progress.stage(f"project on {engine}", 2 * len(search) + len(heldout), 0)
@@ -258,7 +258,7 @@ def _evaluator(run: Stages) -> Evaluate:
             parts.add("criterion")
         key = [thresholds.model_dump(mode="json", include=parts), above_one]
         return run.once(
-            "served.json",
+            "served.jsonl",
             key,
             prompt,
             lambda: run.measure(thresholds, prompt, unguarded=above_one),

@@ -1,11 +1,11 @@
-"""A run folder: its lock, whose it is, its config, which stages are finished, and what was measured once."""
+"""A run folder: its lock, whose it is, its config, and which stages are finished."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from typing import Any
 import yaml
 
 from calibrate.errors import UserError
-from calibrate.prompts.build import Prompt
 from calibrate.record.files import read_json, write_json
-from calibrate.record.provenance import digest, of_run
+from calibrate.record.provenance import of_run
 from calibrate.schema import RunConfig
 from skip_softmax.thresholds.yaml_file import parse, read_mapping, write_text_atomically
 
@@ -177,26 +176,3 @@ class Notes:
 
     def _write(self, notes: dict[str, Any]) -> None:
         write_json(self._folder / "run.json", notes, indent=1)
-
-
-def measured_once(
-    path: Path, setting: Any, prompt: Prompt, measure: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What a setting did to a prompt: read from `path`, or else measured and kept there.
-
-    Args:
-        path: the JSON file that keeps the measurements, across processes.
-        setting: plain data that decides the measurement.
-        prompt: the prompt.
-        measure: measures it; the result must be plain data.
-
-    Returns:
-        The measurement.
-    """
-    known: dict[str, Any] = read_json(path) if path.exists() else {}
-    key = f"{digest(setting)}:{prompt.key}"
-    if key not in known:
-        known[key] = measure()
-        write_json(path, known)
-    measured: dict[str, Any] = known[key]
-    return measured

@@ -23,7 +23,7 @@ from calibrate.proof.bounds import FREEDOM
 from calibrate.proof.validate import Attempt, Validation
 from calibrate.proof.verdict import Bound, Law, upper_bound
 from calibrate.record.files import as_written, read_json
-from calibrate.record.provenance import digest
+from calibrate.record.measured import Measured
 from calibrate.schema import RunConfig
 from calibrate.search.cost import load_curves
 from calibrate.search.points import dense_where_idle, front
@@ -66,7 +66,7 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         thresholds = Thresholds.load(folder / "thresholds.yaml")
     attempt = validation.chosen if validation else None
     baseline = validation.baseline if validation else None
-    with as_written(folder / "heldout.json"):
+    with as_written(folder / "heldout.jsonl"):
         outcomes = _outcomes(folder, attempt)
         tasks = _tasks(outcomes, config, attempt)
         layers = {phase: _heldout_layers(phase, outcomes) for phase in config.target.phases}
@@ -318,11 +318,10 @@ def _heldout_layers(phase: Phase, outcomes: Sequence[Outcome]) -> list[float] | 
 
 def _outcomes(folder: Path, attempt: Attempt | None) -> list[Outcome]:
     """What every held-out prompt gave with the last candidate; the short prompt is not one of them."""
-    known = _read(folder / "heldout.json")
-    if known is None or attempt is None:
+    if attempt is None:
         return []
-    prefix = f"{digest(attempt.setting)}:"
-    outcomes = [Outcome.from_row(row) for key, row in known.items() if key.startswith(prefix)]
+    rows = Measured(folder / "heldout.jsonl").of(attempt.setting)
+    outcomes = map(Outcome.from_row, rows)
     return [outcome for outcome in outcomes if outcome.task != "short"]
 
 

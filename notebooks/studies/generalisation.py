@@ -47,7 +47,7 @@ from calibrate.model.load import LoadedModel, load
 from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import Prompt, build
 from calibrate.record.files import read_json, write_json
-from calibrate.record.folder import measured_once
+from calibrate.record.measured import Measured
 from calibrate.schema import RunConfig, load_config
 from calibrate.search.cost import Cost, load_curves
 from calibrate.search.space import Space, build_space
@@ -115,6 +115,7 @@ class Seed:
         self.loaded, self.chunk = loaded, arguments.chunk
         self.folder = arguments.output / str(seed)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.kept: dict[str, Measured] = {}
         make = partial(build, seed=seed, max_context=loaded.max_context)
         self.sets = make(self.config.prompts, loaded.tokenizer)
         self.others: dict[str, list[Prompt]] = {}
@@ -170,8 +171,9 @@ class Seed:
             )
             return asdict(outcome(prompt, dense, sparse, *counts))
 
-        name = "outcomes.json" if chunk is None else f"outcomes-{chunk}.json"
-        return Outcome.from_row(measured_once(self.folder / name, setting, prompt, measure))
+        name = "outcomes.jsonl" if chunk is None else f"outcomes-{chunk}.jsonl"
+        kept = self.kept.setdefault(name, Measured(self.folder / name))
+        return Outcome.from_row(kept.once(setting, prompt, measure))
 
     def sensitivity(self, prompt: Prompt) -> list[Row]:
         """The loss of each layer when it skips alone, on one prompt."""

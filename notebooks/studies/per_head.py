@@ -201,7 +201,7 @@ def main(run_folder: str, target: str) -> None:
             setting = cast(Setting, {p: tuple(o.factors for o in picked[p]) for p in PHASES})
             outcomes = [
                 stages.once(
-                    "per_head.json", setting, prompt, partial(stages.evaluate, setting, prompt)
+                    "per_head.jsonl", setting, prompt, partial(stages.evaluate, setting, prompt)
                 )
                 for prompt in prompts
             ]

@@ -50,6 +50,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> calibrate.Run:
     return calibrate.run(CONFIG, folder, **given())
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def prompts(run: calibrate.Run) -> dict[str, list[Any]]:
     return Stages(*open_run(run.folder)).prompts
 
@@ -64,18 +68,18 @@ def test_the_drop_is_measured_in_the_validation_only_and_judged(run: calibrate.R
     tasks = row["by_task"]
     assert tasks["needle_multivalue"]["dense_generated"] == 0.0
     assert not {"generated_drop", "dense_generated"} & set(tasks["text"])
-    outcomes = json.loads((run.folder / "heldout.json").read_text()).values()
+    outcomes = [row["measured"] for row in lines(run.folder / "heldout.jsonl")]
     shown = [(o["task"], "generated_drop" in o["losses"]) for o in outcomes]
     assert set(shown) == {("needle_multivalue", True), ("text", False), ("short", False)}
 
 
 def test_the_dense_text_is_generated_once_per_prompt_and_kept(run: calibrate.Run) -> None:
-    kept = json.loads((run.folder / "generated.json").read_text())
+    kept = lines(run.folder / "generated.jsonl")
     answered = [prompt for prompt in prompts(run)["heldout"] if prompt.has_answer]
     assert len(kept) == len(answered) == 3
     stages = Stages(*open_run(run.folder), model=_loaded())
     for prompt in answered:
-        [text] = [row["text"] for key, row in kept.items() if key.endswith(prompt.key)]
+        [text] = [row["measured"]["text"] for row in kept if row["prompt"] == prompt.key]
         assert text == greedy_text(stages.loaded, prompt, 128)
         assert len(stages.loaded.tokenizer.encode(text)) > 60
 
@@ -91,7 +95,7 @@ def test_an_interrupted_validation_generates_only_what_is_missing(
 ) -> None:
     folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
     before = {name: (folder / name).read_bytes() for name in ("validation.json", "thresholds.yaml")}
-    for name in ("generated.json", "heldout.json", *before):
+    for name in ("generated.jsonl", "heldout.jsonl", *before):
         (folder / name).unlink()
     calls: list[str] = []
 

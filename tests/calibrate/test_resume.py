@@ -211,8 +211,9 @@ def drawn(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def heldout(folder: Path) -> list[str]:
-    path = folder / "heldout.json"
-    return list(json.loads(path.read_text())) if path.exists() else []
+    path = folder / "heldout.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return [f"{row['setting']}:{row['prompt']}" for row in rows]
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -326,7 +327,7 @@ def test_a_second_run_of_a_finished_folder_computes_nothing(
     start: Callable[[Path, Path], Process], config: Path, undisturbed: Process
 ) -> None:
     names = {"thresholds.yaml", "validation.json", "sensitivity.json", "stats.safetensors"}
-    files = [undisturbed.folder / name for name in sorted({*names, "heldout.json", "prompts.json"})]
+    files = [undisturbed.folder / name for name in sorted({*names, "heldout.jsonl", "prompts.json"})]
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     trials_before, started = trials(undisturbed.folder), time.monotonic()
     second = start(config, undisturbed.folder)

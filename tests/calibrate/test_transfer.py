@@ -169,9 +169,9 @@ def test_a_projection_is_measured_and_can_be_exported(
     assert made.sidecar["dense_layers"] == report["used"]["dense_layers"]
     assert made.sidecar["scale_factor"] == report["used"]["scale_factor"]
     # A second time nothing is measured again.
-    before = (copied / "served.json").read_text()
+    before = (copied / "served.jsonl").read_text()
     assert call("project", copied, "--engine", engine)[0] == 0
-    assert (copied / "served.json").read_text() == before
+    assert (copied / "served.jsonl").read_text() == before
 
 
 @pytest.mark.usefixtures("tiny_tiles")
@@ -206,7 +206,7 @@ def test_a_projection_that_breaks_the_budget_is_refused_with_the_nearest_that_ho
     assert 40 < report["used"]["scale_factor"]["prefill"] <= 60
     # Nothing holds: exit 1 and no file.
     monkeypatch.setattr(pipeline, "compare", lambda *a: far(original(*a)))
-    (copied / "served.json").unlink()
+    (copied / "served.jsonl").unlink()
     (copied / "projected-sglang.yaml").unlink()
     code, out, err = call("project", copied, "--engine", "sglang")
     assert code == 1 and "budget" in err and not (copied / "projected-sglang.yaml").exists()

@@ -17,6 +17,7 @@ import calibrate
 from calibrate.errors import UserError
 from calibrate.loss.joint import errors_of
 from calibrate.proof.bounds import FREEDOM, lognormal_upper
+from calibrate.record.measured import Measured
 from calibrate.record.provenance import digest
 from calibrate.search.cost import load_curves
 from calibrate.search.study import losses_of
@@ -141,12 +142,12 @@ def test_curves_are_the_statistics_at_bin_edges(
 
 
 def test_tasks_are_the_heldout_prompts(run: calibrate.Run, found: dict[str, Any]) -> None:
-    winner = digest(chosen_of(run.validation)["setting"])
+    winner = chosen_of(run.validation)["setting"]
     keys = {row["key"] for row in map(_with_key, read(run.folder, "prompts.json")["heldout"])}
     rows = [
         row
-        for key, row in read(run.folder, "heldout.json").items()
-        if key.startswith(winner) and row["key"] in keys
+        for row in Measured(run.folder / "heldout.jsonl").of(winner)
+        if row["key"] in keys
     ]
     assert len(rows) == run.config.prompts.heldout
     for task, shown in found["tasks"].items():
@@ -239,16 +240,20 @@ def test_an_edited_validation_is_named_with_its_key(
 
 
 @pytest.mark.parametrize(
-    "name", ["heldout.json", "fit.json", "sensitivity.json", "run.json", "loss_model.json"]
+    "name", ["heldout.jsonl", "fit.json", "sensitivity.json", "run.json", "loss_model.json"]
 )
 def test_other_edited_files_are_named(copy: Path, name: str) -> None:
     edited = {
-        "heldout.json": {f"{digest(chosen_of(read(copy, 'validation.json'))['setting'])}:a": {}},
+        "heldout.jsonl": {
+            "setting": digest(chosen_of(read(copy, "validation.json"))["setting"]),
+            "prompt": "a",
+            "measured": {},
+        },
         "fit.json": {"prefill": {}},
         "sensitivity.json": ["a"],
         "run.json": {"model": [], "seconds": {"validation": 1}},
         "loss_model.json": {"errors": {"layers": {}}},
     }
-    (copy / name).write_text(json.dumps(edited[name]))
+    (copy / name).write_text(json.dumps(edited[name]) + "\n")
     with pytest.raises(UserError, match=f"{name}`"):
         calibrate.open_run(copy).report()

@@ -267,6 +267,8 @@ def _from_moments(groups: Sequence[Values], confidence: float) -> float:
     whole, freedom = np.concatenate(groups), sum(map(len, groups)) - len(groups)
     inside = np.concatenate([group - group.mean() for group in groups])
     error = math.sqrt((inside**2).sum() / freedom / len(whole))
+    if error == 0.0:
+        return float(whole.mean())
     skewness = (inside**3).mean() / (inside**2).mean() ** 1.5 / math.sqrt(len(whole))
     quantile = float(stats.t.ppf(confidence, freedom))
     return float(whole.mean() + error * (quantile + skewness * (2 * quantile**2 + 1) / 6))

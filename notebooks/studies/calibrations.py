@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,7 @@ from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome, compare, sparsity
 from calibrate.model.forward import dense_logits
 from calibrate.model.load import LoadedModel, load
-from calibrate.model.section import thresholds_for
+from calibrate.model.section import Setting, thresholds_for
 from calibrate.prompts.build import build
 from calibrate.schema import RunConfig, load_config
 from skip_softmax.thresholds.types import PHASES
@@ -87,6 +88,11 @@ def calibrated(
     """One calibration: what it found, or why nothing."""
     config, started = config_of(way, seed, arguments), time.monotonic()
     folder = arguments.output / str(seed) / way.replace(" ", "-")
+    # All ways of a seed have the same prompts, and the model's own logits are the same in all of them.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "dense").mkdir(exist_ok=True)
+    if not (folder / "dense").exists():
+        (folder / "dense").symlink_to(Path("..") / "dense")
     try:
         run = calibrate.run(config, folder)
     except calibrate.WorkFailed as error:
@@ -107,28 +113,24 @@ def calibrated(
 
 
 def scored(
-    found: dict[str, dict[str, Any]], seed: int, loaded: LoadedModel, arguments: argparse.Namespace
-) -> None:
-    """Adds to each calibration that passed what its setting does to fresh prompts."""
-    configs = {way: config_of(way, seed, arguments) for way, row in found.items() if "kl" in row}
-    if not configs:
-        return
-    prompts = next(iter(configs.values())).prompts.model_copy(update={"heldout": arguments.fresh})
+    way: str, setting: Setting, seed: int, loaded: LoadedModel, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What a setting that passed does to fresh prompts."""
+    config = config_of(way, seed, arguments)
+    prompts = config.prompts.model_copy(update={"heldout": arguments.fresh})
     sets = build(prompts, loaded.tokenizer, seed=FRESH_SEED + seed, max_context=loaded.max_context)
-    outcomes: dict[str, list[Outcome]] = {way: [] for way in configs}
+    thresholds = thresholds_for(loaded, config, setting)
+    each: list[Outcome] = []
     for prompt in sets["heldout"]:
         dense = dense_logits(loaded, prompt, arguments.output / str(seed) / "fresh")
-        for way, config in configs.items():
-            setting = thresholds_for(loaded, config, found[way]["setting"])
-            outcomes[way].append(compare(loaded, setting, prompt, dense))
-    for way, each in outcomes.items():
-        kl = [outcome.losses[FINEST] for outcome in each]
-        found[way]["fresh"] = {
-            "kl": float(np.mean(kl)),
-            "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
-            "sparsity": {phase: sparsity(each, phase) for phase in PHASES},
-            "prompts": len(kl),
-        }
+        each.append(compare(loaded, thresholds, prompt, dense))
+    kl = [outcome.losses[FINEST] for outcome in each]
+    return {
+        "kl": float(np.mean(kl)),
+        "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
+        "sparsity": {phase: sparsity(each, phase) for phase in PHASES},
+        "prompts": len(kl),
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,11 +220,14 @@ def main() -> None:
             file = arguments.output / f"{seed}.json"
             found: dict[str, dict[str, Any]] = {}
             for way in arguments.ways:
-                found[way] = calibrated(way, seed, loaded, arguments)
+                row = calibrated(way, seed, loaded, arguments)
+                if "setting" in row:
+                    row["fresh"] = scored(way, row["setting"], seed, loaded, arguments)
+                found[way] = row
                 # What is done is kept: the machine may not outlast the other ways.
                 file.write_text(json.dumps({"seed": seed, **found}) + "\n")
-            scored(found, seed, loaded, arguments)
-            file.write_text(json.dumps({"seed": seed, **found}) + "\n")
+            for name in ("dense", "fresh"):  # gigabytes
+                shutil.rmtree(arguments.output / str(seed) / name, ignore_errors=True)
     else:
         files = sorted(arguments.output.glob("*.json"), key=lambda path: int(path.stem))
         rows = [json.loads(path.read_text()) for path in files]

@@ -77,6 +77,11 @@ def test_observed_failures_count_although_they_are_not_lognormal() -> None:
     assert lognormal < np.mean(values) < lognormal_upper(values, 0.95)
 
 
+@pytest.mark.filterwarnings("error")
+def test_equal_values_are_their_own_bound() -> None:
+    assert lognormal_upper([0.25] * 12, 0.95) == pytest.approx(0.25)
+
+
 def test_edges_of_the_lognormal_bound() -> None:
     assert lognormal_upper([0.3], 0.95) == math.inf, "one prompt says nothing about the spread"
     assert lognormal_upper([0.2] * 9, 0.95) == 0.2

@@ -327,7 +327,9 @@ def test_a_second_run_of_a_finished_folder_computes_nothing(
     start: Callable[[Path, Path], Process], config: Path, undisturbed: Process
 ) -> None:
     names = {"thresholds.yaml", "validation.json", "sensitivity.json", "stats.safetensors"}
-    files = [undisturbed.folder / name for name in sorted({*names, "heldout.jsonl", "prompts.json"})]
+    files = [
+        undisturbed.folder / name for name in sorted({*names, "heldout.jsonl", "prompts.json"})
+    ]
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     trials_before, started = trials(undisturbed.folder), time.monotonic()
     second = start(config, undisturbed.folder)

@@ -78,8 +78,9 @@ def test_observed_failures_count_although_they_are_not_lognormal() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_equal_values_are_their_own_bound() -> None:
-    assert lognormal_upper([0.25] * 12, 0.95) == pytest.approx(0.25)
+def test_tasks_of_equal_values_are_known_exactly() -> None:
+    found = lognormal_upper([0.25] * 6 + [0.75] * 6, 0.95, ["a"] * 6 + ["b"] * 6)
+    assert found == pytest.approx(0.5)
 
 
 def test_edges_of_the_lognormal_bound() -> None:

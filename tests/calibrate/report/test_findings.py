@@ -144,11 +144,7 @@ def test_curves_are_the_statistics_at_bin_edges(
 def test_tasks_are_the_heldout_prompts(run: calibrate.Run, found: dict[str, Any]) -> None:
     winner = chosen_of(run.validation)["setting"]
     keys = {row["key"] for row in map(_with_key, read(run.folder, "prompts.json")["heldout"])}
-    rows = [
-        row
-        for row in Measured(run.folder / "heldout.jsonl").of(winner)
-        if row["key"] in keys
-    ]
+    rows = [row for row in Measured(run.folder / "heldout.jsonl").of(winner) if row["key"] in keys]
     assert len(rows) == run.config.prompts.heldout
     for task, shown in found["tasks"].items():
         mine = [row for row in rows if row["task"] == task]

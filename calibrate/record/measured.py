@@ -18,8 +18,8 @@ from calibrate.record.provenance import digest
 class Measured:
     """What settings did to prompts, kept across processes; the folder's lock allows one writer.
 
-    A line is `{"setting": digest, "prompt": key, "measured": row}`. A process that dies while it writes leaves
-    a last line without an end, which is not counted and is overwritten.
+    A line is `{"setting": digest, "prompt": key, "measured": row}`. A process that dies while it writes
+    leaves a last line without an end, which is not counted and is overwritten.
 
     Attributes:
         path: the file.

@@ -59,9 +59,14 @@ def project_run(
             f"`{run.folder}`: its validation did not pass, so there is nothing to project; raise the budget"
         )
     ran = run.config.target.phases
-    chosen = tuple(phase for phase in ran if phases is None or phase in phases)
+    chosen = tuple(phase for phase in ran if phase in (phases or engine.numbers))
     if not chosen:
-        raise UserError(f"--phase must be one of the run's: {', '.join(ran)}")
+        raise UserError(
+            f"--phase must be one of the run's: {', '.join(ran)}"
+            if phases
+            else f"{engine.title} skips in {' and '.join(engine.numbers)} only, but the run's phases are "
+            f"{', '.join(ran)}; use another engine"
+        )
     shape = source.model
     winner: Setting = {
         phase: tuple(max(source.per_head(i, phase)) for i in range(shape.layers))
@@ -72,15 +77,6 @@ def project_run(
         raise UserError(
             f"--phase must name a phase that skips, but the run leaves {' and '.join(chosen)} dense; choose "
             "another one, or leave --phase out"
-        )
-    if engine.joint and len(skipping) < len(PHASES):
-        raise UserError(
-            f"{engine.title} applies one number to both phases, but only {skipping[0]} is projected"
-            + (
-                "; leave --phase out, or calibrate both phases"
-                if len(chosen) < len(PHASES)
-                else ", because the run leaves the other one dense; use another engine"
-            )
         )
     tiles = tiles_for(
         engine, gpu, source.geometry, skipping, shape.head_dim, shape.q_heads // shape.kv_heads

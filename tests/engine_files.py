@@ -28,6 +28,9 @@ BLACKWELL = Geometry(
 MODELOPT = Geometry(
     prefill=PrefillGeometry(tile_q=128, tile_kv=128), decode=DecodeGeometry(tile_kv=128)
 )
+TOKENSPEED = Geometry(
+    prefill=PrefillGeometry(tile_q=128, tile_kv=64), decode=DecodeGeometry(tile_kv=64)
+)
 LAYERS = 4
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -17,6 +17,7 @@ from calibrate.engines import (
     vllm,
     vllm_omni,
 )
+from calibrate.engines.tiles import ANY_SIZE
 from calibrate.engines.types import Engine, Form, Ignored, Server, Votes
 from calibrate.errors import UserError
 from skip_softmax.thresholds.types import PHASES, DecodeGeometry, Geometry, Phase, PrefillGeometry
@@ -141,14 +142,19 @@ def objections(
         votes = server.phase(phase)
         tiles = getattr(geometry, phase)
         if isinstance(votes, Ignored):
-            yield Objection(
-                f"{server.name} silently ignores the {phase} number: {votes.why}", "phase"
-            )
+            yield Objection(f"{server.name} {votes.how} the {phase} number: {votes.why}", "phase")
             continue
         if votes.head_dims and head_dim not in votes.head_dims:
-            sizes = " or ".join(map(str, votes.head_dims))
             yield Objection(
-                f"head_dim must be {sizes} for {phase} of {server.name}, but the model has {head_dim}"
+                f"head_dim must be {_sizes(votes.head_dims)} for {phase} of {server.name}, but the model has "
+                f"{head_dim}"
+            )
+        if votes.groups is not None and not votes.groups[0] <= group <= votes.groups[1]:
+            yield Objection(
+                f"a KV head must have {votes.groups[0]} to {votes.groups[1]} query heads for {phase} of "
+                f"{server.name}, but the model's has {group}: another kernel would run, which silently "
+                "ignores the number",
+                "phase",
             )
         if isinstance(tiles, PrefillGeometry) and tiles.dense_last:
             yield Objection(
@@ -215,6 +221,14 @@ def skipping_everywhere(geometry: Geometry) -> Geometry:
         return geometry
     prefill = geometry.prefill.model_copy(update={"dense_last": 0})
     return geometry.model_copy(update={"prefill": prefill})
+
+
+def _sizes(sizes: tuple[int, ...] | range) -> str:
+    if isinstance(sizes, range):
+        return f"a multiple of {sizes.step}" + (
+            f" up to {sizes[-1]}" if sizes[-1] < ANY_SIZE else ""
+        )
+    return " or ".join(map(str, sizes))
 
 
 def _tiles(tiles: PrefillGeometry | DecodeGeometry | None) -> str:

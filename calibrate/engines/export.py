@@ -149,13 +149,13 @@ def export(
         *guards.low_sparsity(numbers),
     ]
     length = guards.reference_length(target, numbers, served)
-    guards.check_phases(target, numbers)
     guards.check_config(target, numbers, config)
     request = Request(
         thresholds=thresholds,
         scale_factor=numbers.scale_factor,
         dense_layers=numbers.dense_layers,
         at_length=length,
+        gpus=tuple(server.gpu for server in servers),
         # An engine that takes its numbers from another file never evaluates the curve.
         pin=pin or target.config_json != "all",
         attention_class=None if config is None else config.attention_class,
@@ -212,6 +212,7 @@ def _sidecar(
     warnings: Sequence[str],
 ) -> dict[str, Any]:
     floors = {phase: getattr(thresholds.min_kv_len, phase) for phase in numbers.scale_factor}
+    notes = dict.fromkeys(note for server in servers for note in server.notes)
     dropped = [
         f"min_kv_len {floors}: the engine does not run shorter requests densely",
         "model, geometry, evidence and provenance: the artefact has no place for them",
@@ -234,7 +235,7 @@ def _sidecar(
             "loss": numbers.loss,
             "sparsity": numbers.sparsity,
         },
-        "lost": [*numbers.lost, *lost, *dropped, *engine.notes],
+        "lost": [*numbers.lost, *lost, *dropped, *notes],
         "warnings": list(warnings),
         "thresholds_sha256": hashlib.sha256(thresholds.to_yaml().encode()).hexdigest(),
         "provenance": thresholds.provenance,

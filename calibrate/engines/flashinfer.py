@@ -8,36 +8,27 @@ from calibrate.engines import tiles
 from calibrate.engines.types import (
     Engine,
     Foreign,
+    Ignored,
     Request,
     Server,
     Source,
-    Votes,
     Written,
     known_only,
     to_json,
 )
 from calibrate.errors import UserError
 from calibrate.model.config_json import json_mapping
-from skip_softmax.thresholds.types import PHASES
+from skip_softmax.thresholds.types import PHASES, Phase
 
 _KEY = "skip_softmax_threshold_scale_factor"
 
 
 def write(request: Request) -> Written:
-    """Per phase, the arguments by scale factor and by threshold."""
+    """Per phase the number, and per GPU what takes it."""
     phases: dict[str, Any] = {}
     for phase, factor in request.scale_factor.items():
-        kwargs: dict[str, Any] = {_KEY: factor}
-        if phase == "decode":
-            kwargs["backend"] = "trtllm-gen"  # "auto" may choose XQA, which ignores the number
-        phases[phase] = {
-            "run_kwargs": kwargs,
-            "absolute": {
-                "argument": "skip_softmax_threshold",
-                "scale_factor": factor,
-                "value": "scale_factor / kv_len of each request, float32 tensor [batch] on the GPU",
-            },
-        }
+        takers = {gpu: _TAKERS[gpu][phase] for gpu in request.gpus}
+        phases[phase] = {"run_kwargs": {_KEY: factor}, "takers": takers}
     return Written(to_json({"normalisation": "per_request_kv_len", **phases}))
 
 
@@ -55,17 +46,66 @@ def read(source: Source) -> Foreign:
         ) from None
 
 
+# flashinfer-python 0.7.2.post1, decode.py and prefill.py. A function takes `function_kwargs` and
+# `run_kwargs` in one call; a wrapper takes `init_kwargs` when it is made, and its `run` takes
+# `run_kwargs`. The backend is always named: `auto` may be XQA (decode) or FlashAttention (prefill),
+# which ignore the number.
+_BACKEND = {"backend": "trtllm-gen"}
+_TAKERS: dict[str, dict[Phase, dict[str, Any]]] = {
+    "sm90": {"prefill": {"functions": ["flashinfer.prefill.trtllm_fmha_v2_prefill"]}},
+    "sm100": {
+        "prefill": {
+            "functions": [
+                "flashinfer.prefill.trtllm_batch_context_with_kv_cache",
+                "flashinfer.prefill.trtllm_ragged_attention_deepseek",
+            ],
+            "function_kwargs": _BACKEND,
+            "wrapper": "flashinfer.BatchPrefillWithPagedKVCacheWrapper",
+            "init_kwargs": _BACKEND,
+        },
+        "decode": {
+            "functions": ["flashinfer.decode.trtllm_batch_decode_with_kv_cache"],
+            "function_kwargs": _BACKEND,
+            "wrapper": "flashinfer.BatchDecodeWithPagedKVCacheWrapper",
+            "init_kwargs": _BACKEND,
+        },
+    },
+}
+# The same release: jit/attention/fmha_v2/fmha_library.py makes no skipping kernel for sm120, so
+# that `trtllm_fmha_v2_prefill` launches none. attention/cute_dsl/sm120_fmha.py has the two FP8
+# functions, whose kernel (cute_dsl/attention/fmha/sm120/fmha_prefill_fp8_tma.py) goes from the last
+# key to the first: a tile is compared with another running max than in the ascending order of all
+# other kernels.
+_SM120 = Ignored(
+    "trtllm_fmha_v2_prefill has no kernel that skips there and would return what was in memory; the two "
+    "functions that skip (sm120_fmha_fp8_ragged_prefill, sm120_fmha_fp8_paged_prefill, by "
+    "skip_softmax_threshold) visit the keys from the last to the first, and numbers are measured in "
+    "ascending order",
+    "cannot be given",
+)
+
 ENGINE = Engine(
     "flashinfer",
     "FlashInfer",
     "scalar",
     (
-        Server("FlashInfer", "sm90", tiles.HOPPER_PREFILL, tiles.NO_XQA),
-        Server("FlashInfer", "sm100", tiles.BLACKWELL_PREFILL, tiles.BLACKWELL_DECODE),
-        Server("FlashInfer", "sm120", Votes(head_dims=(128,)), tiles.NO_XQA),
+        Server(
+            "FlashInfer",
+            "sm90",
+            tiles.HOPPER_PREFILL,
+            tiles.NO_XQA,
+            fp8={"prefill": tiles.HOPPER_PREFILL_FP8},
+        ),
+        Server(
+            "FlashInfer",
+            "sm100",
+            tiles.BLACKWELL_PREFILL,
+            tiles.BLACKWELL_DECODE,
+            notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
+        ),
+        Server("FlashInfer", "sm120", _SM120, tiles.NO_XQA),
     ),
     write,
     read,
     numbers={phase: f"{phase}.run_kwargs.{_KEY}" for phase in PHASES},
-    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

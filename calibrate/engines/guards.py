@@ -108,7 +108,7 @@ def expressible(thresholds: Thresholds, engine: Engine, phases: Sequence[Phase] 
         UserError: neither was measured, or nothing is left to export.
     """
     evidence = thresholds.evidence
-    chosen = tuple(phases or PHASES)
+    chosen = tuple(phases or engine.numbers)
     uncalibrated = tuple(sorted(entry.layer for entry in thresholds.uncalibrated))
     if uncalibrated and engine.form == "scalar":
         able = [known.name for known in ENGINES.values() if known.form == "scalar+ignore"]
@@ -146,7 +146,13 @@ def expressible(thresholds: Thresholds, engine: Engine, phases: Sequence[Phase] 
             f"{'it' if len(chosen) == 1 else 'both'} dense, so there is nothing to export; leave the "
             "engine's setting unset"
         )
-    if set(factors) != {p for p in PHASES if _any_number(thresholds, p)}:
+    numbered = {phase for phase in PHASES if _any_number(thresholds, phase)}
+    lost += [
+        f"{phase}: {engine.title} has no kernel that skips there, so it stays dense"
+        for phase in PHASES
+        if phase in numbered and phase not in engine.numbers
+    ]
+    if set(factors) != numbered:
         lost.append(
             "the loss was measured with both phases skipping; this artefact skips in one only"
         )
@@ -162,11 +168,11 @@ def check_criterion(thresholds: Thresholds, engine: Engine, numbers: Numbers) ->
     for phase in numbers.scale_factor:
         criterion = getattr(thresholds.criterion, phase)
         if criterion != "max":
-            alone = " or export prefill alone (`--phase prefill`)," if not engine.joint else ""
             raise UserError(
                 f"`criterion.{phase}` must be max for {engine.title}, which judges tiles by their largest "
                 f"score, but the numbers are for {criterion}; measure them by max with `calibrate project "
-                f"RUN_DIR --engine {engine.name}`,{alone} or serve with native"
+                f"RUN_DIR --engine {engine.name}` or export prefill alone (`--phase prefill`), or serve "
+                "with native"
             )
 
 
@@ -285,19 +291,6 @@ def reference_length(engine: Engine, numbers: Numbers, served: Served) -> int | 
             "threshold would be 1 or more; give the longest served length"
         )
     return served.at_length
-
-
-def check_phases(engine: Engine, numbers: Numbers) -> None:
-    """Refuses one phase where one number serves both.
-
-    Raises:
-        UserError: only one phase has a number.
-    """
-    if engine.joint and len(numbers.scale_factor) < len(PHASES):
-        raise UserError(
-            f"{engine.title} applies one threshold to both phases, but only "
-            f"{next(iter(numbers.scale_factor))} has a number; calibrate both phases, or use another engine"
-        )
 
 
 def check_model(thresholds: Thresholds, config: ModelConfigFile) -> list[str]:

@@ -7,6 +7,7 @@ from calibrate.engines.tiles import ANY_SIZE, TRTLLM_SERVERS
 from calibrate.engines.types import (
     Engine,
     Foreign,
+    Ignored,
     Request,
     Server,
     Source,
@@ -29,12 +30,23 @@ def read(source: Source) -> Foreign:
     return read_curve(source.path, source.target, source.phases)
 
 
+# nvidia-modelopt 0.48.0rc1, torch/sparsity/attention_sparsity/plugins: vllm.py (tiles, votes, the
+# longest of the batch), vllm_runtime.py (`_global_errors`: speculation, cache types;
+# `_layer_errors`: head sizes).
+_SPECULATION = "it does not start with speculative decoding"
+_SIZES = range(16, ANY_SIZE + 1, 16)
+_CACHE = Ignored("its KV cache must be bfloat16 or float16", "refuses")
 _OWN_SERVER = Server(
     "Model-Optimizer's vLLM server",
     "any",
-    Votes(((ANY_SIZE, (128,)),), tile_q=128),
-    Votes(((ANY_SIZE, (128,)),), voters="head"),
+    Votes(((ANY_SIZE, (128,)),), tile_q=128, head_dims=_SIZES, speculation=_SPECULATION),
+    Votes(((ANY_SIZE, (128,)),), voters="head", head_dims=_SIZES, speculation=_SPECULATION),
     above_one="dense",
+    fp8={"prefill": _CACHE, "decode": _CACHE},
+    notes=(
+        "Model-Optimizer's vLLM server divides by the longest KV length of the batch: shorter "
+        "requests skip less",
+    ),
 )
 ENGINE = Engine(
     "modelopt",
@@ -46,8 +58,4 @@ ENGINE = Engine(
     numbers={phase: f"threshold_scale_factor.{phase}" for phase in PHASES},
     options=("target",),
     config_json="all",
-    notes=(
-        "Model-Optimizer's vLLM server divides by the longest KV length of the batch: shorter "
-        "requests skip less",
-    ),
 )

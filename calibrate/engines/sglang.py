@@ -8,10 +8,10 @@ from calibrate.engines import tiles
 from calibrate.engines.types import (
     Engine,
     Foreign,
+    Ignored,
     Request,
     Server,
     Source,
-    Votes,
     Written,
     known_only,
     number,
@@ -50,21 +50,39 @@ def read(source: Source) -> Foreign:
     )
 
 
+# sglang 0.5.23: srt/arg_groups/attention_hook.py (sm120);
+# srt/layers/attention/trtllm_mha_backend.py (queries are cast to the type of an FP8 cache; decode
+# names no backend) and dsa_backend.py (the sparse models).
+_NO_START = Ignored(
+    'its trtllm_mha backend "does not support ... skip-softmax" there', "does not start with"
+)
+
 ENGINE = Engine(
     "sglang",
     "SGLang",
     "scalar",
     (
-        Server("SGLang", "sm90", tiles.HOPPER_PREFILL, tiles.NO_XQA),
-        Server("SGLang", "sm100", tiles.BLACKWELL_PREFILL, tiles.BLACKWELL_DECODE),
-        Server("SGLang", "sm120", Votes(), tiles.NO_XQA),
+        Server(
+            "SGLang",
+            "sm90",
+            tiles.HOPPER_PREFILL,
+            tiles.NO_XQA,
+            fp8={"prefill": tiles.HOPPER_PREFILL_FP8},
+        ),
+        Server(
+            "SGLang",
+            "sm100",
+            tiles.BLACKWELL_PREFILL,
+            tiles.BLACKWELL_DECODE,
+            notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
+        ),
+        Server("SGLang", "sm120", _NO_START, tiles.NO_XQA),
     ),
     write,
     read,
     numbers=_VARIABLES,
     unfit={
-        "index_topk": "SGLang's sparse-attention models (NSA, DSA) use the decode number in prefill too, or "
-        "refuse it"
+        "index_topk": "SGLang's sparse-attention models (NSA, DSA) use the decode number in parts of "
+        "prefill too, or refuse it"
     },
-    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

@@ -1,4 +1,4 @@
-"""tokenspeed: one threshold at one KV length for both phases, on AMD gfx950."""
+"""tokenspeed: one threshold at one KV length, for prefill on AMD gfx950."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from calibrate.engines.types import (
     Engine,
     Foreign,
+    Ignored,
     Request,
     Server,
     Source,
@@ -19,21 +20,18 @@ from calibrate.engines.types import (
     stated_length,
 )
 from calibrate.errors import UserError
-from skip_softmax.thresholds.types import PHASES
 
 _OPTION = "--skip-softmax-threshold"
 
 
 def write(request: Request) -> Written:
-    """An option to serve with; the smaller number, which is safe for both phases."""
+    """An option to serve with."""
     assert request.at_length is not None
-    threshold = min(request.scale_factor.values()) / request.at_length
-    lost = [one_length(request.at_length)]
-    if len(set(request.scale_factor.values())) > 1:
-        lost.append(
-            "one threshold serves both phases: the smaller number is written, the other phase skips less"
-        )
-    return Written(absolute_header(request.at_length) + f"{_OPTION} {threshold!r}\n", tuple(lost))
+    threshold = request.scale_factor["prefill"] / request.at_length
+    return Written(
+        absolute_header(request.at_length) + f"{_OPTION} {threshold!r}\n",
+        (one_length(request.at_length),),
+    )
 
 
 def read(source: Source) -> Foreign:
@@ -42,18 +40,39 @@ def read(source: Source) -> Foreign:
     if match is None:
         raise UserError(f"{source.path}: {_OPTION} must be given, but it is not there")
     threshold = number(f"{source.path}: {_OPTION}", match[1])
-    return from_threshold(threshold, stated_length(source), PHASES)
+    return from_threshold(threshold, stated_length(source), ("prefill",))
 
 
+# tokenspeed 0.1.1: runtime/utils/server_args.py (the option's help says when it has no effect),
+# runtime/layers/attention/backends/paged/mha.py (`mha_prefill` alone gets it: no decode, no cached
+# prefix). tokenspeed-kernel 0.1.4: ops/attention/mha/gluon.py (head sizes). tokenspeed-kernel-amd
+# 0.1.4: ops/gfx950/attention/mha/prefill.py (tiles in `get_config`; 128 rows of one query head vote
+# together).
 ENGINE = Engine(
     "tokenspeed",
     "tokenspeed",
     "scalar",
-    (Server("tokenspeed", "gfx950", Votes(), Votes()),),
+    (
+        Server(
+            "tokenspeed",
+            "gfx950",
+            Votes(((128, (64,)),), tile_q=128, head_dims=(64, 128)),
+            Ignored("only its prefill kernel has the threshold"),
+            fp8={
+                "prefill": Ignored(
+                    "with an FP8 or MXFP8 KV cache no batch reaches the kernel that skips"
+                )
+            },
+            notes=(
+                "a batch skips only if none of its requests has a cached prefix: one prefix-cache hit, or "
+                "the second chunk of one prompt, makes the whole batch dense without a word",
+                "the triton backend and FP8 or MXFP8 KV caches never reach the kernel that skips",
+            ),
+        ),
+    ),
     write,
     read,
-    numbers=dict.fromkeys(PHASES, _OPTION),
+    numbers={"prefill": _OPTION},
     options=("at_length",),
     absolute=True,
-    joint=True,
 )

@@ -105,5 +105,4 @@ ENGINE = Engine(
     },
     options=("coefficients",),
     config_json="layers",
-    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

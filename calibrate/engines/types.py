@@ -8,7 +8,7 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +30,16 @@ class Votes:
         tile_q: query rows that vote together [tokens]; None in decode.
         voters: in decode, `group`: the query heads of a KV head vote together; `head`: each alone.
         head_dims: the only head sizes of this kernel; empty: any.
+        groups: fewest and most query heads per KV head of this kernel; None: any.
+        speculation: why this kernel does not run beside speculative decoding; empty: it does.
     """
 
     tile_kv: tuple[tuple[int, tuple[int, ...]], ...] = ()
     tile_q: int | None = None
     voters: Literal["group", "head"] = "group"
-    head_dims: tuple[int, ...] = ()
+    head_dims: tuple[int, ...] | range = ()
+    groups: tuple[int, int] | None = None
+    speculation: str = ""
 
     def keys(self, head_dim: int) -> tuple[int, ...]:
         """Keys per tile at this head size [tokens]; empty: not published."""
@@ -44,25 +48,53 @@ class Votes:
 
 @dataclass(frozen=True)
 class Ignored:
-    """This phase silently ignores the number."""
+    """No kernel of this phase skips by the number.
+
+    Attributes:
+        why: the reason.
+        how: what the server does instead, before the words "the prefill number".
+    """
 
     why: str
+    how: str = "silently ignores"
 
 
 @dataclass(frozen=True)
 class Server:
-    """One engine on one family of GPUs."""
+    """One engine on one family of GPUs.
+
+    Attributes:
+        title: its name as people write it.
+        gpu: GPU family; `any`: all.
+        prefill: the kernel of prefill, with a 16-bit KV cache.
+        decode: the kernel of decode, with a 16-bit KV cache.
+        above_one: what it does at a threshold of 1 or more: skip almost everything, or run dense.
+        fp8: the kernels of phases that an FP8 KV cache changes.
+        notes: what the numbers do not say on this server; in every sidecar of an export for it.
+    """
 
     title: str
     gpu: str
     prefill: Votes | Ignored
     decode: Votes | Ignored
     above_one: Literal["skips", "dense"] = "skips"
-    """What it does at a threshold of 1 or more: skip almost everything, or run dense."""
+    fp8: Mapping[Phase, Votes | Ignored] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def phase(self, phase: Phase) -> Votes | Ignored:
         """The kernel of a phase."""
         return self.prefill if phase == "prefill" else self.decode
+
+    def run_with(self, *, fp8: bool = False, speculation: bool = False) -> Server:
+        """The server with an FP8 KV cache, with speculative decoding, or both."""
+
+        def kernel(phase: Phase) -> Votes | Ignored:
+            found = self.fp8.get(phase, self.phase(phase)) if fp8 else self.phase(phase)
+            if speculation and isinstance(found, Votes) and found.speculation:
+                return Ignored(found.speculation, "refuses")
+            return found
+
+        return replace(self, prefill=kernel("prefill"), decode=kernel("decode"))
 
     @property
     def name(self) -> str:
@@ -79,6 +111,7 @@ class Request:
         scale_factor: per phase, above 0 [tokens].
         dense_layers: layers without skipping.
         at_length: KV length of an absolute threshold [tokens].
+        gpus: GPU families on which the numbers are valid.
         pin: whether a phase without a curve may be written as `a = scale_factor, b = 0`.
         attention_class: name of the model's attention class, if known.
     """
@@ -87,6 +120,7 @@ class Request:
     scale_factor: dict[Phase, float] = field(default_factory=dict)
     dense_layers: tuple[int, ...] = ()
     at_length: int | None = None
+    gpus: tuple[str, ...] = ()
     pin: bool = False
     attention_class: str | None = None
 
@@ -161,11 +195,9 @@ class Engine:
         numbers: per phase, the name under which the artefact gives its number.
         options: what the artefact may leave open, so that `calibrate import` takes it as an option.
         absolute: it takes the threshold itself, which is right at one KV length only.
-        joint: one number serves both phases, so both must have one.
         config_json: what it reads from the model's `config.json`: nothing; `layers`: the dense layers,
             which its own file cannot name; `all`: everything, so the artefact is a change of that file.
         unfit: keys of a `config.json` whose models it must not serve with our numbers, and why.
-        notes: what this engine cannot express; repeated in every sidecar.
     """
 
     name: str
@@ -177,10 +209,8 @@ class Engine:
     numbers: Mapping[Phase, str] = field(default_factory=dict)
     options: tuple[Literal["target", "coefficients", "at_length"], ...] = ()
     absolute: bool = False
-    joint: bool = False
     config_json: Literal["nothing", "layers", "all"] = "nothing"
     unfit: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 # What artefacts have in common.

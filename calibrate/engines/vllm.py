@@ -8,6 +8,7 @@ from calibrate.engines import tiles
 from calibrate.engines.types import (
     Engine,
     Foreign,
+    Ignored,
     Request,
     Server,
     Source,
@@ -39,17 +40,24 @@ def read(source: Source) -> Foreign:
     return Foreign({phase: config[key] for phase, key in _KEYS.items() if key in config})
 
 
+_NO_KERNEL = Ignored("it has no kernel that skips there")
+
 ENGINE = Engine(
     "vllm",
     "vLLM (open pull request 42989, in no release)",
     "scalar",
     (
-        Server("vLLM", "sm90", tiles.NO_KERNEL, tiles.NO_KERNEL),
-        Server("vLLM", "sm100", tiles.BLACKWELL_PREFILL, tiles.BLACKWELL_DECODE),
-        Server("vLLM", "sm120", tiles.NO_KERNEL, tiles.NO_KERNEL),
+        Server("vLLM", "sm90", _NO_KERNEL, _NO_KERNEL),
+        Server(
+            "vLLM",
+            "sm100",
+            tiles.BLACKWELL_PREFILL,
+            tiles.BLACKWELL_DECODE,
+            notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
+        ),
+        Server("vLLM", "sm120", _NO_KERNEL, _NO_KERNEL),
     ),
     write,
     read,
     numbers=_KEYS,
-    notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
 )

@@ -56,6 +56,7 @@ ENGINE = Engine(
             "sm100",
             Votes(((ANY_SIZE, (128,)),), tile_q=32, head_dims=(128,)),
             Ignored("diffusion models do not decode token by token"),
+            notes=(BLACKWELL_TWO,),
         ),
     ),
     write,
@@ -63,5 +64,4 @@ ENGINE = Engine(
     numbers={"prefill": "default.skip_softmax.threshold"},
     options=("at_length",),
     absolute=True,
-    notes=(BLACKWELL_TWO,),
 )

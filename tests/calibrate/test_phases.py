@@ -93,8 +93,6 @@ def test_a_half_dense_result_is_exported(
     assert "prefill" in made.stdout and "decode" not in made.stdout
     refused = call("project", half.folder, "--engine", "trtllm", "--phase", "decode")
     assert refused.code == 2 and "the run leaves decode dense" in refused.stderr
-    joint = call("project", half.folder, "--engine", "tokenspeed")
-    assert joint.code == 2 and "the run leaves the other one dense" in joint.stderr
 
 
 def test_the_file_of_a_half_dense_run_holds_on_its_own_prompts(

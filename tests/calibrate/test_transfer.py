@@ -222,8 +222,8 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
     assert code == 2 and "votes alone" in err
     code, _, err = call("project", copied, "--engine", "sglang", "--gpu", "sm90")
     assert code == 2 and "ignores the decode number" in err and "--phase prefill" in err
-    code, _, err = call("project", copied, "--engine", "tokenspeed", "--phase", "prefill")
-    assert code == 2 and "one number to both phases" in err
+    code, _, err = call("project", copied, "--engine", "tokenspeed", "--phase", "decode")
+    assert code == 2 and "silently ignores the decode number" in err
     code, _, err = call("project", copied, "--engine", "native")
     assert code == 2 and "needs no projection" in err
     # At 64x256 tiles prefill of 384 tokens has nothing to skip: said, not exported; decode still has.
@@ -239,7 +239,7 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
 
 
 @pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("engine", ["tokenspeed", "modelopt", "trtllm", "sglang"])
+@pytest.mark.parametrize("engine", ["modelopt", "trtllm", "sglang"])
 def test_the_next_command_that_is_printed_runs(
     engine: str, call: Callable[..., Any], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +259,6 @@ def test_the_next_command_that_is_printed_runs(
     assert code == 0, err
     command = err.rpartition("now: calibrate ")[2].split()
     needed = {
-        "tokenspeed": ["--at-length", "TOKENS", "--trust-geometry"],
         "modelopt": ["--pin"],
         "trtllm": ["--model", "DIR", "--apply"],
         "sglang": ["--gpu", "sm90"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from typing import Any
 import pytest
 from engine_files import (
     BLACKWELL,
+    HOPPER,
     LAYERS,
+    TOKENSPEED,
     per_layer,
     thresholds,
     write_model,
@@ -37,19 +38,17 @@ def test_numbers_come_back_or_their_loss_is_listed(engine: str, tmp_path: Path) 
         blackwell = engine in ("vllm", "vllm-omni") or draw.random() < 0.5
         numbers = {p: 10 ** draw.uniform(-2, 3.5) for p in ("prefill", "decode")}
         phases = draw.choice([("prefill",), ("decode",), ("prefill", "decode")])
-        phases = {"vllm-omni": ("prefill",), "tokenspeed": ("prefill", "decode")}.get(
-            engine, phases
-        )
-        if engine in ("sglang", "flashinfer") and not blackwell:
+        if engine in ABSOLUTE or (engine in ("sglang", "flashinfer") and not blackwell):
             phases = ("prefill",)
         dense = (
             tuple(sorted(draw.sample(range(LAYERS), draw.randint(0, 3))))
             if engine in ("trtllm", "modelopt")
             else ()
         )
-        file = thresholds(
-            **numbers, geometry=BLACKWELL if blackwell else thresholds().geometry, dense=dense
-        )
+        geometry = BLACKWELL if blackwell else HOPPER
+        if engine == "tokenspeed":
+            geometry = TOKENSPEED
+        file = thresholds(**numbers, geometry=geometry, dense=dense)
         made = export(
             file,
             engine,
@@ -68,11 +67,7 @@ def test_numbers_come_back_or_their_loss_is_listed(engine: str, tmp_path: Path) 
             engine, Source(tmp_path / "config.json" if engine == "modelopt" else path)
         )
         for phase in phases:
-            same = math.isclose(found.scale_factor[phase], numbers[phase], rel_tol=1e-12)
-            assert same or (engine == "tokenspeed" and "the smaller number is written" in lost), (
-                phase,
-                text,
-            )
+            assert found.scale_factor[phase] == pytest.approx(numbers[phase], rel=1e-12), text
         assert set(found.scale_factor) == set(phases)
         ignored = (
             read_artefact("modelopt", Source(tmp_path / "config.json")).ignore if made.patch else ()

@@ -13,6 +13,7 @@ import pytest
 from engine_files import (
     BLACKWELL,
     PAGES,
+    TOKENSPEED,
     thresholds,
     write_model,
 )
@@ -34,6 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Path:
     thresholds().save(folder / "thresholds.yaml")
     thresholds(geometry=BLACKWELL).save(folder / "blackwell.yaml")
     thresholds(decode=0.0, geometry=BLACKWELL).save(folder / "blackwell-prefill.yaml")
+    thresholds(geometry=TOKENSPEED).save(folder / "gfx950.yaml")
     shutil.copytree(smoke_run, folder / "run")
     return folder
 

@@ -62,7 +62,7 @@ READ: dict[str, tuple[str, str, dict[str, float]]] = {
                   """'{"trtllm_skip_softmax_decode_threshold_scale_factor": 20}'""",
                   {"decode": 20}),
     "tokenspeed": ("tokenspeed", "# reference KV length: 1000 tokens\n--skip-softmax-threshold 0.018",
-                   {"prefill": 18, "decode": 18}),
+                   {"prefill": 18}),
 }  # fmt: skip
 
 
@@ -174,7 +174,6 @@ ABSOLUTE = "# reference KV length: 1000 tokens\n--skip-softmax-threshold 0.1\n"
     [
         ("trtllm", TRTLLM + "  threshold_scale_factor: 100\n", ()),
         ("modelopt", None, ("--target", 0.5)),
-        ("tokenspeed", ABSOLUTE, ()),
         ("trtllm", None, ("--threshold", 0.1, "--at-length", 1000)),
         ("trtllm", None, ("--prefill", 100, "--decode", 100)),
     ],
@@ -248,7 +247,8 @@ def test_a_file_s_threshold_gets_its_length_from_the_command_line(
     (tmp_path / "f").write_text("--skip-softmax-threshold 0.018")
     flags = ("--engine", "tokenspeed", "--model", model, "-o", tmp_path / "t.yaml")
     assert call("import", tmp_path / "f", "--at-length", 1000, *flags)[0] == 0
-    assert Thresholds.load(tmp_path / "t.yaml").scale_factor.decode == pytest.approx(18)
+    found = Thresholds.load(tmp_path / "t.yaml").scale_factor
+    assert found.prefill == pytest.approx(18) and found.decode == 0.0
 
 
 @pytest.mark.parametrize(

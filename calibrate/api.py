@@ -167,7 +167,12 @@ class Run:
         return write_comparison(*runs, target)
 
     def project(
-        self, engine: str, *, gpu: str | None = None, phases: Sequence[str] | None = None
+        self,
+        engine: str,
+        *,
+        gpu: str | None = None,
+        phases: Sequence[str] | None = None,
+        kv_dtype: str | None = None,
     ) -> Path:
         """Finds and measures the best setting near the run's result that an engine can express.
 
@@ -175,7 +180,8 @@ class Run:
             engine: who will serve, for example `trtllm`.
             gpu: GPU family that will serve, for example `sm90`; None: one on which the run's tiles are
                 right, else the engine's first.
-            phases: `prefill`, `decode` or both; None: the run's.
+            phases: `prefill`, `decode` or both; None: those of the run in which the engine can skip.
+            kv_dtype: type of the engine's KV cache, for example `fp8`; None: a 16-bit one.
 
         Returns:
             The thresholds file, ready for `calibrate.export`; its `evidence["projection"]` says what the
@@ -191,7 +197,7 @@ class Run:
         self._require_search()
         chosen = find_phases(phases)
         with self._locked() as stages:
-            return project_run(stages, engine, gpu, chosen)
+            return project_run(stages, engine, gpu, chosen, kv_dtype)
 
     def assess(self, thresholds: Thresholds | Place) -> tuple[Thresholds, Assessment]:
         """Measures any thresholds on the run's model and held-out prompts; the run need not be finished.

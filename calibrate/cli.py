@@ -27,6 +27,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a `calibrate run`.")]
 Gpu = Annotated[
     str | None, typer.Option(help="GPU family that will serve: sm90, sm100, sm120; unset: any.")
 ]
+KvDtype = Annotated[
+    str | None, typer.Option(help="Type of its KV cache: bfloat16, float16, fp8; unset: 16 bits.")
+]
 PhaseChoice = Annotated[list[str] | None, typer.Option(help="Only this phase; may be repeated.")]
 ThresholdsFile = Annotated[Path, typer.Argument(help="A thresholds file.")]
 
@@ -174,6 +177,14 @@ def export(
     ] = None,
     gpu: Gpu = None,
     phase: PhaseChoice = None,
+    kv_dtype: KvDtype = None,
+    speculative: Annotated[
+        bool | None,
+        typer.Option("--speculative/--no-speculative", help="Does it decode speculatively?"),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Its attention backend, to be checked.")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="The served model's folder, with its config.json.")
     ] = None,
@@ -185,6 +196,9 @@ def export(
     ] = False,
     trust_geometry: Annotated[
         bool, typer.Option("--trust-geometry", help="You compared tiles that are not published.")
+    ] = False,
+    experimental: Annotated[
+        bool, typer.Option("--experimental", help="Write what no release of the engine reads.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -199,9 +213,13 @@ def export(
         served_min_len=served_min_len,
         chunk_size=chunk_size,
         at_length=at_length,
+        kv_dtype=kv_dtype,
+        speculative=speculative,
+        backend=backend,
         model=model,
         pin=pin,
         trust_geometry=trust_geometry,
+        experimental=experimental,
     )
     patch = made.require_patch() if apply else made.patch
     lost = [] if made.sidecar is None else made.sidecar["lost"]
@@ -233,6 +251,7 @@ def project(
     engine: Annotated[str, typer.Option(help="Which engine will serve.")],
     gpu: Gpu = None,
     phase: PhaseChoice = None,
+    kv_dtype: KvDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Find and measure the best setting near a run's result that an engine can express."""
@@ -240,7 +259,9 @@ def project(
     from calibrate.engines.export import needed_options
 
     with terminal.Bars() as bars:
-        path = calibrate.open_run(folder, progress=bars).project(engine, gpu=gpu, phases=phase)
+        path = calibrate.open_run(folder, progress=bars).project(
+            engine, gpu=gpu, phases=phase, kv_dtype=kv_dtype
+        )
     thresholds = Thresholds.load(path)
     report = thresholds.evidence["projection"]
     direct = report["direct"]
@@ -255,7 +276,7 @@ def project(
         from calibrate.report.tables import phases
 
         terminal.show(phases(thresholds))
-    options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu)])
+    options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu, kv_dtype)])
     terminal.say(f"passed: {path}; now: calibrate export {path} {options}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from calibrate.engines.catalogue import find_engine
+from calibrate.engines.catalogue import as_run, find_engine, find_kv_dtype
 from calibrate.errors import UserError, WorkFailed
 from calibrate.loss.measure import Outcome
 from calibrate.model.section import Setting, thresholds_for
@@ -30,7 +30,11 @@ from skip_softmax.thresholds.types import PHASES, Criteria, Geometry, MinKvLen, 
 
 
 def project_run(
-    run: Stages, engine_name: str, gpu: str | None = None, phases: tuple[Phase, ...] | None = None
+    run: Stages,
+    engine_name: str,
+    gpu: str | None = None,
+    phases: tuple[Phase, ...] | None = None,
+    kv_dtype: str | None = None,
 ) -> Path:
     """Measures the nearest setting that an engine can express, at the engine's tiles.
 
@@ -38,7 +42,8 @@ def project_run(
         run: a finished run whose validation passed.
         engine_name: one of `ENGINES`.
         gpu: GPU family; None: one on which the run's tiles are right, else the engine's first.
-        phases: phases to project; None: the run's.
+        phases: phases to project; None: those of the run in which the engine can skip.
+        kv_dtype: type of the engine's KV cache; None: a 16-bit one.
 
     Returns:
         The thresholds file `projected-<engine>.yaml`; its evidence has what the straight projection gave.
@@ -47,7 +52,7 @@ def project_run(
         UserError: the engine cannot run what was asked for, or the run has no result.
         WorkFailed: nothing that the engine can express stays within the budget.
     """
-    engine = find_engine(engine_name)
+    engine = as_run(find_engine(engine_name), find_kv_dtype(kv_dtype), None)
     if engine.form == "native":
         raise UserError(
             "--engine must be an engine other than native, which needs no projection; use `calibrate export`"

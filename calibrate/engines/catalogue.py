@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from calibrate.engines import (
@@ -95,6 +95,39 @@ def find_gpu(name: str | None, engine: Engine) -> str | None:
             f"--gpu must be one of: {', '.join(known)} for {engine.title}; but got `{name}`"
         )
     return family
+
+
+_KV_DTYPES = {
+    "auto": "auto",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp8": "fp8",
+    "fp8_e4m3": "fp8",
+}
+
+
+def find_kv_dtype(name: str | None) -> str | None:
+    """Type of a KV cache, from an engine's word for it; `auto` is the model's own 16 bits; None for None.
+
+    Raises:
+        UserError: no kernel that skips is known to read such a cache.
+    """
+    if name is not None and name not in _KV_DTYPES:
+        raise UserError(
+            f"--kv-dtype must be one of: {', '.join(_KV_DTYPES)}; but got `{name}`, whose kernels' tiles "
+            "are not known"
+        )
+    return None if name is None else _KV_DTYPES[name]
+
+
+def as_run(engine: Engine, kv_dtype: str | None, speculative: bool | None) -> Engine:
+    """The engine with its servers as they are run: with this KV cache, and with drafted tokens or without."""
+    fp8, drafts = kv_dtype == "fp8", bool(speculative)
+    servers = tuple(server.run_with(fp8=fp8, speculation=drafts) for server in engine.servers)
+    return replace(engine, servers=servers)
 
 
 def servers_for(engine: Engine, gpu: str | None) -> tuple[Server, ...]:

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.engines import guards
-from calibrate.engines.catalogue import ENGINES, find_engine, find_gpu, find_phases
+from calibrate.engines.catalogue import (
+    ENGINES,
+    as_run,
+    find_engine,
+    find_gpu,
+    find_kv_dtype,
+    find_phases,
+)
 from calibrate.engines.config_json import ConfigPatch, config_group, patch_config
 from calibrate.engines.guards import Numbers, Served, expressible
 from calibrate.engines.types import Engine, Request, Server, to_json
@@ -102,9 +109,13 @@ def export(
     served_min_len: int | None = None,
     chunk_size: int | None = None,
     at_length: int | None = None,
+    kv_dtype: str | None = None,
+    speculative: bool | None = None,
+    backend: str | None = None,
     model: str | os.PathLike[str] | None = None,
     pin: bool = False,
     trust_geometry: bool = False,
+    experimental: bool = False,
 ) -> Artefact:
     """Makes what an engine reads.
 
@@ -116,9 +127,15 @@ def export(
         served_min_len: shortest request [tokens]; None: none is shorter than the file's `min_kv_len`.
         chunk_size: prefill chunk [tokens]; None: prompts are not chunked.
         at_length: longest served KV length [tokens], for engines that take the threshold itself.
+        kv_dtype: type of the engine's KV cache, for example `fp8`; None: taken for a 16-bit one, with a
+            warning where that matters.
+        speculative: whether the engine decodes speculatively; None: it is taken not to, with a warning
+            where that matters.
+        backend: the engine's attention backend, by its own name, to be checked; None: not checked.
         model: folder of the served model with its `config.json`, for engines that read it.
         pin: write `a = scale_factor, b = 0` where there is no fitted curve.
         trust_geometry: you have compared tiles that are not published.
+        experimental: write what no release of the engine reads.
 
     Returns:
         The artefact with its sidecar; nothing is written yet.
@@ -129,10 +146,12 @@ def export(
     """
     if not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.load(thresholds)
-    chosen, target = find_phases(phases), find_engine(engine)
+    cache = find_kv_dtype(kv_dtype)
+    chosen, target = find_phases(phases), as_run(find_engine(engine), cache, speculative)
     family = find_gpu(gpu, target)
-    served = Served(served_min_len, chunk_size, at_length)
+    served = Served(served_min_len, chunk_size, at_length, cache, speculative, backend)
     guards.check_options(target, chosen, served)
+    guards.require_release(target, experimental)
     config = None if model is None else read_model_config(Path(model))
     if target.form == "native":
         notes = () if config is None else tuple(guards.check_model(thresholds, config))
@@ -141,9 +160,17 @@ def export(
     numbers = expressible(thresholds, target, chosen)
     guards.check_criterion(thresholds, target, numbers)
     servers = guards.valid_servers(
-        thresholds, target, numbers, family, trust_geometry=trust_geometry
+        thresholds, target, numbers, family, trust_geometry=trust_geometry, kv_dtype=cache
     )
+    elsewhere = guards.other_readers(thresholds, target, numbers, family, servers)
     warnings = [
+        f"holds for: {', '.join(server.name for server in servers)}",
+        *(
+            f"does not hold for {server.name}, which reads this artefact too: {'; '.join(reasons)}"
+            for server, reasons in elsewhere
+            if server.title not in {valid.title for valid in servers}
+        ),
+        *guards.unknown_service(numbers, servers, served),
         *guards.check_lengths(thresholds, numbers, servers, served),
         *(guards.check_model(thresholds, config) if config is not None else ()),
         *guards.low_sparsity(numbers),
@@ -166,24 +193,31 @@ def export(
         group, more = config_group(request)
         lost = list(dict.fromkeys([*lost, *more]))
         patch = patch_config(config, group)
-    sidecar = _sidecar(thresholds, target, numbers, servers, served, lost, warnings)
+    sidecar = _sidecar(thresholds, target, numbers, servers, elsewhere, served, lost, warnings)
     return Artefact(engine, written.text, sidecar, patch, tuple(warnings))
 
 
-def needed_options(thresholds: Thresholds, engine_name: str, gpu: str | None) -> list[str]:
+def needed_options(
+    thresholds: Thresholds, engine_name: str, gpu: str | None, kv_dtype: str | None = None
+) -> list[str]:
     """Options without which an export of a projected file is refused.
 
     Args:
         thresholds: the projection's file.
         engine_name: the engine that it was projected on.
         gpu: the GPU family that it was projected for, if one was named.
+        kv_dtype: the KV cache that it was projected for, if one was named.
 
     Returns:
         Options as a user types them; what only the user knows is in capitals.
     """
-    engine = find_engine(engine_name)
+    engine = as_run(find_engine(engine_name), find_kv_dtype(kv_dtype), None)
     numbers = expressible(thresholds, engine, None)
     options = [] if gpu is None else [f"--gpu {gpu}"]
+    if kv_dtype is not None:
+        options.append(f"--kv-dtype {kv_dtype}")
+    if engine.experimental:
+        options.append("--experimental")
     if engine.absolute:
         options.append("--at-length TOKENS")
     try:
@@ -207,6 +241,7 @@ def _sidecar(
     engine: Engine,
     numbers: Numbers,
     servers: Sequence[Server],
+    elsewhere: Sequence[tuple[Server, list[str]]],
     served: Served,
     lost: Sequence[str],
     warnings: Sequence[str],
@@ -219,16 +254,22 @@ def _sidecar(
     ]
     if thresholds.model.dtype == "float32":
         dropped.append(f"{thresholds.model.dtype}: the engine computes in 16 bits")
+    if served.kv_dtype == "fp8":
+        dropped.append("the rounding of an FP8 KV cache: the loss was measured without it")
     return {
         "format": "skip-softmax-export/1",
         "engine": engine.name,
         "holds_for": [{"server": server.title, "gpu": server.gpu} for server in servers],
+        "does_not_hold_for": [
+            {"server": server.title, "gpu": server.gpu, "why": reasons}
+            for server, reasons in elsewhere
+        ],
         "model": thresholds.model.model_dump(mode="json"),
         "geometry": thresholds.geometry.model_dump(mode="json", exclude_none=True),
         "scale_factor": numbers.scale_factor,
         "dense_layers": list(numbers.dense_layers),
         "min_kv_len": floors,
-        "served": {name: tokens for name, tokens in asdict(served).items() if tokens is not None},
+        "served": {name: given for name, given in asdict(served).items() if given is not None},
         "evidence": {
             "verdict": "passed",
             "budget": thresholds.evidence.get("budget"),

@@ -108,4 +108,16 @@ ENGINE = Engine(
     write,
     read,
     numbers={phase: f"{phase}.run_kwargs.{_KEY}" for phase in PHASES},
+    backends={
+        "trtllm-gen": "",
+        "auto": "it may be XQA in decode and FlashAttention in prefill, which silently ignore the number",
+        "xqa": "it silently ignores the number",
+        "fa2": "it silently ignores the number",
+        "fa3": "it silently ignores the number",
+        "cake": "none of its own routes takes a number that skips (cake_fmha.py)",
+        "cute-dsl": "its ragged prefill divides by the longest KV length of the batch instead of each "
+        "request's, and its paged prefill refuses the number (attention/cute_dsl/fmha.py, prefill.py)",
+        "cute-dsl-prims": "it refuses the number",
+        "cudnn": "it refuses the number",
+    },
 )

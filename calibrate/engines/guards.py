@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from calibrate.engines.catalogue import ENGINES, objections, servers_for
-from calibrate.engines.types import Engine, Server
+from calibrate.engines.catalogue import ENGINES, Objection, objections, servers_for
+from calibrate.engines.types import Engine, Ignored, Server, Votes
 from calibrate.errors import UserError
 from calibrate.model.config_json import ModelConfigFile
 from skip_softmax.thresholds.file import Thresholds
@@ -19,17 +19,23 @@ _AND_IGNORE = {"scalar": "", "scalar+ignore": " and layers left dense", "native"
 
 @dataclass(frozen=True)
 class Served:
-    """Lengths that the engine will see [tokens]; None: unknown.
+    """How the engine will be run; None: unknown.
 
     Attributes:
-        min_len: shortest request.
-        chunk_size: prefill chunk; None: prompts are not chunked.
-        at_length: KV length at which an absolute threshold is to be right.
+        min_len: shortest request [tokens].
+        chunk_size: prefill chunk [tokens]; None: prompts are not chunked.
+        at_length: KV length at which an absolute threshold is to be right [tokens].
+        kv_dtype: type of the KV cache: `fp8`, or a 16-bit one.
+        speculative: whether tokens are drafted and verified.
+        backend: attention backend, by the engine's own name.
     """
 
     min_len: int | None = None
     chunk_size: int | None = None
     at_length: int | None = None
+    kv_dtype: str | None = None
+    speculative: bool | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,39 @@ def check_options(engine: Engine, phases: Sequence[Phase] | None, served: Served
         raise UserError(
             f"--at-length is for engines that take the threshold itself; leave it out for {engine.name}"
         )
+    for option, given, applies in (
+        ("--kv-dtype", served.kv_dtype, engine.kv_cache),
+        ("--speculative", served.speculative, engine.kv_cache),
+        ("--backend", served.backend, engine.backends),
+    ):
+        if given is not None and not applies:
+            raise UserError(
+                f"{option} changes nothing for {engine.name}, but got {given}; leave it out"
+            )
+    if served.backend is not None and engine.backends.get(served.backend, "unknown"):
+        right = " or ".join(name for name, wrong in engine.backends.items() if not wrong)
+        wrong = engine.backends.get(served.backend, f"{engine.title} is not known to skip with it")
+        raise UserError(
+            f"--backend must be {right} for {engine.name}, but got {served.backend}: {wrong}; serve with "
+            f"{right}"
+        )
     if phases is not None and engine.form == "native":
         raise UserError(
             f"--phase must be left out for {engine.name}, which takes the whole file, but got "
             f"{' and '.join(phases)}; leave it out"
+        )
+
+
+def require_release(engine: Engine, experimental: bool) -> None:
+    """Refuses engines that no release of theirs lets read the artefact, unless the user asked for that.
+
+    Raises:
+        UserError: the artefact would work in no release.
+    """
+    if engine.experimental and not experimental:
+        raise UserError(
+            f"a release of {engine.title} must read the artefact, but {engine.experimental}, or "
+            "--experimental for a build of your own"
         )
 
 
@@ -183,38 +218,38 @@ def valid_servers(
     gpu: str | None,
     *,
     trust_geometry: bool = False,
+    kv_dtype: str | None = None,
 ) -> list[Server]:
     """The engine's servers on which the numbers are valid.
+
+    Args:
+        thresholds: the file.
+        engine: its servers as they are run, see `as_run`.
+        numbers: what is exported.
+        gpu: GPU family; None: any.
+        trust_geometry: the user has compared tiles that are not published.
+        kv_dtype: type of the KV cache, for the cure.
 
     Raises:
         UserError: there is none; with every reason and its cures.
     """
-    model = thresholds.model
-    phases = tuple(numbers.scale_factor)
-    valid, refused = [], []
-    for server in servers_for(engine, gpu):
-        group = model.q_heads // model.kv_heads
-        against = objections(
-            server,
-            thresholds.geometry,
-            phases,
-            model.head_dim,
-            group,
-            trust_unpublished=trust_geometry,
-        )
-        reasons = list(against)
-        refused += reasons
-        if not reasons:
-            valid.append(server)
+    against = {
+        server.name: against_numbers(thresholds, server, numbers, trust_geometry=trust_geometry)
+        for server in servers_for(engine, gpu)
+    }
+    valid = [server for server in servers_for(engine, gpu) if not against[server.name]]
     if valid:
         return valid
+    phases = tuple(numbers.scale_factor)
+    refused = [reason for reasons in against.values() for reason in reasons]
     wanted = {reason.cure for reason in refused}
     cures = []
     if "phase" in wanted and len(phases) > 1:
         cures.append("`--phase prefill` exports the prefill number only")
     if "measure" in wanted:
+        cache = f" --kv-dtype {kv_dtype}" if kv_dtype is not None else ""
         cures.append(
-            f"`calibrate project RUN_DIR --engine {engine.name} --gpu {gpu or 'GPU'}` measures at the "
+            f"`calibrate project RUN_DIR --engine {engine.name} --gpu {gpu or 'GPU'}{cache}` measures at the "
             "engine's own tiles"
         )
     if "compare" in wanted:
@@ -223,6 +258,62 @@ def valid_servers(
         cures.append("choose another --gpu or engine")
     reasons_once = dict.fromkeys(reason.text for reason in refused)
     raise UserError("\n  ".join([*reasons_once, "cure: " + "; or ".join(cures)]))
+
+
+def against_numbers(
+    thresholds: Thresholds, server: Server, numbers: Numbers, *, trust_geometry: bool = False
+) -> list[Objection]:
+    """Why these numbers are not valid on a server; empty: they are."""
+    model = thresholds.model
+    found = objections(
+        server,
+        thresholds.geometry,
+        tuple(numbers.scale_factor),
+        model.head_dim,
+        model.q_heads // model.kv_heads,
+        trust_unpublished=trust_geometry,
+    )
+    return list(found)
+
+
+def other_readers(
+    thresholds: Thresholds,
+    engine: Engine,
+    numbers: Numbers,
+    gpu: str | None,
+    valid: Sequence[Server],
+) -> list[tuple[Server, list[str]]]:
+    """Servers that read the artefact too, on this GPU, and why the numbers do not hold there."""
+    return [
+        (server, [reason.text for reason in against_numbers(thresholds, server, numbers)])
+        for server in servers_for(engine, gpu)
+        if server not in valid
+    ]
+
+
+def unknown_service(numbers: Numbers, servers: Sequence[Server], served: Served) -> list[str]:
+    """Warnings where the numbers depend on how the server is run, and the user has not said how."""
+    warnings = []
+    for server in servers:
+        for phase in numbers.scale_factor:
+            if served.kv_dtype is None and phase in server.fp8:
+                other = server.fp8[phase]
+                what = (
+                    f"it {other.how} the {phase} number: {other.why}"
+                    if isinstance(other, Ignored)
+                    else f"its {phase} votes on other tiles"
+                )
+                warnings.append(
+                    f"{server.name} must have a 16-bit KV cache: with an FP8 one {what} (--kv-dtype checks "
+                    "yours)"
+                )
+            votes = server.phase(phase)
+            if served.speculative is None and isinstance(votes, Votes) and votes.speculation:
+                warnings.append(
+                    f"{server.name} must run without speculative decoding, or without the {phase} number: "
+                    f"{votes.speculation} (--no-speculative says that it does)"
+                )
+    return warnings
 
 
 def check_lengths(

@@ -10,4 +10,6 @@ def write(request: Request) -> Written:
     return Written(request.thresholds.to_yaml())
 
 
-ENGINE = Engine("native", "the kernel of this package", "native", servers=(), write=write)
+ENGINE = Engine(
+    "native", "the kernel of this package", "native", servers=(), write=write, kv_cache=False
+)

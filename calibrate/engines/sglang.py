@@ -81,6 +81,7 @@ ENGINE = Engine(
     write,
     read,
     numbers=_VARIABLES,
+    backends={"trtllm_mha": ""},
     unfit={
         "index_topk": "SGLang's sparse-attention models (NSA, DSA) use the decode number in parts of "
         "prefill too, or refuse it"

@@ -105,4 +105,5 @@ ENGINE = Engine(
     },
     options=("coefficients",),
     config_json="layers",
+    backends={"TRTLLM": ""},
 )

@@ -198,6 +198,10 @@ class Engine:
         config_json: what it reads from the model's `config.json`: nothing; `layers`: the dense layers,
             which its own file cannot name; `all`: everything, so the artefact is a change of that file.
         unfit: keys of a `config.json` whose models it must not serve with our numbers, and why.
+        backends: attention backends by the engine's own names, and why the numbers are wrong there; empty:
+            they are right.
+        kv_cache: whether requests leave a KV cache behind, whose type can change the tiles.
+        experimental: that no release reads the artefact, and what to use instead; empty: one does.
     """
 
     name: str
@@ -211,6 +215,9 @@ class Engine:
     absolute: bool = False
     config_json: Literal["nothing", "layers", "all"] = "nothing"
     unfit: Mapping[str, str] = field(default_factory=dict)
+    backends: Mapping[str, str] = field(default_factory=dict)
+    kv_cache: bool = True
+    experimental: str = ""
 
 
 # What artefacts have in common.

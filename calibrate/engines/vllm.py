@@ -26,7 +26,8 @@ def write(request: Request) -> Written:
     """A line to serve with."""
     config = {_KEYS[phase]: factor for phase, factor in request.scale_factor.items()}
     header = (
-        "# EXPERIMENTAL: names from an open pull request of vLLM (42989), in no release; they may change.\n"
+        "# EXPERIMENTAL: names of vLLM's open pull request 42989 (39297 has others). No release has them:\n"
+        "# vLLM 0.33.0 ends at start with `unexpected_keyword_argument`. They may change.\n"
         "# What works today: Model-Optimizer's vLLM server reads what --engine modelopt writes.\n"
     )
     return Written(f"{header}vllm serve MODEL --attention-config '{json.dumps(config)}'\n")
@@ -44,7 +45,7 @@ _NO_KERNEL = Ignored("it has no kernel that skips there")
 
 ENGINE = Engine(
     "vllm",
-    "vLLM (open pull request 42989, in no release)",
+    "vLLM",
     "scalar",
     (
         Server("vLLM", "sm90", _NO_KERNEL, _NO_KERNEL),
@@ -60,4 +61,6 @@ ENGINE = Engine(
     write,
     read,
     numbers=_KEYS,
+    experimental="vLLM 0.33.0 refuses these names at start and has no skip-softmax at all (its pull requests "
+    "42989 and 39297 are open); use Model-Optimizer's vLLM server (--engine modelopt)",
 )

@@ -64,4 +64,5 @@ ENGINE = Engine(
     numbers={"prefill": "default.skip_softmax.threshold"},
     options=("at_length",),
     absolute=True,
+    kv_cache=False,
 )

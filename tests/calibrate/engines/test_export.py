@@ -57,6 +57,7 @@ def test_numbers_come_back_or_their_loss_is_listed(engine: str, tmp_path: Path) 
             model=model,
             trust_geometry=True,
             at_length=50_000 if engine in ABSOLUTE else None,
+            experimental=True,
         )
         lost = " ".join(made.sidecar["lost"])
         path = tmp_path / "artefact"
@@ -86,6 +87,7 @@ def test_the_sidecar_holds_the_evidence_of_exactly_these_numbers() -> None:
     own = export(thresholds(), "trtllm", gpu="sm90", served_min_len=8192).sidecar
     assert own["evidence"]["loss"]["kl"]["mean"] == 0.003
     assert own["holds_for"] == [{"server": "TensorRT-LLM", "gpu": "sm90"}]
+    assert own["does_not_hold_for"] == []
     best = export(per_layer(), "trtllm", served_min_len=8192).sidecar
     assert best["evidence"]["loss"]["kl"]["mean"] == 0.004
     assert any("numbers per layer" in loss for loss in best["lost"])

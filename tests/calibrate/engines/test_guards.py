@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from engine_files import (
     BLACKWELL,
+    HOPPER,
     MODELOPT,
     TOKENSPEED,
     per_layer,
@@ -111,7 +112,7 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     ),
     "vllm-hopper": (
         thresholds(),
-        ("--engine", "vllm", "--gpu", "sm90"),
+        ("--engine", "vllm", "--gpu", "sm90", "--experimental"),
         "vLLM on sm90 silently ignores the prefill number",
     ),
     "gpu-unknown": (
@@ -147,7 +148,7 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     ),
     "uncalibrated": (
         thresholds(uncalibrated=(UncalibratedLayer(layer=1, reason="soft-cap"),)),
-        ("--engine", "vllm"),
+        ("--engine", "vllm", "--experimental"),
         r"layers \[1\] cannot be calibrated and must stay dense",
     ),
     "failed": (
@@ -246,13 +247,86 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     ),
     "nothing-cures": (
         thresholds(geometry=BLACKWELL),
-        ("--engine", "vllm", "--gpu", "sm90", "--phase", "prefill"),
+        ("--engine", "vllm", "--gpu", "sm90", "--phase", "prefill", "--experimental"),
         "cure: choose another --gpu or engine",
     ),
     "apply-without-model": (
         thresholds(),
         ("--engine", "modelopt", "--apply"),
         "--apply needs --model",
+    ),
+    # fmha_v2 for e4m3: 64x256 up to head size 128.
+    "fp8-cache-on-hopper": (
+        thresholds(),
+        ("--engine", "trtllm", "--gpu", "sm90", "--kv-dtype", "fp8"),
+        r"geometry.prefill must be 64x256 for TensorRT-LLM on sm90 .* numbers are for 64x128"
+        r".*--gpu sm90 --kv-dtype fp8` measures",
+    ),
+    "fp8-cache-sglang": (
+        thresholds(),
+        ("--engine", "sglang", "--gpu", "sm90", "--phase", "prefill", "--kv-dtype", "fp8_e4m3"),
+        "geometry.prefill must be 64x256 for SGLang",
+    ),
+    "fp8-cache-flashinfer": (
+        thresholds(),
+        ("--engine", "flashinfer", "--gpu", "sm90", "--phase", "prefill", "--kv-dtype", "fp8"),
+        "geometry.prefill must be 64x256 for FlashInfer",
+    ),
+    "fp8-cache-modelopt": (
+        thresholds(geometry=MODELOPT),
+        ("--engine", "modelopt", "--gpu", "any", "--phase", "prefill", "--kv-dtype", "fp8"),
+        "Model-Optimizer's vLLM server refuses the prefill number: its KV cache must be",
+    ),
+    "fp8-cache-tokenspeed": (
+        thresholds(geometry=TOKENSPEED),
+        ("--engine", "tokenspeed", "--at-length", 9000, "--kv-dtype", "fp8"),
+        "silently ignores the prefill number: with an FP8 or MXFP8 KV cache",
+    ),
+    "kv-dtype-unknown": (
+        thresholds(),
+        ("--engine", "trtllm", "--kv-dtype", "int4"),
+        "--kv-dtype must be one of: auto, bfloat16, .* but got `int4`",
+    ),
+    "kv-dtype-without-a-cache": (
+        thresholds(geometry=BLACKWELL),
+        ("--engine", "vllm-omni", "--at-length", 9000, "--kv-dtype", "fp8"),
+        "--kv-dtype changes nothing for vllm-omni, but got fp8; leave it out",
+    ),
+    # decoderXQAImplJIT: TLLM_CHECK(!isSpecDec); vllm_runtime.py: "speculative decoding is unsupported".
+    "speculative-trtllm-hopper": (
+        thresholds(),
+        ("--engine", "trtllm", "--gpu", "sm90", "--speculative"),
+        r"TensorRT-LLM on sm90 refuses the decode number: XQA stops .*cure: `--phase prefill`",
+    ),
+    "speculative-modelopt": (
+        thresholds(geometry=MODELOPT),
+        ("--engine", "modelopt", "--gpu", "any", "--phase", "prefill", "--speculative"),
+        "refuses the prefill number: it does not start with speculative decoding",
+    ),
+    "speculative-native": (
+        thresholds(),
+        ("--engine", "native", "--speculative"),
+        "--speculative changes nothing for native",
+    ),
+    "backend-cake": (
+        thresholds(geometry=BLACKWELL),
+        ("--engine", "flashinfer", "--gpu", "sm100", "--backend", "cake"),
+        "--backend must be trtllm-gen for flashinfer, but got cake: none of its own routes takes",
+    ),
+    "backend-cute-dsl": (
+        thresholds(geometry=BLACKWELL),
+        ("--engine", "flashinfer", "--gpu", "sm100", "--backend", "cute-dsl"),
+        "got cute-dsl: its ragged prefill divides by the longest KV length of the batch",
+    ),
+    "backend-nobody-knows": (
+        thresholds(),
+        ("--engine", "trtllm", "--backend", "VANILLA"),
+        "--backend must be TRTLLM for trtllm, but got VANILLA: .*; serve with TRTLLM",
+    ),
+    "backend-of-a-file": (
+        thresholds(geometry=MODELOPT),
+        ("--engine", "modelopt", "--backend", "triton"),
+        "--backend changes nothing for modelopt",
     ),
     "model-missing": (
         thresholds(),
@@ -274,7 +348,7 @@ def test_guards_say_law_value_and_cure_and_exit_2(name: str, run: Callable[..., 
 @pytest.mark.parametrize("engine", [name for name, e in ENGINES.items() if "decode" in e.numbers])
 def test_no_other_engine_gets_numbers_of_masses(engine: str, run: Callable[..., Any]) -> None:
     file = thresholds(geometry=SEEDED, criterion=Criteria(decode="mass"))
-    code, out, err = run(file, "--engine", engine, "--trust-geometry")
+    code, out, err = run(file, "--engine", engine, "--trust-geometry", "--experimental")
     assert (code, out) == (2, "")
     assert f"`criterion.decode` must be max for {find_engine(engine).title}" in err, err
     assert "--phase prefill" in err
@@ -309,7 +383,14 @@ def test_no_other_engine_gets_numbers_of_dense_rows(engine: str, run: Callable[.
         file = thresholds(geometry=Geometry(prefill=prefill, decode=SEEDED.decode))
         gpu = () if server.gpu == "any" else ("--gpu", server.gpu)
         code, out, err = run(
-            file, "--engine", engine, "--phase", "prefill", "--trust-geometry", *gpu
+            file,
+            "--engine",
+            engine,
+            "--phase",
+            "prefill",
+            "--trust-geometry",
+            "--experimental",
+            *gpu,
         )
         assert (code, out) == (2, "")
         law = f"geometry.prefill.dense_last must be 0 for {server.name}"
@@ -373,3 +454,76 @@ def test_little_sparsity_is_said() -> None:
     made = export(file.model_copy(update={"evidence": evidence}), "trtllm")
     said = [text for text in made.warnings if "slower than their dense" in text]
     assert len(said) == 1 and said[0].startswith("prefill skips 5.0 %")
+
+
+def wide(**changes: Any) -> Thresholds:
+    """Numbers at the tiles of fmha_v2 for e4m3."""
+    prefill = PrefillGeometry(tile_q=64, tile_kv=256)
+    return thresholds(geometry=HOPPER.model_copy(update={"prefill": prefill}), **changes)
+
+
+@pytest.mark.parametrize("engine", ["trtllm", "sglang", "flashinfer"])
+def test_numbers_at_the_tiles_of_an_fp8_cache_hold_with_it_alone(engine: str) -> None:
+    options: Any = {"gpu": "sm90", "phases": ("prefill",)}
+    made = export(wide(), engine, kv_dtype="fp8", **options)
+    assert made.sidecar["served"]["kv_dtype"] == "fp8"
+    assert any("rounding of an FP8 KV cache" in loss for loss in made.sidecar["lost"])
+    for cache in (None, "auto", "bf16"):
+        with pytest.raises(UserError, match=r"must be 64x128 .* the numbers are for 64x256"):
+            export(wide(), engine, kv_dtype=cache, **options)
+
+
+def test_what_the_numbers_depend_on_is_asked_for() -> None:
+    unsaid = export(thresholds(), "trtllm", gpu="sm90").warnings
+    assert sum("--kv-dtype checks yours" in text for text in unsaid) == 1
+    assert sum("--no-speculative" in text for text in unsaid) == 1
+    said = export(thresholds(), "trtllm", gpu="sm90", kv_dtype="bf16", speculative=False).warnings
+    assert not any("--kv-dtype" in text or "speculative" in text for text in said)
+    # Prefill runs beside speculation, and 128 keys are a tile on Blackwell whatever the cache is.
+    prefill = export(thresholds(), "trtllm", gpu="sm90", phases=("prefill",)).warnings
+    assert not any("speculative" in text for text in prefill)
+    blackwell = export(thresholds(geometry=BLACKWELL), "trtllm", gpu="sm100", kv_dtype="fp8")
+    assert blackwell.sidecar["holds_for"] == [{"server": "TensorRT-LLM", "gpu": "sm100"}]
+
+
+def test_speculation_costs_hopper_its_decode_number_only() -> None:
+    options: Any = {"gpu": "sm90", "speculative": True}
+    made = export(thresholds(), "trtllm", phases=("prefill",), **options)
+    assert made.sidecar["scale_factor"] == {"prefill": 587.18}
+    assert export(thresholds(geometry=BLACKWELL), "trtllm", gpu="sm100", speculative=True).text
+
+
+@pytest.mark.parametrize(("kv_heads", "holds"), [(1, True), (2, True), (4, True), (8, False)])
+def test_hopper_decode_needs_query_heads_that_share_a_kv_head(kv_heads: int, holds: bool) -> None:
+    file = thresholds(kv_heads=kv_heads)
+    export(file, "trtllm", gpu="sm90", phases=("prefill",))
+    if holds:
+        export(file, "trtllm", gpu="sm90")
+        return
+    with pytest.raises(UserError, match="2 to 32 query heads"):
+        export(file, "trtllm", gpu="sm90")
+
+
+def test_the_backend_that_skips_is_accepted() -> None:
+    file = thresholds(geometry=BLACKWELL)
+    assert (
+        export(file, "flashinfer", backend="trtllm-gen").sidecar["served"]["backend"]
+        == "trtllm-gen"
+    )
+    assert export(file, "sglang", backend="trtllm_mha").text
+
+
+def test_an_export_for_one_reader_of_a_file_names_the_others(run: Callable[..., Any]) -> None:
+    """TensorRT-LLM and Model-Optimizer's vLLM server read one `config.json`."""
+    code, _, err = run(thresholds(), "--engine", "modelopt", "--gpu", "sm90")
+    assert code == 0
+    assert "holds for: TensorRT-LLM on sm90\n" in err
+    assert re.search(
+        r"does not hold for Model-Optimizer's vLLM server, .*: geometry.prefill must be 128x128 .*"
+        "every query head votes alone",
+        err,
+    )
+    assert "divides by the longest" not in err  # a note of the server for which it does not hold
+    made = export(thresholds(geometry=MODELOPT, kv_heads=8), "modelopt", gpu="any")
+    assert made.sidecar["does_not_hold_for"] == []
+    assert any("divides by the longest" in loss for loss in made.sidecar["lost"])

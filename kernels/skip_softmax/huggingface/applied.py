@@ -1,14 +1,15 @@
 """Skip-softmax inside a Hugging Face model, for the duration of a `with` block.
 
-Attention is replaced through transformers' own attention interface, so the model's code is not
-touched (`intercept.py`). Masks are not built: each call learns from the mask's recipe which keys a
-row may see (`masks.py`). Anything but plain causal, windowed or full attention is left to the model.
+Attention is replaced where the model's code looks it up, so that code is not touched (`route.py`). Masks are
+not built: each call learns from the mask's recipe which keys a row may see (`masks.py`). Layers are those
+that a pass of four tokens found (`layers.py`). Anything but plain causal, windowed or full attention is left
+to the model (`calls.py`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from skip_softmax.api import attention, decode_attention
 from skip_softmax.choose import Backend
 from skip_softmax.huggingface.intercept import LayerCall, intercepted, joined
-from skip_softmax.huggingface.shape import shape_of_config
+from skip_softmax.huggingface.layers import inspected
 from skip_softmax.meaning.counts import TileCounts
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
@@ -26,8 +27,42 @@ from skip_softmax.thresholds.types import PHASES, Phase
 _RUN = 16  # decode tokens per call, the most that the Triton kernel takes
 
 
-class PhaseCounts(dict[Phase, TileCounts]):
-    """Tiles that a model visited and skipped inside `applied`: `TileCounts` [layers, heads] per phase."""
+class PhaseCounts(Mapping[Phase, TileCounts]):
+    """Tiles that a model visited and skipped inside `applied`: `TileCounts` [layers, heads] per phase.
+
+    They are counted on the device of each layer's tensors, and brought together when they are read.
+    """
+
+    def __init__(self, layers: int, heads: dict[Phase, int]) -> None:
+        self._layers, self._heads = layers, heads
+        self._counted: dict[tuple[Phase, int, torch.device], torch.Tensor] = {}
+
+    def add(self, phase: Phase, layer: int, stats: TileCounts) -> None:
+        """Adds the counts of one call [batch, heads]."""
+        key = (phase, layer, stats.visited.device)
+        if key not in self._counted:
+            with torch.inference_mode(False):  # the next call may be made outside of it
+                self._counted[key] = torch.zeros(
+                    2, self._heads[phase], dtype=torch.int64, device=key[2]
+                )
+        visited, skipped = self._counted[key]
+        visited += stats.visited.sum(0)
+        skipped += stats.skipped.sum(0)
+
+    def __getitem__(self, phase: Phase) -> TileCounts:
+        """Counts up to now, on the CPU. Waits for the GPU."""
+        total = torch.zeros(2, self._layers, self._heads[phase], dtype=torch.int64)
+        for device in {device for _, _, device in self._counted}:
+            there = {key[1]: x for key, x in self._counted.items() if key[::2] == (phase, device)}
+            if there:
+                total[:, list(there)] += torch.stack(list(there.values()), 1).cpu()
+        return TileCounts(*total)
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
 
     def sparsity(self, phase: Phase) -> float:
         """Skipped / visited tiles of a phase over all layers, in [0, 1]; 0 when none was visited."""
@@ -49,9 +84,11 @@ def applied(
         model: a decoder-only transformers model.
         thresholds: what to apply per layer and phase, or the path of its file.
         decode_from: absolute position from which tokens count as decode steps, however many arrive in
-            one call (teacher forcing). None: a call with one query token and a non-empty cache is
-            decode, every other call is prefill; a last prefill chunk of one token then counts as
-            decode.
+            one call (teacher forcing, a verification loop of your own). None: in `model.generate`, which
+            knows where the prompt ends, every token behind the prompt is a decode step: drafts that are
+            verified several in one call are, while all chunks of the prompt are prefill, however short
+            the last one is. In any other call one query token behind a non-empty cache is a decode step,
+            and everything else is prefill, because nothing tells a draft from a chunk there.
         backend: attention backend, see `attention`.
         count: whether to count tiles, which costs a little time in every call.
 
@@ -60,48 +97,38 @@ def applied(
 
     Raises:
         FileError: the path does not lead to a valid thresholds file.
-        ValueError: the thresholds are for a model of another shape, the model has an encoder, or it (or
-            one that shares its config) already runs inside such a block.
+        ValueError: the thresholds are for a model of another shape, `inspect_layers` refuses the model, or
+            it (or one that shares its config) already runs inside such a block.
     """
     if not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.load(thresholds)
     _check_same_shape(model, thresholds)
-    shape, device = thresholds.model, model.device
+    shape = thresholds.model
     # A phase without tiles is dense, and dense attention is the same for any tiles.
     geometry = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
     tiles = {phase: given.model_dump() if given else {} for phase, given in geometry.items()}
     tiles["decode"]["criterion"] = thresholds.criterion.decode
-    # The block may be entered in inference mode and the model run outside of it.
-    with torch.inference_mode(False):
-        # Counts stay on the model's device: reading them back after every call would make the GPU wait.
-        counts = PhaseCounts(
-            {
-                phase: TileCounts(
-                    *torch.zeros(2, shape.layers, heads, dtype=torch.int64, device=device)
-                )
-                for phase, heads in (("prefill", shape.q_heads), ("decode", shape.kv_heads))
-            }
-        )
-        factors = {
-            (layer, phase): _on_device(thresholds.per_head(layer, phase), device)
-            for layer in range(shape.layers)
-            for phase in PHASES
-        }
+    counts = PhaseCounts(shape.layers, {"prefill": shape.q_heads, "decode": shape.kv_heads})
+    factors: dict[tuple[int, Phase, torch.device], float | torch.Tensor] = {}
+
+    def factor_of(call: LayerCall) -> float | torch.Tensor:
+        key = (call.layer, call.phase, call.q.device)
+        if key not in factors:
+            factors[key] = _on_device(thresholds.per_head(call.layer, call.phase), key[2])
+        return factors[key]
 
     def attend(call: LayerCall) -> torch.Tensor:
         operation: Any = decode_attention if call.phase == "decode" else attention
         outputs = []
         for part, dense in _split_at_floor(call, getattr(thresholds.min_kv_len, call.phase)):
-            factor = 0.0 if dense else factors[call.layer, call.phase]
+            factor = 0.0 if dense else factor_of(call)
             out = operation(
                 part.q, part.k, part.v, scale_factor=factor, backend=backend, return_stats=count,
                 **part.keywords, **tiles[call.phase],
             )  # fmt: skip
             if count:
                 out, stats = out
-                total = counts[call.phase]
-                total.visited[call.layer] += stats.visited.sum(0).to(device)
-                total.skipped[call.layer] += stats.skipped.sum(0).to(device)
+                counts.add(call.phase, call.layer, stats)
             outputs.append(out)
         return joined(outputs)
 
@@ -114,7 +141,8 @@ def _on_device(factors: tuple[float, ...], device: torch.device) -> float | torc
     """One number where all heads share it, so that the host knows a dense layer to be dense."""
     if len(set(factors)) == 1:
         return factors[0]
-    return torch.tensor(factors, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # the next call may be made outside of it
+        return torch.tensor(factors, dtype=torch.float64, device=device)
 
 
 def _split_at_floor(call: LayerCall, floor: int | None) -> Iterator[tuple[LayerCall, bool]]:
@@ -133,8 +161,8 @@ def _split_at_floor(call: LayerCall, floor: int | None) -> Iterator[tuple[LayerC
 
 
 def _check_same_shape(model: PreTrainedModel, thresholds: Thresholds) -> None:
-    config = model.config.get_text_config()
-    found = shape_of_config(lambda key: getattr(config, key, None))
+    seen = inspected(model)
+    found = (len(seen.layers), *seen.shape)
     wanted = thresholds.model
     made_for = (wanted.layers, wanted.q_heads, wanted.kv_heads, wanted.head_dim)
     if found != made_for:

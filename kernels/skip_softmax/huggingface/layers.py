@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from skip_softmax.api import attention
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.calls import LayerCall, Steps, understood
+from skip_softmax.huggingface.route import Given, routed
+
+_TOKENS = 4
+# How far two ways to compute the same attention may differ, relative to its largest number.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -34,63 +41,196 @@ class Layer:
     window: int | None
     reason: str | None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Query heads, KV heads, head size."""
+        return self.q_heads, self.kv_heads, self.head_dim
+
 
 def inspect_layers(model: PreTrainedModel) -> list[Layer]:
     """Finds a model's attention layers by running four tokens through it.
+
+    A layer can be calibrated if our dense attention gives there what the model's own gives, up to rounding.
 
     Args:
         model: a decoder-only model.
 
     Returns:
-        One entry per layer of the config; a layer that never called the attention interface has a
+        One entry per layer of the model, whether it attends or not; a layer that cannot be calibrated has a
         reason.
 
     Raises:
-        ValueError: the model has an encoder, or computes attention without transformers' interface.
+        ValueError: the model has an encoder, cannot be run on tokens alone, or computes attention without
+            transformers' interface.
     """
-    config = model.config.get_text_config()
-    seen: dict[int, Layer] = {}
-    names = {id(module): name for name, module in model.named_modules()}
+    return list(inspected(model).layers)
 
-    def observer(
-        module: torch.nn.Module,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        window: int | None,
-        reason: str | None,
-    ) -> None:
-        index = int(cast(int, module.layer_idx))
-        if index in seen:
-            reason = "two attention modules share this layer index"
-        name = names.get(id(module), "?")
-        seen[index] = Layer(index, name, q.shape[1], k.shape[1], q.shape[3], window, reason)
 
-    def dense(call: LayerCall) -> torch.Tensor:
-        out: torch.Tensor = attention(call.q, call.k, call.v, **call.keywords)
-        return out
+@dataclass(frozen=True)
+class Inspected:
+    """What four tokens showed of a model.
 
-    try:
-        with intercepted(model, dense, observer=observer), torch.no_grad():
-            tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-            model(input_ids=tokens, use_cache=False)
-    except RuntimeError as error:
-        if seen:
-            raise
+    Attributes:
+        layers: its layers in order.
+        modules: the index of every module that is the attention of one layer, and of no other.
+        shape: query heads, KV heads and head size of the layers that can be calibrated.
+    """
+
+    layers: tuple[Layer, ...]
+    modules: weakref.WeakKeyDictionary[torch.nn.Module, int]
+    shape: tuple[int, int, int]
+
+
+def inspected(model: PreTrainedModel) -> Inspected:
+    """As `inspect_layers`; asked again of a model that did not change, it answers from memory."""
+    key = _identity(model)
+    known = _KNOWN.get(model)
+    if known is None or known[0] != key:
+        known = _KNOWN[model] = (key, _inspect(model))
+    return known[1]
+
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Inspected]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _identity(model: PreTrainedModel) -> Any:
+    """Modules, and the attention that each of them names; references do not keep replaced ones alive."""
+    return [
+        (
+            weakref.ref(module),
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
+        )
+        for module in model.modules()
+    ]
+
+
+def _inspect(model: PreTrainedModel) -> Inspected:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the model must be decoder-only, but {type(model).__name__} also has an encoder"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    text = type(model.config.get_text_config())
+    found: dict[int, Layer] = {}
+    modules: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+    def take(given: Given) -> tuple[torch.Tensor, Any]:
+        module, own = given.module, given.by_itself()
+        index = _index(module, names.get(module, ""))
+        config = getattr(module, "config", None)
+        # Layers for images and sound have another config, and numbers of their own.
+        if (
+            index is None
+            or module not in names
+            or (config is not None and not isinstance(config, text))
+        ):
+            return own
+        q, k, _ = given.tensors
+        window, reason = given.keywords.get("sliding_window"), None
+        call = understood(given, index, Steps())
+        if isinstance(call, str):
+            reason = call
+        else:
+            window = call.seen.window or window
+            if not _same(call.run(_dense, Steps()).transpose(1, 2), own[0]):
+                reason = "its own attention computes something else than softmax attention"
+        if index in found:
+            reason = (
+                "its attention is called more than once for a token"
+                if modules.get(module) == index
+                else "two attention modules share this layer index"
+            )
+        modules[module] = index
+        shape = (q.shape[1], k.shape[1], q.shape[3])
+        found[index] = Layer(index, names[module], *shape, window, reason)
+        return own
+
+    _run(model, take)
+    if not found:
         raise ValueError(
             f"a model must use transformers' attention interface, but {type(model).__name__} computes "
-            f"attention itself ({str(error).splitlines()[0]})"
-        ) from error
-    layers = []
-    main = _most_common([(s.q_heads, s.kv_heads, s.head_dim) for s in seen.values()])
-    for index in range(config.num_hidden_layers):
-        layer = seen.get(index) or Layer(
-            index, "?", 0, 0, 0, None, "no softmax attention of transformers"
+            "attention itself, or has none"
         )
-        if layer.reason is None and (layer.q_heads, layer.kv_heads, layer.head_dim) != main:
+    shapes = [layer.shape for layer in found.values() if layer.reason is None]
+    main = _most_common(shapes or [layer.shape for layer in found.values()])
+    layers = []
+    for index in range(_count(model, found)):
+        layer = found.get(index) or Layer(
+            index, "?", 0, 0, 0, None, "no softmax attention of transformers in four tokens' pass"
+        )
+        if layer.reason is None and layer.shape != main:
             layer = replace(layer, reason="other head counts or head size than most layers")
         layers.append(layer)
-    return layers
+    return Inspected(tuple(layers), modules, main)
 
 
-def _most_common(values: list[tuple[int, int, int]]) -> tuple[int, int, int]:
-    return max(set(values), key=values.count) if values else (0, 0, 0)
+def _run(model: PreTrainedModel, take: Any) -> None:
+    """Four tokens, without dropout; where the weights are elsewhere, accelerate's hooks move the tokens."""
+    device = model.device
+    if device.type == "meta":
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError(
+                f"a model must have weights, but those of {type(model).__name__} are on the meta device, "
+                "which holds no numbers; load them"
+            )
+        device = torch.device("cpu")
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with routed(model, take), torch.no_grad():
+            model(
+                input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device=device), use_cache=False
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        if "already runs inside `applied`" in str(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"a model must run on token ids alone, but {type(model).__name__} does not ({reason})"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _dense(call: LayerCall) -> torch.Tensor:
+    out: torch.Tensor = attention(call.q, call.k, call.v, **call.keywords)
+    return out
+
+
+def _same(ours: torch.Tensor, own: torch.Tensor) -> bool:
+    if ours.shape != own.shape:
+        return False
+    rounding = max(_ROUNDING.get(x.dtype, 5e-2) for x in (ours, own))
+    a, b = ours.float(), own.float()
+    both = torch.isfinite(a) & torch.isfinite(b)
+    largest = torch.where(both, b.abs(), 0.0).max()
+    near = (a - b).abs() <= rounding * largest
+    return bool((near | ~both).all())
+
+
+def _index(module: torch.nn.Module, name: str) -> int | None:
+    """The number that a module gives itself, or that of its place in the list of layers."""
+    index = getattr(module, "layer_idx", None)
+    if index is None or index < 0:
+        index = next((part for part in name.split(".") if part.isdigit()), None)
+    return None if index is None else int(index)
+
+
+def _count(model: PreTrainedModel, found: dict[int, Layer]) -> int:
+    """Layers of the list in which those stand that attend: some of a hybrid's have other attention."""
+    lengths = [max(found) + 1]
+    for name in {layer.name for layer in found.values()}:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if part.isdigit():
+                lengths.append(len(model.get_submodule(".".join(parts[:place]))))
+                break
+    return max(lengths)
+
+
+def _most_common(shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+    return Counter(shapes).most_common(1)[0][0]

@@ -1,0 +1,225 @@
+"""One attention call of a layer as data, made of what the layer gave to its attention function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from skip_softmax.huggingface.masks import Seen, read
+from skip_softmax.huggingface.route import Given
+from skip_softmax.thresholds.types import Phase
+
+# Arguments that change the scores or the softmax itself; `attention` cannot compute such a call.
+_NAMED = {
+    "softcap": "attention soft-cap",
+    "s_aux": "attention sink logits",
+    "position_bias": "position bias",
+    "block_indices": "a selection of key blocks",
+    "cu_seq_lens_q": "packed requests",
+    "cache": "a paged cache",
+}
+# Arguments whose meaning `understood` and `read` know.
+_UNDERSTOOD = {"scaling", "dropout", "is_causal", "sliding_window", "output_attentions"}
+# What models hand down with every call, and no attention function of transformers reads. Positions are in
+# queries and keys already, and packed ones are in the mask.
+_NEUTRAL = {
+    "cache_position",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One attention call of one layer, all requests of equal length.
+
+    Attributes:
+        layer: layer index.
+        phase: `prefill` or `decode`; a decode call holds one or more tokens, each voting alone.
+        q: [B, Hq, Sq, D]; the last query stands at position kv_len - 1.
+        k: [B, Hkv, kv_len - kv_start, D].
+        v: like k.
+        scale: factor of the scores.
+        causal: whether rows see no later key.
+        window: sliding window [tokens] or None.
+        kv_start: absolute position of the first key.
+    """
+
+    layer: int
+    phase: Phase
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    causal: bool
+    window: int | None
+    kv_start: int
+
+    @property
+    def kv_len(self) -> int:
+        """KV length of the call [tokens]."""
+        return self.kv_start + self.k.shape[2]
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the first query."""
+        return self.kv_len - self.q.shape[2]
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `attention`, or of `decode_attention` for a decode call."""
+        keywords = {"scale": self.scale, "window": self.window, "kv_start": self.kv_start}
+        return keywords if self.phase == "decode" else {**keywords, "causal": self.causal}
+
+    def part(self, batch: slice, rows: slice, keys: slice, kv_start: int) -> LayerCall:
+        """The same call for a part of the batch; `kv_start` is the position of the first of its keys."""
+        return replace(
+            self,
+            q=self.q[batch, :, rows],
+            k=self.k[batch, :, keys],
+            v=self.v[batch, :, keys],
+            kv_start=kv_start,
+        )
+
+    def rows(self, start: int, stop: int) -> LayerCall:
+        """The same causal call for some rows, with the keys that the last of them sees."""
+        keys = slice(0, self.position + stop - self.kv_start)
+        return self.part(slice(None), slice(start, stop), keys, self.kv_start)
+
+
+Handler = Callable[[LayerCall], torch.Tensor]
+
+
+def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """Outputs of consecutive rows as one; a single output is not copied."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which tokens are decode steps.
+
+    Attributes:
+        decode_from: a request's own position from which on they are; None: see `prompt`.
+        prompt: length of the prompts that `generate` was given, padding included; whatever stands behind
+            them was generated. None: a single token behind a non-empty cache is a decode step.
+    """
+
+    decode_from: int | None = None
+    prompt: int | None = None
+
+    def split(self, position: int, rows: int, padding: int = 0) -> int:
+        """How many of a call's rows are prefill; the rest are decode steps.
+
+        Args:
+            position: where the first row stands in its request.
+            rows: how many there are.
+            padding: tokens before the request.
+        """
+        first = self.decode_from
+        if first is None and self.prompt is not None:
+            first = self.prompt - padding
+        if first is None:
+            return 0 if rows == 1 and position > 0 else rows
+        return min(max(first - position, 0), rows)
+
+
+@dataclass(frozen=True)
+class Understood:
+    """An attention call of which all is known that decides its output."""
+
+    call: LayerCall
+    seen: Seen
+
+    def run(self, handler: Handler, steps: Steps) -> torch.Tensor:
+        """The output [B, Hq, Sq, Dv], computed by `handler` phase by phase.
+
+        Rows of padding, which nobody reads, are zero.
+        """
+        q, v = self.call.q, self.call.v
+        rows = q.shape[2]
+        parts = list(self.seen.requests(rows))
+        outputs = (
+            self._by_phase(self.call.part(batch, some, keys, kv_start), handler, steps, padding)
+            for batch, some, keys, kv_start, padding in parts
+        )
+        if parts and parts[0][:2] == (slice(0, q.shape[0]), slice(0, rows)):
+            return next(outputs)  # the whole batch is one call: no copies
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        for (batch, some, *_), computed in zip(parts, outputs, strict=True):
+            out[batch, :, some] = computed
+        return out
+
+    def _by_phase(
+        self, call: LayerCall, handler: Handler, steps: Steps, padding: int
+    ) -> torch.Tensor:
+        rows = call.q.shape[2]
+        split = steps.split(call.position, rows, padding)
+        if split == rows:
+            return handler(call)
+        decode = replace(call.rows(split, rows), phase="decode")
+        return (
+            handler(decode)
+            if not split
+            else joined([handler(call.rows(0, split)), handler(decode)])
+        )
+
+
+def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
+    """What a layer asks of its attention function, or why it must keep the model's own.
+
+    Args:
+        given: what the layer gave.
+        layer: its index.
+        steps: which tokens are decode steps.
+    """
+    keywords = given.keywords
+    for key, value in keywords.items():
+        if value is None or key in _UNDERSTOOD or key in _NEUTRAL:
+            continue
+        return _NAMED.get(key, f"the argument `{key}`, whose meaning is not known here")
+    if given.extra:
+        return "arguments without a name"
+    if keywords.get("dropout"):
+        return "attention dropout (training)"
+    config = getattr(given.module, "config", None)
+    if keywords.get("output_attentions", getattr(config, "output_attentions", False)):
+        return "somebody asked for its attention weights"
+    q, k, v = given.tensors
+    if q.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        return "queries, keys and values of other shapes than [batch, heads, tokens, head size]"
+    if not k.shape[1] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        return "query heads that are no multiple of its key heads, or of another size"
+    q, k, v = (_autocast(x) for x in (q, k, v))
+    if len({q.dtype, k.dtype, v.dtype}) != 1:
+        return f"queries, keys and values of different dtypes ({q.dtype}, {k.dtype}, {v.dtype})"
+    scale = keywords.get("scaling")
+    if scale is not None and not isinstance(scale, int | float):
+        return "a scale that is not one number"
+    seen = read(given.attention, given.arguments)
+    if isinstance(seen, str):
+        return seen
+    if not seen.causal and steps.split(seen.q_offset, q.shape[2]) < q.shape[2]:
+        return "attention that sees later tokens"
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    # `kv_start` and the phase are those of each part, later.
+    call = LayerCall(layer, "prefill", q, k, v, scale, seen.causal, seen.window, 0)
+    return Understood(call, seen)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """What `scaled_dot_product_attention` makes of an argument: autocast leaves only doubles alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

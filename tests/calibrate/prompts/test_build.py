@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import pytest
 
 from calibrate.errors import UserError
@@ -23,7 +25,7 @@ from calibrate.prompts import codec as fitting
 from calibrate.prompts import tasks
 from calibrate.prompts.build import Prompt, build
 from calibrate.prompts.rows import read_text
-from calibrate.schema import PromptsConfig, Source
+from calibrate.schema import PromptsConfig, Source, load_config
 
 TASKS = list(tasks.TASKS)
 SPLITS = ("calibration", "search", "heldout")
@@ -856,3 +858,30 @@ def test_a_long_prompt_is_fitted_in_few_tries(
     ids, *_ = fitting.generate("needle_multikey", "s", 65536, fitting.Codec(smollm2))
     assert len(ids) == 65536
     assert sum(texts) < 10 * len(smollm2.decode(list(ids)))
+
+
+# Other models' tokenizers make fewer tokens of the same text.
+FEWER = 1.2
+
+
+@pytest.mark.real_model
+def test_texts_are_long_enough_for_the_shipped_configs(smollm2: Any) -> None:
+    configs = Path(__file__).parents[3] / "configs"
+    seen = 0
+    for file in sorted(configs.glob("*.yaml")):
+        config = load_config(file).prompts
+        whole = config.calibration + config.search + config.heldout
+        weights = sum(source.weight for source in config.sources)
+        for source in config.sources:
+            if source.task != "text" or file.name.startswith("smoke"):
+                continue
+            windows = math.ceil(whole * source.weight / weights)
+            window = float(np.mean(config.lengths)) + config.decode_tokens
+            assert windows * window * FEWER < tokens_of(source.path, smollm2), file.name
+            seen += 1
+    assert seen > 6
+
+
+@cache
+def tokens_of(path: str | None, tokenizer: Any) -> int:
+    return len(tokenizer.encode(read_text(path) if path else tasks.manual()))

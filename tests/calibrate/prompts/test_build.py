@@ -869,7 +869,8 @@ def test_texts_are_long_enough_for_the_shipped_configs(smollm2: Any) -> None:
     configs = Path(__file__).parents[3] / "configs"
     seen = 0
     for file in sorted(configs.glob("*.yaml")):
-        config = load_config(file).prompts
+        run = load_config(file)
+        config, fewer = run.prompts, 1.0 if "SmolLM2" in run.model.path else FEWER
         whole = config.calibration + config.search + config.heldout
         weights = sum(source.weight for source in config.sources)
         for source in config.sources:
@@ -877,7 +878,7 @@ def test_texts_are_long_enough_for_the_shipped_configs(smollm2: Any) -> None:
                 continue
             windows = math.ceil(whole * source.weight / weights)
             window = float(np.mean(config.lengths)) + config.decode_tokens
-            assert windows * window * FEWER < tokens_of(source.path, smollm2), file.name
+            assert windows * window * fewer < tokens_of(source.path, smollm2), file.name
             seen += 1
     assert seen > 6
 

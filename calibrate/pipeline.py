@@ -17,7 +17,7 @@ from calibrate.loss import losses
 from calibrate.loss.joint import described
 from calibrate.loss.losses import FINEST
 from calibrate.loss.measure import Outcome, compare, compare_unguarded, with_generated
-from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan
+from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan, rounding_told
 from calibrate.model.config_json import identity_of
 from calibrate.model.forward import dense_logits
 from calibrate.model.generate import greedy_text
@@ -286,6 +286,11 @@ class Stages:
             rows.append(asdict(row))
             write_json(self.folder / "sensitivity.json", rows, indent=1)
             self.progress.step(f"{row.phase} layer {row.layer}: KL {row.kl:.2g}")
+        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
+        budget = self.config.budget.limits[FINEST]
+        told = rounding_told([Row(**row) for row in rows], budget, dtype)
+        if told is not None:
+            self.progress.note(told)
         self.notes.finish("sensitivity")
 
     def search(self) -> None:

@@ -42,6 +42,8 @@ _KL_SPREAD = 0.35  # of log KL
 _LEAST = 1e-9  # of a layer [nats/token]
 _ABOVE_ROUNDING = 5.0  # times what rounding alone costs: from here on a loss says how it grows
 
+_MUCH_ROUNDING = 0.1  # of the budget: worth saying
+
 
 @dataclass(frozen=True)
 class Row:
@@ -161,6 +163,30 @@ def measure_layers(
             sum(losses) / len(losses),
             sum(rounding) / len(rounding),
         )
+
+
+def rounding_told(rows: Sequence[Row], budget: float, dtype: str) -> str | None:
+    """That rounding alone spends much of a budget, in a sentence; None: it does not.
+
+    Skipping exchanges the attention of a layer, and the model then rounds otherwise: where that costs a tenth
+    of the budget, the proof has that much less to spend, and single layers drown in it.
+
+    Args:
+        rows: from `measure_layers`.
+        budget: of the KL [nats/token].
+        dtype: of the model, by its name in torch.
+    """
+    most = max((row.rounding for row in rows), default=0.0)
+    if most < _MUCH_ROUNDING * budget:
+        return None
+    return (
+        f"rounding alone costs a KL of {most:.2g} nats/token in {dtype}, {most / budget:.2g} of the budget; "
+        + (
+            "raise `budget.kl`"
+            if dtype == "float32"
+            else "use `model.dtype: float32` or raise `budget.kl`"
+        )
+    )
 
 
 def loss_model(rows: Sequence[Row], layers: int, phases: Sequence[Phase]) -> LossModel:

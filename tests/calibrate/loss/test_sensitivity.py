@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from calibrate.loss.sensitivity import POWER, LossModel, Row, Step, loss_model, plan
+from calibrate.loss.sensitivity import (
+    POWER,
+    LossModel,
+    Row,
+    Step,
+    loss_model,
+    plan,
+    rounding_told,
+)
 from calibrate.schema import TargetConfig
 from calibrate.statistics.counts import Statistics
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
@@ -97,6 +106,25 @@ def test_a_layer_is_weighed_at_its_own_mass() -> None:
         assert model.loss("prefill", row.layer, row.dropped_mass) == pytest.approx(row.kl)
     assert model.loss("prefill", 0, 0.0) == 0.0
     assert model.loss("prefill", 0, 0.1) == pytest.approx(0.2**1.4 / 2**POWER)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "dtype", "said"),
+    [
+        (4.9e-4, "bfloat16", None),
+        (
+            5.1e-4,
+            "bfloat16",
+            r"5\.1e-04 nats/token in bfloat16, 0\.1 of the budget; use `model\.dtype: f",
+        ),
+        (0.01, "float32", r"2 of the budget; raise `budget\.kl`$"),
+    ],
+)
+def test_much_rounding_is_told_with_its_cure(rounding: float, dtype: str, said: str | None) -> None:
+    rows = [Row("prefill", 0, 1.0, 0.5, 0.1, 0.1, each) for each in (0.0, rounding)]
+    told = rounding_told(rows, 0.005, dtype)
+    assert told is None if said is None else re.search(said, str(told))
+    assert rounding_told([], 0.005, dtype) is None
 
 
 def test_rounding_decides_neither_the_power_nor_the_weight() -> None:

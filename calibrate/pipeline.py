@@ -22,7 +22,7 @@ from calibrate.model.config_json import identity_of
 from calibrate.model.forward import dense_logits
 from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
-from calibrate.model.section import Setting, thresholds_for
+from calibrate.model.section import Setting, attention_modules, thresholds_for
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
 from calibrate.proof import target as targeted
 from calibrate.proof.dense import left_dense, nothing_skipped
@@ -437,7 +437,9 @@ class Stages:
     def provenance(self, config: RunConfig) -> dict[str, Any]:
         """What decides the numbers of a thresholds file that is made at `config`."""
         identity = {} if in_memory(config.model) else identity_of(config.model)
-        return provenance.of_results(config, self.prompts) | identity
+        # Engines leave layers dense by the names of their modules.
+        modules = {"attention_modules": attention_modules(self.loaded)}
+        return provenance.of_results(config, self.prompts) | identity | modules
 
     def _count_search_prompts(self) -> Statistics:
         """Tile statistics of the search prompts: what was found on them has then been counted and run."""

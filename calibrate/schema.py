@@ -49,6 +49,7 @@ Engine = Literal[
     "sglang",
     "flashinfer",
     "vllm-omni",
+    "sglang-diffusion",
     "tokenspeed",
     "scalar+ignore",
     "scalar",

@@ -12,6 +12,7 @@ from calibrate.engines import (
     modelopt,
     native,
     sglang,
+    sglang_diffusion,
     tokenspeed,
     trtllm,
     vllm,
@@ -32,6 +33,7 @@ ENGINES = {
         sglang.ENGINE,
         flashinfer.ENGINE,
         vllm_omni.ENGINE,
+        sglang_diffusion.ENGINE,
         tokenspeed.ENGINE,
     )
 }

@@ -15,6 +15,7 @@ import skip_softmax
 from calibrate.engines.types import Foreign, Request, check_number
 from calibrate.errors import UserError
 from calibrate.model.config_json import KEY, ModelConfigFile, read_model_config
+from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
 
 FORMULA = "a * exp(b * target_sparsity)"
@@ -46,9 +47,23 @@ def config_group(request: Request) -> tuple[dict[str, Any], list[str]]:
     if request.attention_class is not None:
         group["targets"] = [request.attention_class]
     if request.dense_layers:
-        # Full names: readers match substrings, and `layers.1` is also in `layers.10`.
-        group["ignore"] = [_layer_names(layer)[0] for layer in request.dense_layers]
+        # TensorRT-LLM knows every model's layers by the first name, Model-Optimizer's vLLM server by the
+        # module's own. Full names: readers match substrings, and `layers.1` is also in `layers.10`.
+        own = attention_modules(request.thresholds) or {}
+        names = [(_layer_names(layer)[0], own.get(layer)) for layer in request.dense_layers]
+        group["ignore"] = list(dict.fromkeys(name for both in names for name in both if name))
     return {**group, "threshold_scale_factor": factors, "target_sparsity": targets}, lost
+
+
+def attention_modules(thresholds: Thresholds) -> dict[int, str] | None:
+    """Names of the model's own attention modules by layer, empty where there is none; None: not recorded."""
+    names = thresholds.provenance.get("attention_modules")
+    layers = range(thresholds.model.layers)
+    if isinstance(names, str) and "{layer}" in names:
+        return {layer: names.replace("{layer}", str(layer)) for layer in layers}
+    if isinstance(names, list) and len(names) == len(layers):
+        return dict(enumerate(map(str, names)))
+    return None
 
 
 def section_with(group: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from calibrate.engines.catalogue import (
 )
 from calibrate.engines.config_json import ConfigPatch, config_group, patch_config
 from calibrate.engines.guards import Numbers, Served, expressible
-from calibrate.engines.types import Engine, Request, Server, to_json
+from calibrate.engines.types import REUSED, Engine, Request, Server, to_json
 from calibrate.errors import UserError
 from calibrate.model.config_json import read_model_config
 from calibrate.record.files import write_output
@@ -184,12 +184,12 @@ def export(
         at_length=length,
         gpus=tuple(server.gpu for server in servers),
         # An engine that takes its numbers from another file never evaluates the curve.
-        pin=pin or target.config_json != "all",
+        pin=pin or target.config_json == "layers",
         attention_class=None if config is None else config.attention_class,
     )
     written = target.write(request)
     lost, patch = list(written.lost), None
-    if config is not None and target.config_json != "nothing":
+    if config is not None and target.config_json != "nothing" and length is None:
         group, more = config_group(request)
         lost = list(dict.fromkeys([*lost, *more]))
         patch = patch_config(config, group)
@@ -218,7 +218,7 @@ def needed_options(
         options.append(f"--kv-dtype {kv_dtype}")
     if engine.experimental:
         options.append("--experimental")
-    if engine.absolute:
+    if engine.absolute and engine.config_json != "curve":
         options.append("--at-length TOKENS")
     try:
         guards.valid_servers(thresholds, engine, numbers, find_gpu(gpu, engine))
@@ -228,7 +228,7 @@ def needed_options(
         guards.check_config(engine, numbers, None)
     except UserError:
         options.append("--model DIR --apply")
-    if engine.config_json == "all":
+    if engine.config_json in ("curve", "all"):
         try:
             config_group(Request(thresholds, numbers.scale_factor, numbers.dense_layers))
         except UserError:
@@ -254,6 +254,11 @@ def _sidecar(
     ]
     if thresholds.model.dtype == "float32":
         dropped.append(f"{thresholds.model.dtype}: the engine computes in 16 bits")
+    if numbers.dense_layers and any(server.by_name for server in servers):
+        dropped.append(
+            "layers left dense have transformers' names of their modules, and the engine compares its own: "
+            "check in its log that they are dense"
+        )
     if served.kv_dtype == "fp8":
         dropped.append("the rounding of an FP8 KV cache: the loss was measured without it")
     return {
@@ -277,6 +282,7 @@ def _sidecar(
             "sparsity": numbers.sparsity,
         },
         "lost": [*numbers.lost, *lost, *dropped, *notes],
+        "prefix_cache": f"{REUSED if engine.kv_cache else 'no request reuses keys'}; {engine.prefix_cache}",
         "warnings": list(warnings),
         "thresholds_sha256": hashlib.sha256(thresholds.to_yaml().encode()).hexdigest(),
         "provenance": thresholds.provenance,

@@ -108,6 +108,8 @@ ENGINE = Engine(
     write,
     read,
     numbers={phase: f"{phase}.run_kwargs.{_KEY}" for phase in PHASES},
+    prefix_cache="the cache is your code's: drop its pages when the number changes, or make the number a "
+    "part of their key",
     backends={
         "trtllm-gen": "",
         "auto": "it may be XQA in decode and FlashAttention in prefill, which silently ignore the number",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calibrate.engines.catalogue import ENGINES, Objection, objections, servers_for
+from calibrate.engines.config_json import attention_modules
 from calibrate.engines.types import Engine, Ignored, Server, Votes
 from calibrate.errors import UserError
 from calibrate.model.config_json import ModelConfigFile
@@ -273,7 +274,12 @@ def against_numbers(
         model.q_heads // model.kv_heads,
         trust_unpublished=trust_geometry,
     )
-    return list(found)
+    unnamed = server.by_name and numbers.dense_layers and attention_modules(thresholds) is None
+    why = (
+        f"{server.name} leaves layers dense by their modules' names, so the file must record them "
+        f"(provenance.attention_modules), but it does not name those of layers {list(numbers.dense_layers)}"
+    )
+    return [*found, *([Objection(why, "measure")] if unnamed else [])]
 
 
 def other_readers(
@@ -368,7 +374,7 @@ def reference_length(engine: Engine, numbers: Numbers, served: Served) -> int | 
     Raises:
         UserError: it is missing, or the threshold would be 1 or more.
     """
-    if not engine.absolute:
+    if not engine.absolute or (served.at_length is None and engine.config_json == "curve"):
         return None
     if served.at_length is None:
         raise UserError(

@@ -43,6 +43,7 @@ _OWN_SERVER = Server(
     Votes(((ANY_SIZE, (128,)),), voters="head", head_dims=_SIZES, speculation=_SPECULATION),
     above_one="dense",
     fp8={"prefill": _CACHE, "decode": _CACHE},
+    by_name=True,  # sparse_attn_config.py: `*name*` on vLLM's module names
     notes=(
         "Model-Optimizer's vLLM server divides by the longest KV length of the batch: shorter "
         "requests skip less",
@@ -58,4 +59,6 @@ ENGINE = Engine(
     numbers={phase: f"threshold_scale_factor.{phase}" for phase in PHASES},
     options=("target",),
     config_json="all",
+    prefix_cache="restart both kinds of server for a new number, which empties the cache in their memory; "
+    "no store outside the process can be relied on to know the number: empty it",
 )

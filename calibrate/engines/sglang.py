@@ -82,6 +82,8 @@ ENGINE = Engine(
     read,
     numbers=_VARIABLES,
     backends={"trtllm_mha": ""},
+    prefix_cache="a restart, or /flush_cache while no request runs, empties the radix cache; a hierarchical "
+    "cache's store outside the process does not know the number: empty it",
     unfit={
         "index_topk": "SGLang's sparse-attention models (NSA, DSA) use the decode number in parts of "
         "prefill too, or refuse it"

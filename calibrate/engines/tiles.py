@@ -6,6 +6,8 @@ their tiles are those of their generated source and of FlashInfer's pull request
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from calibrate.engines.types import Ignored, Server, Votes
 
 ANY_SIZE = 1 << 20
@@ -19,6 +21,12 @@ HOPPER_PREFILL_FP8 = Votes(((128, (256,)), (ANY_SIZE, (128,))), tile_q=64)
 # A warp's 32 rows zero their own P; P·V is left out where all warps of a tile agree.
 BLACKWELL_PREFILL = Votes(((ANY_SIZE, (128,)),), tile_q=32)
 BLACKWELL_DECODE = Votes(((ANY_SIZE, (128,)),))
+
+
+def with_sizes(kernel: Votes, head_dims: tuple[int, ...]) -> Votes:
+    """The kernel as an engine calls it that lets it have these head sizes only."""
+    return replace(kernel, head_dims=head_dims)
+
 
 # TensorRT-LLM main, cpp/tensorrt_llm/kernels/decoderMaskedMultiheadAttention/decoderXQAImplJIT
 # (supportConfigCommon, supportConfigQGMMA): outside these sizes MMHA runs, which knows no number; a

@@ -105,5 +105,7 @@ ENGINE = Engine(
     },
     options=("coefficients",),
     config_json="layers",
+    prefix_cache="a new number needs a restart, which empties the blocks that are reused; no store outside "
+    "the process can be relied on to know the number: empty it",
     backends={"TRTLLM": ""},
 )

@@ -70,6 +70,7 @@ class Server:
         decode: the kernel of decode, with a 16-bit KV cache.
         above_one: what it does at a threshold of 1 or more: skip almost everything, or run dense.
         fp8: the kernels of phases that an FP8 KV cache changes.
+        by_name: it leaves layers dense by their modules' names, not by their numbers.
         notes: what the numbers do not say on this server; in every sidecar of an export for it.
     """
 
@@ -79,6 +80,7 @@ class Server:
     decode: Votes | Ignored
     above_one: Literal["skips", "dense"] = "skips"
     fp8: Mapping[Phase, Votes | Ignored] = field(default_factory=dict)
+    by_name: bool = False
     notes: tuple[str, ...] = ()
 
     def phase(self, phase: Phase) -> Votes | Ignored:
@@ -194,13 +196,16 @@ class Engine:
         read: reads the artefact back; None: there is nothing foreign to read.
         numbers: per phase, the name under which the artefact gives its number.
         options: what the artefact may leave open, so that `calibrate import` takes it as an option.
-        absolute: it takes the threshold itself, which is right at one KV length only.
+        absolute: it takes the threshold itself, which is right at one KV length only; not where it has a
+            curve.
         config_json: what it reads from the model's `config.json`: nothing; `layers`: the dense layers,
-            which its own file cannot name; `all`: everything, so the artefact is a change of that file.
+            which its own file cannot name; `curve`: the curve behind its own file's target; `all`:
+            everything, so the artefact is a change of that file.
         unfit: keys of a `config.json` whose models it must not serve with our numbers, and why.
         backends: attention backends by the engine's own names, and why the numbers are wrong there; empty:
             they are right.
         kv_cache: whether requests leave a KV cache behind, whose type can change the tiles.
+        prefix_cache: what becomes of keys and values that were cached when its number changes.
         experimental: that no release reads the artefact, and what to use instead; empty: one does.
     """
 
@@ -213,14 +218,21 @@ class Engine:
     numbers: Mapping[Phase, str] = field(default_factory=dict)
     options: tuple[Literal["target", "coefficients", "at_length"], ...] = ()
     absolute: bool = False
-    config_json: Literal["nothing", "layers", "all"] = "nothing"
+    config_json: Literal["nothing", "layers", "curve", "all"] = "nothing"
     unfit: Mapping[str, str] = field(default_factory=dict)
     backends: Mapping[str, str] = field(default_factory=dict)
     kv_cache: bool = True
+    prefix_cache: str = ""
     experimental: str = ""
 
 
 # What artefacts have in common.
+
+REUSED = (
+    "keys and values of a layer come from layers below it that skipped, so a cached prefix keeps the number "
+    "that it was computed with"
+)
+"""What a prefix cache means for every number that changes."""
 
 
 def to_json(data: Any) -> str:

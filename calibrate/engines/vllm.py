@@ -61,6 +61,8 @@ ENGINE = Engine(
     write,
     read,
     numbers=_KEYS,
+    prefix_cache="a new number needs a restart, which empties the cache in memory; no store outside the "
+    "process can be relied on to know the number: empty it",
     experimental="vLLM 0.33.0 refuses these names at start and has no skip-softmax at all (its pull requests "
     "42989 and 39297 are open); use Model-Optimizer's vLLM server (--engine modelopt)",
 )

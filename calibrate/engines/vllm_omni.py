@@ -1,10 +1,12 @@
-"""vLLM-Omni: one threshold at one KV length, for the prefill-only attention of diffusion models."""
+"""vLLM-Omni: the prefill-only attention of diffusion models, by a curve or by one threshold at one length."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from calibrate.engines.tiles import ANY_SIZE, BLACKWELL_TWO
+from calibrate.engines.config_json import config_group, read_curve, section_with
+from calibrate.engines.tiles import BLACKWELL_PREFILL, BLACKWELL_TWO, with_sizes
 from calibrate.engines.types import (
     Engine,
     Foreign,
@@ -12,7 +14,6 @@ from calibrate.engines.types import (
     Request,
     Server,
     Source,
-    Votes,
     Written,
     absolute_header,
     entry,
@@ -22,30 +23,56 @@ from calibrate.engines.types import (
     stated_length,
 )
 from calibrate.errors import UserError
+from calibrate.model.config_json import KEY
 
 _OPTION = "--diffusion-attention-config"
 
 
 def write(request: Request) -> Written:
-    """A line to serve with."""
-    assert request.at_length is not None
-    threshold = request.scale_factor["prefill"] / request.at_length
-    config = {"default": {"backend": "TRTLLM_ATTN", "skip_softmax": {"threshold": threshold}}}
-    line = f"vllm serve MODEL --omni {_OPTION} '{json.dumps(config)}'\n"
-    return Written(absolute_header(request.at_length) + line, (one_length(request.at_length),))
+    """A line to serve with; without a length, the curve that `transformer/config.json` must have too."""
+    factor = request.scale_factor["prefill"]
+    if request.at_length is not None:
+        line = _line({"threshold": factor / request.at_length})
+        return Written(absolute_header(request.at_length) + line, (one_length(request.at_length),))
+    group, lost = config_group(request)
+    curve = json.dumps({KEY: section_with(group)})
+    header = (
+        "# Right at every KV length, with this curve in the config.json of the expert that was calibrated\n"
+        "# (MODEL/transformer, or MODEL/transformer_2); --model FOLDER --apply writes it there:\n"
+        f"#   {curve}\n"
+    )
+    one_target = "both experts of a model are read at the one target_sparsity of the command line"
+    line = _line({"target_sparsity": group["target_sparsity"]["prefill"]})
+    return Written(header + line, (*lost, one_target))
 
 
 def read(source: Source) -> Foreign:
-    """The threshold at the length that the file or the user states."""
+    """The threshold at the length that the file or the user states, or a target with its curve."""
     skip = entry(option_json(source, _OPTION).get("default"), "skip_softmax")
-    threshold = entry(skip, "threshold")
-    if threshold is None:
+    threshold, target = entry(skip, "threshold"), entry(skip, "target_sparsity")
+    if target is not None and threshold is None:
+        if source.coefficients is None:
+            raise UserError(
+                f"{source.path}: target_sparsity needs the curve in the transformer's config.json; give it "
+                "with --coefficients"
+            )
+        return read_curve(source.coefficients, target, ("prefill",), option="--coefficients")
+    if threshold is None or target is not None:
         raise UserError(
-            f"{source.path}: default.skip_softmax.threshold must be given, but got {skip!r}"
+            f"{source.path}: default.skip_softmax must give either threshold or target_sparsity, but got "
+            f"{skip!r}"
         )
     return from_threshold(threshold, stated_length(source), ("prefill",))
 
 
+def _line(skip: dict[str, Any]) -> str:
+    config = {"default": {"backend": "TRTLLM_ATTN", "skip_softmax": skip}}
+    return f"vllm serve MODEL --omni {_OPTION} '{json.dumps(config)}'\n"
+
+
+# vllm-omni 0.32.0rc1 and 0.30.0, diffusion/attention/backends: trtllm_attn.py (head size, GPUs,
+# threshold times length), trtllm_calibration.py (formula, one curve per expert; of transformer_2
+# only beside one of transformer).
 ENGINE = Engine(
     "vllm-omni",
     "vLLM-Omni",
@@ -54,15 +81,17 @@ ENGINE = Engine(
         Server(
             "vLLM-Omni",
             "sm100",
-            Votes(((ANY_SIZE, (128,)),), tile_q=32, head_dims=(128,)),
+            with_sizes(BLACKWELL_PREFILL, (128,)),
             Ignored("diffusion models do not decode token by token"),
             notes=(BLACKWELL_TWO,),
         ),
     ),
     write,
     read,
-    numbers={"prefill": "default.skip_softmax.threshold"},
-    options=("at_length",),
+    numbers={"prefill": "default.skip_softmax.threshold or default.skip_softmax.target_sparsity"},
+    options=("at_length", "coefficients"),
     absolute=True,
+    config_json="curve",
     kv_cache=False,
+    prefix_cache="every denoising step computes its own, and a new number is whole at once",
 )

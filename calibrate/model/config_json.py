@@ -39,7 +39,9 @@ class ModelConfigFile:
         """
         text = self.data.get("text_config", self.data)
         try:
-            layers, heads, kv_heads, head_dim = shape_of_config(text.get)
+            layers, heads, kv_heads, head_dim = shape_of_config(
+                self._of_diffusers if "_class_name" in self.data else text.get
+            )
         except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
                 f"`{self.path}` must name layers, heads and head size, but reading {error} failed; "
@@ -52,6 +54,13 @@ class ModelConfigFile:
                 f"{(layers, heads, kv_heads, head_dim)}; give the folder of a transformers model"
             )
         return layers, heads, kv_heads, head_dim
+
+    def _of_diffusers(self, key: str) -> Any:
+        """A key of a text model's config, in a component of a diffusers pipeline."""
+        if key == "num_hidden_layers":
+            blocks = [self.data.get(name) for name in ("num_layers", "num_single_layers")]
+            return sum(filter(None, blocks)) or None
+        return self.data.get("attention_head_dim" if key == "head_dim" else key)
 
     @property
     def attention_class(self) -> str | None:
@@ -94,8 +103,10 @@ def read_model_config(path: Path, option: str = "--model") -> ModelConfigFile:
         # Bytes, not text: a backup must be the old file with its line ends.
         text = file.read_bytes().decode("utf-8")
     except FileNotFoundError:
+        pipeline = (path / "model_index.json").is_file()
+        inside = ", for example its folder `transformer`" if pipeline else ""
         raise UserError(
-            f"{option}: `{path}` is missing or has no config.json; give a config.json or its folder"
+            f"{option}: `{path}` is missing or has no config.json; give a config.json or its folder{inside}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(

@@ -57,6 +57,20 @@ def section_of(loaded: LoadedModel) -> ModelSection:
     )
 
 
+def attention_modules(loaded: LoadedModel) -> str | list[str] | None:
+    """Names of a loaded model's attention modules by layer; one text with `{layer}` where all follow it.
+
+    Returns:
+        Names, empty for layers that have no softmax attention; None where no module is known.
+    """
+    names = [layer.name.strip("?") for layer in loaded.layers]
+    if not any(names):
+        return None
+    pattern = names[0].replace(".0.", ".{layer}.", 1)
+    alike = all(name == pattern.replace("{layer}", str(i)) for i, name in enumerate(names))
+    return pattern if alike and "{layer}" in pattern else names
+
+
 def section_of_folder(folder: Path) -> ModelSection:
     """The model section of a transformers folder, without loading the model.
 

@@ -2,6 +2,11 @@
 
 A thresholds file says which scale factor the attention kernel may use, per phase and layer; for which
 model and tile geometry that is valid; and what evidence supports it. Unknown keys are errors.
+
+Prefix caches: keys and values of a layer come from layers below it that skipped. A cached prefix therefore
+keeps the numbers that it was computed with, whatever file is loaded later: after a change, or after skipping
+was turned off, requests that hit it mix both, which nobody measured. Empty such caches when a file changes,
+or make its hash a part of their key. With one file throughout, a hit gives what was measured.
 """
 
 from __future__ import annotations

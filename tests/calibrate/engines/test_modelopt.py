@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,51 @@ def test_modelopt_keeps_other_groups_and_producer(tmp_path: Path) -> None:
     after = json.loads((model / "config.json").read_text())["sparse_attention_config"]
     assert after["config_groups"]["group_0"] == other and after["producer"] == section["producer"]
     assert after["config_groups"]["group_1"]["algorithm"] == "skip_softmax"
+
+
+OWN = {"geometry": MODELOPT, "kv_heads": 8, "dense": (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("names", "ignored"),
+    [
+        ("model.layers.{layer}.self_attn", ["model.layers.1.self_attn", "model.layers.3.self_attn"]),
+        (
+            "transformer.h.{layer}.attn",
+            ["model.layers.1.self_attn", "transformer.h.1.attn",
+             "model.layers.3.self_attn", "transformer.h.3.attn"],
+        ),
+        (["", "decoder.1.mixer", "decoder.2.mixer", ""],
+         ["model.layers.1.self_attn", "decoder.1.mixer", "model.layers.3.self_attn"]),
+    ],
+)  # fmt: skip
+def test_layers_left_dense_carry_the_model_s_own_names(names: Any, ignored: list[str]) -> None:
+    """Model-Optimizer matches `*name*` with vLLM's names, TensorRT-LLM the first name by its number."""
+    file = thresholds(**OWN, provenance={"attention_modules": names})
+    made = export(file, "modelopt", gpu="any")
+    section = json.loads(made.text)["sparse_attention_config"]["config_groups"]["group_0"]
+    assert section["ignore"] == ignored
+    served = [str(name).replace("{layer}", "3") + ".attn" for name in ignored if ".h." in name]
+    assert all(any(fnmatch(name, f"*{p}*") for p in section["ignore"]) for name in served)
+
+
+def test_without_the_names_only_the_engine_that_counts_layers_is_served() -> None:
+    with pytest.raises(
+        UserError, match=r"by their modules' names, .* does not name those of layers \[1, 3\]"
+    ):
+        export(thresholds(**OWN), "modelopt", gpu="any")
+    made = export(thresholds(dense=(1, 3)), "modelopt", gpu="sm90")
+    assert made.sidecar["holds_for"] == [{"server": "TensorRT-LLM", "gpu": "sm90"}]
+    section = json.loads(made.text)["sparse_attention_config"]["config_groups"]["group_0"]
+    assert section["ignore"] == ["model.layers.1.self_attn", "model.layers.3.self_attn"]
+
+
+def test_a_target_is_written_for_each_phase_that_has_a_curve() -> None:
+    """TensorRT-LLM's `_compute` would take the whole mapping for a phase without one: a TypeError."""
+    made = export(thresholds(), "modelopt", gpu="sm90", phases=("prefill",))
+    section = json.loads(made.text)["sparse_attention_config"]["config_groups"]["group_0"]
+    assert set(section["target_sparsity"]) == {"prefill"}
+    assert set(section["threshold_scale_factor"]) == {"formula", "prefill"}
 
 
 def test_pinned_numbers_say_that_the_target_has_no_effect(tmp_path: Path) -> None:

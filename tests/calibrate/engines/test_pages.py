@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -19,6 +20,8 @@ from engine_files import (
 )
 
 from calibrate import cli
+from calibrate.engines.catalogue import ENGINES
+from calibrate.engines.export import export
 
 
 def commands(page: Path) -> list[str]:
@@ -34,10 +37,36 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Path:
     write_model(folder / "model")
     thresholds().save(folder / "thresholds.yaml")
     thresholds(geometry=BLACKWELL).save(folder / "blackwell.yaml")
-    thresholds(decode=0.0, geometry=BLACKWELL).save(folder / "blackwell-prefill.yaml")
+    thresholds(decode=0.0, geometry=BLACKWELL, kv_heads=8).save(folder / "blackwell-prefill.yaml")
+    thresholds(decode=0.0).save(folder / "prefill.yaml")
+    (folder / "transformer").mkdir()
+    config = {"num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 128}
+    (folder / "transformer" / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **config})
+    )
     thresholds(geometry=TOKENSPEED).save(folder / "gfx950.yaml")
     shutil.copytree(smoke_run, folder / "run")
     return folder
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_page_names_its_release_and_says_what_a_prefix_cache_means(name: str) -> None:
+    text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    heading = text.partition("\n")[0]
+    assert name == "native" or re.search(r"\d+\.\d+", heading), heading
+    assert "\nPrefix caches" in text and "README.md#prefix-caches" in text
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "native"])
+def test_every_sidecar_says_what_a_prefix_cache_means(name: str) -> None:
+    engine = ENGINES[name]
+    geometry = TOKENSPEED if engine.servers[0].gpu == "gfx950" else BLACKWELL
+    file = thresholds(decode=0.0, geometry=geometry)
+    length = 9000 if engine.absolute else None
+    made = export(file, name, pin=True, experimental=True, at_length=length)
+    said = made.sidecar["prefix_cache"]
+    assert ("keeps the number that it was computed with" in said) == engine.kv_cache
+    assert engine.prefix_cache and said.endswith(engine.prefix_cache)
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)

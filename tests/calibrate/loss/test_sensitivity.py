@@ -115,7 +115,7 @@ def test_a_layer_is_weighed_at_its_own_mass() -> None:
         (
             5.1e-4,
             "bfloat16",
-            r"5\.1e-04 nats/token in bfloat16, 0\.1 of the budget; use `model\.dtype: f",
+            r"0\.00051 nats/token in bfloat16, 0\.1 of the budget; use `model\.dtype: f",
         ),
         (0.01, "float32", r"2 of the budget; raise `budget\.kl`$"),
     ],

@@ -1,0 +1,302 @@
+"""Runs every architecture of `architectures.py` inside `applied` at scale factor 0, and through capture.
+
+Nothing may change: an attention layer either gives the model's own output up to rounding, or is named
+and left alone. `python tests/sweep.py` writes what was found to `architectures.md` beside the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from architectures import NO_STEPS, NOT_RUN, STREAMS, architectures, build
+from transformers.modeling_outputs import BaseModelOutput
+
+from calibrate.model.forward import forward
+from calibrate.model.load import LoadedModel
+from calibrate.prompts.build import Prompt
+from calibrate.schema import GeometryConfig
+from calibrate.statistics import capture
+from skip_softmax import Thresholds, applied
+from skip_softmax.api import attention
+from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.layers import Layer, inspect_layers
+from skip_softmax.thresholds.types import Geometry, ModelSection, UncalibratedLayer
+
+PAGE = Path(__file__).resolve().parent.parent / "kernels/skip_softmax/huggingface/architectures.md"
+PROMPT, STEPS, PADDING = 48, 3, 7  # tokens
+TILES = {"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}}
+LOUDNESS = 4.0  # of weights: a model as initialised attends to all tokens alike, and hides mistakes
+ROUNDING = (
+    10.0  # how many times the difference between two of the model's own attentions ours may be
+)
+FINEST, COARSEST = 1e-6, 1e-4  # limits of that tolerance, relative to the largest logit
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the sweep found for one architecture.
+
+    Attributes:
+        name: model class.
+        verdict: `equal` (all layers are ours), `partly` (some are the model's own), `own` (all are),
+            `refused` or `not run`.
+        note: which layers are left alone and why, or why the model is refused or was not run.
+    """
+
+    name: str
+    verdict: str
+    note: str
+
+
+def tokens(count: int, seed: int, batch: int = 1) -> torch.Tensor:
+    """Random text tokens [batch, count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 250, (batch, count), generator=generator)
+
+
+def logits(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Logits of a prefill, of cached decode steps, and of a left-padded batch with one step."""
+
+    name = type(model).__name__
+    streams = STREAMS.get(name)
+
+    def call(ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> Any:
+        if streams is not None:
+            ids = ids[..., None].expand(*ids.shape, streams)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if model.config.is_encoder_decoder:
+            given = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+            if model.main_input_name == "input_ids":
+                given["input_ids"] = tokens(PROMPT, 9, len(ids))
+            else:  # what its encoder would make of images or sound
+                noise = torch.Generator().manual_seed(9)
+                size = model.get_decoder().config.hidden_size
+                states = torch.randn(len(ids), PROMPT, size, generator=noise)
+                given["encoder_outputs"] = BaseModelOutput(states)
+                given["encoder_outputs"].attention_mask = torch.ones(states.shape[:2])
+            if "bbox" in signature(model.forward).parameters:
+                given["bbox"] = torch.zeros(len(ids), PROMPT, 4)
+        given["past_key_values"] = cache
+        return model(**{k: v for k, v in given.items() if v is not None})
+
+    found = {}
+    torch.manual_seed(0)  # some start from noise
+    out = call(tokens(PROMPT, 0))
+    found["prefill"] = out.logits
+    cache = None if name in NO_STEPS else getattr(out, "past_key_values", None)
+    for step in range(STEPS if cache is not None else 0):
+        out = call(tokens(1, step + 1), None, cache)
+        found[f"decode step {step}"] = out.logits
+        cache = out.past_key_values
+    mask = torch.ones(2, PROMPT + 1, dtype=torch.long)
+    mask[0, :PADDING] = 0
+    out = call(tokens(PROMPT, 5, 2), mask[:, :-1])
+    found["padded"] = torch.cat([out.logits[0, PADDING:], out.logits[1]])
+    if cache is not None:
+        cache = out.past_key_values
+        found["padded decode step"] = call(tokens(1, 6, 2), mask, cache).logits
+    return found
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of two runs of a model, each relative to its largest logit."""
+    return {
+        key: float((one[key] - value).abs().max() / value.abs().max())
+        for key, value in other.items()
+    }
+
+
+@torch.no_grad()
+def sweep(name: str) -> Row:
+    """Compares one architecture with itself.
+
+    Raises:
+        AssertionError: it gives other logits than without us, or a layer is left alone unsaid.
+    """
+    if name in NOT_RUN:
+        return Row(name, "not run", NOT_RUN[name])
+    model = build(name)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(LOUDNESS)
+    own = logits(model)
+    try:
+        layers = inspect_layers(model)
+    except ValueError as error:
+        return Row(name, "refused", str(error).replace("|", "/"))
+    limit = tolerance(model, own)
+    said = [layer.reason for layer in layers]
+    if all(said):  # no file can be made for it
+        with intercepted(model, never, left_alone=dict(enumerate(said))):
+            found = difference(logits(model), own)
+        assert not any(found.values()), f"not the model's own logits: {found}"
+        return Row(name, "own", note_of(said))
+    with warnings() as lines, applied(model, dense_file(name, layers)) as counts:
+        found = difference(logits(model), own)
+    assert max(found.values()) <= limit, (
+        f"not the model's own logits: {found}, rounding is {limit:.1e}"
+    )
+    for line in lines:
+        index = int(line.split()[1])
+        said[index] = said[index] or line.split(": ", 1)[1]
+    for phase in counts:
+        if phase == "decode" and "decode step 0" not in own:
+            continue
+        unseen = (counts[phase].visited.sum(1) == 0).tolist()
+        silent = [i for i, reason in enumerate(said) if unseen[i] and reason is None]
+        assert not silent, f"layers {silent} are left alone in {phase}, and nothing says so"
+    check_capture(LoadedModel(model, None, name, "0", layers, None, "float32"), limit)
+    verdict = "equal" if not any(said) else "own" if all(said) else "partly"
+    return Row(name, verdict, note_of(said))
+
+
+def note_of(said: list[str | None]) -> str:
+    """How many layers are left alone, by reason."""
+    left = Counter(reason for reason in said if reason is not None)
+    return "; ".join(f"{count} of {len(said)}: {reason}" for reason, count in left.items())
+
+
+def never(call: LayerCall) -> torch.Tensor:
+    """Stands where no call may arrive."""
+    raise AssertionError(f"layer {call.layer} was said to be left alone")
+
+
+def tolerance(model: transformers.PreTrainedModel, own: dict[str, torch.Tensor]) -> float:
+    """Rounding of this model: how far its eager attention is from its SDPA attention."""
+    if model.config._attn_implementation != "sdpa":
+        return FINEST
+    configs = [m.config for m in model.modules() if hasattr(m, "config")]
+    before = [config._attn_implementation for config in configs]
+    try:
+        model.set_attn_implementation("eager")
+        rounding = max(difference(logits(model), own).values())
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+    return min(max(ROUNDING * rounding, FINEST), COARSEST)
+
+
+def dense_file(name: str, layers: list[Layer]) -> Thresholds:
+    """A thresholds file of scale factor 0, as a run would write it."""
+    first = next(layer for layer in layers if layer.reason is None)
+    return Thresholds(
+        model=ModelSection(
+            name=name,
+            sha256="0",
+            layers=len(layers),
+            q_heads=first.q_heads,
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
+            dtype="float32",
+        ),
+        geometry=Geometry(**TILES),
+        uncalibrated=tuple(
+            UncalibratedLayer(layer=layer.index, reason=layer.reason)
+            for layer in layers
+            if layer.reason is not None
+        ),
+    )
+
+
+def check_capture(loaded: LoadedModel, limit: float) -> None:
+    """Capture must return the model's own logits; the same pass with one value lost must not."""
+    ids = [tuple(tokens(count, seed)[0].tolist()) for count, seed in ((PROMPT, 0), (STEPS, 1))]
+    prompt = Prompt("text", "calibration", PROMPT, *ids, False)
+    geometry = GeometryConfig(**TILES)
+    own = {"capture": forward(loaded, prompt)}
+    statistics = capture.empty_statistics(loaded, geometry, [PROMPT])
+    found = difference({"capture": capture.observe(loaded, prompt, statistics, geometry)}, own)
+    assert found["capture"] <= limit, (
+        f"capture changes the logits by {found}, rounding is {limit:.1e}"
+    )
+
+    def one_value_lost(call: LayerCall) -> torch.Tensor:
+        v = call.v.clone()
+        v[:, :, -STEPS - 2] = 0  # in every window of the rows whose logits are compared
+        out: torch.Tensor = attention(call.q, call.k, v, **call.keywords)
+        return out
+
+    left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
+    with intercepted(loaded.model, one_value_lost, left_alone=left_alone):
+        planted = difference({"capture": forward(loaded, prompt)}, own)
+    assert planted["capture"] > 2 * limit, f"a lost value changes the logits by {planted} only"
+
+
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What `skip_softmax` warns of inside the block."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("skip_softmax")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+# The page.
+
+VERDICTS = {
+    "equal": "all layers are ours",
+    "partly": "some layers keep the model's own attention, named with the reason",
+    "own": "all layers keep the model's own attention, named with the reason: nothing to calibrate",
+    "refused": "a `ValueError` says why, before the model runs",
+    "not run": "this sweep cannot run it",
+    "wrong": "not equal and not named: a mistake of ours that is known",
+}
+
+
+def page(rows: list[Row]) -> str:
+    """The table as a Markdown page."""
+    counts = Counter(row.verdict for row in rows)
+    lines = [
+        "# Which architectures of transformers run inside `applied`",
+        "",
+        f"Written by `python tests/sweep.py` and repeated by the tests, for the {len(rows)} model classes",
+        f"of transformers {transformers.__version__}'s mappings for text generation, as tiny random models",
+        "that are fed with text. At scale factor 0 nothing may change: a prefill, cached decode and a",
+        "left-padded batch inside `applied`, and the pass that captures statistics, give the model's own",
+        "logits up to rounding, which is taken from the model's own eager and SDPA attention.",
+        "",
+        "| verdict | classes | meaning |",
+        "|---|---|---|",
+        *(
+            f"| {verdict} | {counts[verdict]} | {text} |"
+            for verdict, text in VERDICTS.items()
+            if counts[verdict]
+        ),
+        "",
+        "Layers are counted in the tiny model, which has one of each kind.",
+        "",
+        "| model class | verdict | layers left alone, or why not |",
+        "|---|---|---|",
+        *(
+            f"| {row.name} | {row.verdict} | {row.note} |"
+            for row in sorted(rows, key=lambda row: row.name.lower())
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.set_verbosity_error()
+    found = []
+    for name in architectures():
+        try:
+            found.append(sweep(name))
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            found.append(Row(name, "wrong", "to be mended"))
+    PAGE.write_text(page(found), encoding="utf-8")

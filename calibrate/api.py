@@ -231,8 +231,8 @@ class Run:
         if self.config.target.targets:
             raise UserError(
                 f"`{self.folder}`: `target.target_sparsity` must be null for this, but the run has one, in "
-                "place of a search; every engine takes its number per phase as it is (`calibrate export`), "
-                "and a run in another folder, without the key, searches"
+                "place of a search; an engine with the run's tiles takes its number per phase as it is "
+                "(`calibrate export`), and a run in another folder, without the key, searches"
             )
 
     @contextmanager

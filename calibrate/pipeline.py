@@ -513,7 +513,11 @@ class Stages:
         return [Candidate(point, setting, None, time)], []
 
     def _fits(self) -> dict[Phase, dict[str, Any]]:
-        fits: dict[Phase, dict[str, Any]] = read_json(self.folder / "fit.json")
+        path = self.folder / "fit.json"
+        fits: dict[Phase, dict[str, Any]] = read_json(path)
+        with as_written(path):
+            for phase in self.config.target.targets:
+                _ = fits[phase]["nvidia"], fits[phase]["target"]
         return fits
 
     def _write_thresholds(

@@ -232,6 +232,17 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert len(worked) == len(set(worked))
 
 
+def test_fits_of_another_run_are_named(
+    kept: calibrate.Run, call: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(kept.folder, tmp_path / "run"))
+    fits = read(folder, "fit.json")
+    for fit in fits.values():
+        del fit["nvidia"]
+    (folder / "fit.json").write_text(json.dumps(fits))
+    refused(call("validate", folder), "fit.json` does not hold what a run writes", "run again")
+
+
 def test_a_folder_without_the_target_belongs_to_another_config(
     config: Path, kept: calibrate.Run, call: Callable[..., Result]
 ) -> None:

@@ -36,6 +36,7 @@ from calibrate.record.folder import Notes
 from calibrate.record.measured import Measured
 from calibrate.schema import RunConfig
 from calibrate.search.cost import Cost, load_curves
+from calibrate.search.owner import owner_of
 from calibrate.search.path import Candidate, candidates, walked
 from calibrate.search.points import Point
 from calibrate.search.space import Space, build_space
@@ -179,7 +180,7 @@ class Stages:
         ours: dict[str, Any] = {
             "geometry": self.config.geometry.model_dump(mode="json"),
             "lengths": list(self.config.prompts.lengths),
-            "model": self.notes.model,
+            "model": (self.notes.model or {}).get("sha256"),
         }
         different = [
             k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v
@@ -225,7 +226,7 @@ class Stages:
     @cached_property
     def study(self) -> optuna.Study:
         """The Optuna study."""
-        return open_study(self.config.search, self.folder)
+        return open_study(self.config.search, self.folder, owner_of(self.folder, self.config))
 
     # The stages.
 

@@ -24,6 +24,8 @@ _RESULTS = {
     "search": ("study.db",),
     "validation": ("validation.json", "thresholds.yaml"),
 }
+# What the model has done, which belongs to one config; everything else is soon made again.
+_WORK = ("stats.safetensors", "dense", "served.jsonl", "served.json")
 
 
 def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
@@ -72,10 +74,12 @@ def claimed(folder: Path, config: RunConfig) -> RunConfig:
     Returns:
         The config, with as many trials as `calibrate search` has asked for since.
     """
-    begun = any((folder / name).exists() for name in ("prompts.json", "stats.safetensors"))
-    if not begun or not (folder / "config.yaml").exists():
+    written = folder / "config.yaml"
+    begun = any((folder / name).exists() for name in _WORK)
+    if not written.exists() or (not begun and written.read_bytes() != _text(config).encode()):
         # A config that led nowhere may be corrected.
-        (folder / "run.json").unlink(missing_ok=True)
+        for name in ("run.json", "prompts.json"):
+            (folder / name).unlink(missing_ok=True)
         write_config(folder, config)
     _, before = open_run(folder)
     if config.search.trials < before.search.trials:
@@ -98,8 +102,11 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes `config.yaml`."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_text_atomically(folder / "config.yaml", text)
+    write_text_atomically(folder / "config.yaml", _text(config))
+
+
+def _text(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 class Notes:
@@ -111,10 +118,10 @@ class Notes:
         self._started = time.monotonic()
 
     @property
-    def model(self) -> str | None:
-        """SHA-256 of the run's model; None: no model was loaded yet."""
-        sha256: str | None = self._read().get("model", {}).get("sha256")
-        return sha256
+    def model(self) -> dict[str, str] | None:
+        """`name` and `sha256` of the run's model; None: no model was loaded yet."""
+        model: dict[str, str] | None = self._read().get("model")
+        return model
 
     def note_model(self, name: str, sha256: str) -> None:
         """Notes the run's model.

@@ -26,6 +26,7 @@ from calibrate.record.files import as_written, read_json
 from calibrate.record.measured import Measured
 from calibrate.schema import RunConfig
 from calibrate.search.cost import load_curves
+from calibrate.search.owner import owner_of
 from calibrate.search.points import dense_where_idle, front
 from calibrate.search.study import points, read_study, stopped
 from calibrate.statistics.counts import Statistics
@@ -216,7 +217,7 @@ def _search(folder: Path, config: RunConfig, attempt: Attempt | None) -> dict[st
     own = config.search.storage is None
     if config.target.targets or (own and not (folder / "study.db").exists()):
         return {"trials": [], "pruned": 0, "front": [], "stopped": None}
-    study = read_study(config.search, folder)
+    study = read_study(config.search, folder, owner_of(folder, config))
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     finished = points(study)
     # What was proven is dense where the trial skipped nothing.

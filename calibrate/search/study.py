@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from calibrate.model.section import Setting
 from calibrate.prompts.build import Prompt
 from calibrate.record.interrupts import AtOnce, held_back
 from calibrate.schema import SearchConfig
+from calibrate.search.owner import differences
 from calibrate.search.points import BOLDEST, MIDDLE, SAFEST, Point
 from calibrate.search.space import ALONE, Params, Space
 from skip_softmax.thresholds.types import PHASES
@@ -53,6 +55,8 @@ _AIMS = (
 _SAMPLED = 4  # one trial in so many, at least, is the sampler's
 _PATIENCE = 6  # trials of the sampler, one after the other, that together gained too little
 _STOPPED = "stopped"  # the mark of a stopped search
+_OWNER = "belongs_to"  # whose trials a study holds, of `owner_of`
+_SEARCHED = ("loss_model.json", "validation.json")  # written after the search
 _SQLITE = "sqlite:///study.db"  # the kind of database; `_in_file` says which file
 _HEARTBEAT = 60  # seconds; a worker that stays silent for two of them has died
 
@@ -86,15 +90,18 @@ class Stopped:
 
 
 @held_back()
-def open_study(config: SearchConfig, folder: Path) -> optuna.Study:
+def open_study(
+    config: SearchConfig, folder: Path, owner: dict[str, Any] | None = None
+) -> optuna.Study:
     """Creates or reopens the study.
 
     Args:
         config: storage and name of the study.
         folder: the run folder; holds `study.db` unless `storage` is set.
+        owner: whose it is, or becomes, of `owner_of`; None: nobody asks.
 
     Raises:
-        UserError: the storage URL cannot be used.
+        UserError: the storage URL cannot be used, or the study there is another run's.
     """
     # Otherwise Optuna would answer Ctrl-C with a warning about the trial, and a traceback.
     logging.getLogger("optuna").setLevel(logging.ERROR)
@@ -114,11 +121,71 @@ def open_study(config: SearchConfig, folder: Path) -> optuna.Study:
         )
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
         reason = str(error).splitlines()[0]
-        place = config.storage or file
-        raise UserError(f"search.storage: `{place}` cannot be used by Optuna: {reason}") from error
+        raise UserError(
+            f"search.storage: `{_place(config, folder)}` cannot be used by Optuna: {reason}"
+        ) from error
+    _require_two_objectives(study, config, folder)
+    if owner is not None:
+        _claim(study, config, folder, owner)
     if study.metric_names is None:
         study.set_metric_names(_METRICS)
     return study
+
+
+def _require_two_objectives(study: optuna.Study, config: SearchConfig, folder: Path) -> None:
+    minimise = optuna.study.StudyDirection.MINIMIZE
+    if study.directions != [minimise, minimise]:
+        goals = ", ".join(direction.name.lower() for direction in study.directions)
+        raise UserError(
+            f"{_study(config, folder)} must have two objectives to minimise, but another program made it "
+            f"with: {goals}; {_own(config)}"
+        )
+
+
+def _claim(study: optuna.Study, config: SearchConfig, folder: Path, owner: dict[str, Any]) -> None:
+    """Makes the study this run's, or refuses that of another run: its trials would be taken for ours."""
+    shared, trials = config.storage is not None, study.get_trials(deepcopy=False)
+    if shared or trials:
+        _require_ours(study, config, folder, owner)
+    mark, searched = study.user_attrs.get(_OWNER), any((folder / f).exists() for f in _SEARCHED)
+    if shared and trials and mark is None and not searched:
+        raise UserError(
+            f"{_study(config, folder)} must say whose its trials are, but an earlier version or another "
+            f"program made them; {_own(config)}"
+        )
+    known = {part: value for part, value in owner.items() if value is not None}
+    if mark != {**(mark or {}), **known}:
+        study.set_user_attr(_OWNER, {**(mark or {}), **known})
+
+
+def _require_ours(
+    study: optuna.Study, config: SearchConfig, folder: Path, owner: Mapping[str, Any]
+) -> None:
+    different = differences(study.user_attrs.get(_OWNER, {}), owner)
+    if different:
+        raise UserError(
+            f"{_study(config, folder)} belongs to another run (different: {', '.join(different)}); "
+            f"{_own(config)}"
+        )
+
+
+def _study(config: SearchConfig, folder: Path) -> str:
+    return f"search.storage: the study `{config.study_name}` in `{_place(config, folder)}`"
+
+
+def _place(config: SearchConfig, folder: Path) -> str:
+    """For messages, which may be copied into a report: without the password of a database."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", config.storage or str(folder / "study.db"))
+
+
+def _own(config: SearchConfig) -> str:
+    """The cure where a study is not this run's."""
+    if config.storage is None:
+        return "delete the file, or use another output folder"
+    return (
+        "give this run a study of its own with `search.study_name`, and a folder of its own if this one "
+        "has searched before"
+    )
 
 
 def _in_file(file: Path, options: str = "") -> dict[str, Any]:
@@ -128,7 +195,9 @@ def _in_file(file: Path, options: str = "") -> dict[str, Any]:
 
 
 @held_back()
-def read_study(config: SearchConfig, folder: Path) -> optuna.Study:
+def read_study(
+    config: SearchConfig, folder: Path, owner: dict[str, Any] | None = None
+) -> optuna.Study:
     """A copy of the study in memory, to look at; arguments and errors of `open_study`."""
     file = folder / "study.db"
     if config.storage is None and not os.access(file, os.W_OK):
@@ -139,6 +208,8 @@ def read_study(config: SearchConfig, folder: Path) -> optuna.Study:
         study = optuna.load_study(study_name=config.study_name, storage=storage)
     else:
         study = open_study(config, folder)
+    if owner is not None:
+        _require_ours(study, config, folder, owner)
     copy = optuna.create_study(study_name=study.study_name, directions=study.directions)
     copy.set_metric_names(study.metric_names or _METRICS)
     copy.add_trials(study.get_trials(deepcopy=False))

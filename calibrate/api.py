@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calibrate.errors import UserError
 from calibrate.schema import ModelConfig, RunConfig, load_config
 from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.yaml_file import user_path
 
 if TYPE_CHECKING:
     import optuna
@@ -385,4 +386,4 @@ def _path(place: Any, name: str) -> Path:
         raise UserError(
             f"`{name}` must be a path, but got {type(place).__name__}: {str(place)[:60]}"
         )
-    return Path(place)
+    return user_path(place)

@@ -79,7 +79,7 @@ def search(
 
     with terminal.Bars() as bars:
         calibrate.open_run(folder, progress=bars).search(trials)
-    terminal.say(f"searched; now prove the winner: calibrate validate {folder}")
+    terminal.say(f"searched; now prove the winner: calibrate validate {terminal.argument(folder)}")
 
 
 @app.command()
@@ -125,7 +125,7 @@ def report(
     """Write report.html of a run, or compare two runs side by side; prints the file's path."""
     import calibrate
 
-    terminal.write(f"{calibrate.open_run(folder).report(other, output)}\n")
+    terminal.write_path(calibrate.open_run(folder).report(other, output))
 
 
 @app.command()
@@ -277,7 +277,7 @@ def project(
 
         terminal.show(phases(thresholds))
     options = " ".join(["--engine", engine, *needed_options(thresholds, engine, gpu, kv_dtype)])
-    terminal.say(f"passed: {path}; now: calibrate export {path} {options}")
+    terminal.say(f"passed: {path}; now: calibrate export {terminal.argument(path)} {options}")
 
 
 @app.command("import")
@@ -328,7 +328,7 @@ def import_numbers(
         terminal.say(f"note: {note}")
     terminal.say(
         f"not validated: {output}; what it does to your model: "
-        f"calibrate validate RUN_DIR --thresholds {output}"
+        f"calibrate validate RUN_DIR --thresholds {terminal.argument(output)}"
     )
 
 

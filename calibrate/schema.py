@@ -11,7 +11,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,7 +23,7 @@ from pydantic import (
 
 from calibrate.errors import UserError
 from skip_softmax.thresholds.types import Criteria, DecodeGeometry, Phase, PrefillGeometry
-from skip_softmax.thresholds.yaml_file import parse, read_mapping
+from skip_softmax.thresholds.yaml_file import parse, read_mapping, read_value, user_path
 
 Task = Literal[
     "needle_single",
@@ -78,6 +77,12 @@ class _Section(BaseModel):
 
 # Files and folders; `~` is the user's own folder, as in a shell.
 _Path = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def _with_home(url: str) -> str:
+    """The same in a URL of a file: `sqlite:///~/study.db`."""
+    kind, slashes, place = url.partition(":///")
+    return kind + slashes + os.path.expanduser(place)
 
 
 class ModelConfig(_Section):
@@ -294,7 +299,7 @@ class SearchConfig(_Section):
     """What the last six trials of the sampler must together have gained in predicted attention time
     [of the dense time], or the search stops; 0: it never does."""
     sampler: Literal["tpe", "gp", "nsga2", "qmc", "random"] = "tpe"
-    storage: str | None = None
+    storage: Annotated[str, AfterValidator(_with_home)] | None = None
     """Any Optuna storage URL; unset: `study.db` (SQLite) in the run folder."""
     study_name: str = "calibrate"
     groups: int = Field(default=3, ge=1, le=6)
@@ -435,7 +440,7 @@ def load_config(
         data, source, folder = deepcopy(dict(config)), "the config", Path.cwd()
     else:
         data, text = read_mapping(config)
-        source, folder = str(config), Path(config).resolve().parent
+        source, folder = str(config), user_path(config).resolve().parent
     if model is not None:
         data["model"] = model
     for override in overrides:
@@ -453,11 +458,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             f"`--set` takes `section.key=value`, but got `{override}`; "
             "write for example `--set search.trials=64`"
         )
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        # What PyYAML cannot build (a date that is none) it meets with any of these.
-        raise UserError(f"`--set {override}`: the value is not valid YAML") from None
+    parsed = read_value(value, f"`--set {override}`")
     section: Any = data
     for part in parts[:-1]:
         section = section.setdefault(part, {})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -123,9 +125,33 @@ def _drawn(table: Table) -> RichTable:
 
 
 def write(text: str) -> None:
-    """Writes data to stdout as it is."""
+    """Writes data to stdout as it is.
+
+    Raises:
+        UserError: stdout has no such character, or cannot be written.
+    """
     with _writable():
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"stdout must take {text[error.start]!a}, but its encoding is {error.encoding}; write to a "
+                "file with --output, or set PYTHONIOENCODING=utf-8"
+            ) from None
+
+
+def write_path(path: Path) -> None:
+    """Writes a path to stdout in the bytes of its name, whatever the terminal's encoding."""
+    with _writable():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def argument(path: str | os.PathLike[str]) -> str:
+    """A path as it stands in a command line, for messages that name a command."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def write_json(data: Any) -> None:

@@ -35,6 +35,7 @@ from skip_softmax.thresholds.types import (
     Phase,
     ScaleFactors,
 )
+from skip_softmax.thresholds.yaml_file import user_path
 
 
 def import_numbers(
@@ -80,7 +81,7 @@ def import_numbers(
     """
     chosen = find_phases(phases) or PHASES
     factors: dict[Phase, float | None] = {"prefill": prefill, "decode": decode}
-    path = None if source is None else Path(source)
+    path = None if source is None else user_path(source)
     _require_one_origin(path, threshold, factors)
     serving = find_engine(engine)
     reads = serving.options if path is not None else ()
@@ -97,7 +98,7 @@ def import_numbers(
                 f"{value} without; leave it out"
             )
     if path is not None:
-        curve = None if coefficients is None else Path(coefficients)
+        curve = None if coefficients is None else user_path(coefficients)
         found = read_artefact(engine, Source(path, chosen, target, curve, at_length))
     elif threshold is not None:
         found = from_threshold(threshold, at_length, chosen)
@@ -232,7 +233,7 @@ def _model(
 ) -> tuple[ModelSection, GeometryConfig | None]:
     """The user's model, from its folder, or loaded as a run config says, with that config's tiles."""
     if folder is not None and config is None:
-        return section_of_folder(Path(folder)), None
+        return section_of_folder(user_path(folder)), None
     if config is not None and folder is None:
         from calibrate.model.load import load
 

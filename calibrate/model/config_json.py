@@ -12,6 +12,7 @@ from calibrate.errors import UserError
 from calibrate.model.locate import locate
 from calibrate.schema import ModelConfig
 from skip_softmax.huggingface.shape import shape_of_config
+from skip_softmax.thresholds.yaml_file import user_path
 
 KEY = "sparse_attention_config"
 """The one key that an export may write; it does not belong to the model's identity."""
@@ -98,6 +99,7 @@ def read_model_config(path: Path, option: str = "--model") -> ModelConfigFile:
     Raises:
         UserError: it is missing, not JSON, not a mapping, or has a key twice.
     """
+    path = user_path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
         # Bytes, not text: a backup must be the old file with its line ends.

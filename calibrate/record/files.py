@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
-from skip_softmax.thresholds.yaml_file import write_text_atomically
+from skip_softmax.thresholds.yaml_file import user_path, write_text_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ def write_output(path: Path, text: str) -> Path:
     Raises:
         UserError: it cannot be written there.
     """
+    path = user_path(path)
     try:
         write_text_atomically(path, text)
     except OSError as error:

@@ -35,6 +35,7 @@ def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
         UserError: it is not a run folder.
     """
     path = Path(folder)
+    _require_utf8(path)
     if not (path / "config.yaml").exists():
         raise UserError(
             f"`{folder}` is not a run folder (no config.yaml); pass a folder written by `calibrate run`"
@@ -46,6 +47,7 @@ def open_run(folder: str | os.PathLike[str]) -> tuple[Path, RunConfig]:
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
     """Two processes in one run folder would mix their results. Makes the folder if it is missing."""
+    _require_utf8(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / ".lock").open("w")
@@ -66,6 +68,17 @@ def locked(folder: Path) -> Iterator[Path]:
                 "use a folder on a local disk"
             ) from None
         yield folder
+
+
+def _require_utf8(folder: Path) -> None:
+    """The library that reads tensors opens no other names."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output: the name of a run folder must be UTF-8, but got {str(folder)!a}; rename it, or use "
+            "another folder"
+        ) from None
 
 
 def claimed(folder: Path, config: RunConfig) -> RunConfig:

@@ -30,6 +30,7 @@ from calibrate.search.owner import owner_of
 from calibrate.search.points import dense_where_idle, front
 from calibrate.search.study import points, read_study, stopped
 from calibrate.statistics.counts import Statistics
+from calibrate.terminal import argument
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import Phase
 
@@ -131,7 +132,7 @@ def _validation(path: Path, statistics: Statistics, config: RunConfig) -> Valida
     """
     if not path.exists():
         return None
-    cure = f"write it again with `calibrate validate {path.parent}`"
+    cure = f"write it again with `calibrate validate {argument(path.parent)}`"
     try:
         validation = TypeAdapter(Validation).validate_python(read_json(path))
     except ValidationError as error:

@@ -122,7 +122,12 @@ def open_study(
     except Exception as error:  # SQLAlchemy's errors, whose classes depend on the database driver
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"search.storage: `{_place(config, folder)}` cannot be used by Optuna: {reason}"
+            f"search.storage: `{_place(config, folder)}` cannot be used by Optuna: {reason}; "
+            + (
+                "make the folder writable, or use another output folder"
+                if config.storage is None
+                else "give the URL of a database that can be written, for example sqlite:////FOLDER/study.db"
+            )
         ) from error
     _require_two_objectives(study, config, folder)
     if owner is not None:

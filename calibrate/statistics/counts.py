@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from skip_softmax.meaning.histogram import (
     edges,
 )
 from skip_softmax.thresholds.types import PHASES, Criteria, Phase
+from skip_softmax.thresholds.yaml_file import user_path
 
 ScaleFactors = float | Sequence[float] | torch.Tensor
 
@@ -219,7 +219,7 @@ class Statistics:
         }
         tensors |= {f"samples.{phase}": rows for phase, rows in self.samples.items() if len(rows)}
         metadata = {"identity": json.dumps(self.identity), "prompts": json.dumps(self.prompts)}
-        save_atomically(tensors, Path(path), metadata)
+        save_atomically(tensors, user_path(path), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -229,7 +229,7 @@ class Statistics:
             UserError: the file is missing, damaged, or of another bin layout.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(user_path(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             parts = {

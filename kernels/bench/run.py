@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,8 +134,8 @@ def _options(arguments: list[str] | None, prog: str | None) -> argparse.Namespac
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--repeats", type=_positive, default=15, help="timed calls per measurement")
-    parser.add_argument("--output", type=Path, help="JSON lines are appended here")
-    parser.add_argument("--plot", type=Path, help="speed-up against sparsity; needs matplotlib")
+    parser.add_argument("--output", type=_path, help="JSON lines are appended here")
+    parser.add_argument("--plot", type=_path, help="speed-up against sparsity; needs matplotlib")
     parser.add_argument("--commit", default=_commit(), help="written into each row")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     options = parser.parse_args(arguments)
@@ -163,6 +164,10 @@ def _backends(text: str) -> list[str]:
                 f"must be of {', '.join(BACKENDS)}, but got `{name}`; correct the name"
             )
     return names
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _positive(text: str) -> int:

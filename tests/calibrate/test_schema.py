@@ -31,11 +31,52 @@ def written(folder: Path, text: str) -> Path:
         ("prompts: {lengths: [01024]}", "run.yaml:2: .*01024 .*leading zeros"),
         ("search: {trials: 1_000}", "run.yaml:2: .*1_000 .*digits alone"),
         ("cost: {device: 1:30}", "run.yaml:2: .*1:30 .*quote it"),
+        ("budget: {kl: 1:30.5}", "run.yaml:2: .*1:30.5 .*digits alone"),
+        ("seed: 010", "run.yaml:2: .*010 .*leading zeros"),
+        ("seed: !!int '010'", "run.yaml:2: .*010 .*leading zeros"),
+        ("budget: {kl: .inf}", "run.yaml:2: budget.kl: .*finite number"),
+        ("budget: {kl: .nan}", "run.yaml:2: budget.kl: .*finite number"),
+        ("seed: .inf", "run.yaml:2: seed: .*finite number"),
+        ("seed: 0o10", "run.yaml:2: seed: .*valid integer.*0o10"),
+        ("target: {phase_weight: {decode: .nan}}", "run.yaml:2: target.phase_weight.*finite"),
+        ("search: {study_name: 2026-11-29}", "run.yaml:2: .*2026-11-29 as it looks; quote it"),
+        (
+            "search: {study_name: 7}",
+            "run.yaml:2: search.study_name: must be text, but got .* 7; put",
+        ),
     ],
 )
 def test_what_yaml_reads_as_something_else_is_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(FileError, match=said):
         load_config(written(tmp_path, f"model: {{path: x}}\n{text}\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=010", "`--set seed=010`: .*010 .*leading zeros"),
+        ("prompts.lengths=[01024]", "01024 .*leading zeros"),
+        ("budget.kl=yes", "does not read yes as it looks"),
+        ("search.trials=1_0", "1_0 .*digits alone"),
+        ("search.trials=1:30", "1:30 .*digits alone"),
+        ("model.path=2026-11-29", "quote it if it is text"),
+        ("model.path=[x", "not valid YAML.*put quotes around text"),
+        ("model.path=@x", "not valid YAML.*put quotes around text"),
+        ("search={trials: 1, trials: 2}", "key 'trials' is given twice"),
+    ],
+)
+def test_set_reads_values_as_the_file_does(override: str, said: str) -> None:
+    with pytest.raises(FileError, match=said):
+        load_config({"model": {"path": "x"}}, (override,))
+
+
+@pytest.mark.parametrize(
+    "text", ["/runs #1/m", "#1", "&x", "what?now", "50%20", "a 'b", "-dash", 'é"x', "a} b"]
+)
+def test_set_takes_a_name_as_it_stands(text: str) -> None:
+    assert load_config({"model": {"path": "x"}}, (f"model.path={text}",)).model.path == text
+    quoted = "'" + text.replace("'", "''") + "'"
+    assert load_config({"model": {"path": "x"}}, (f"model.path={quoted}",)).model.path == text
 
 
 def test_switches_and_plain_numbers_are_read(tmp_path: Path) -> None:
@@ -64,6 +105,18 @@ def test_a_repeated_key_beside_a_merge_is_still_refused(tmp_path: Path) -> None:
         load_config(written(tmp_path, text))
 
 
+def test_keys_are_given_once_before_merges_are_followed(tmp_path: Path) -> None:
+    """What `<<` stands for may be built, and merged itself, before or after the place that uses it."""
+    text = "model: {path: x}\nsearch: &s {<<: &t {trials: 3}, trials: 4, groups: 2}\n"
+    read = load_config(written(tmp_path, text)).search
+    assert (read.trials, read.groups) == (4, 2)
+    deep = "target: {phase_weight: &w {<<: &v {prefill: 1, decode: 1}, decode: 2}, min_kv_len: {<<: *w}}"
+    target = load_config(written(tmp_path, f"model: {{path: x}}\n{deep}\n")).target
+    assert target.phase_weight == target.min_kv_len == {"prefill": 1, "decode": 2}
+    with pytest.raises(FileError, match=r"run.yaml:1: .*'<<' is given twice"):
+        load_config(written(tmp_path, "model: {<<: {path: x}, <<: {path: y}}\n"))
+
+
 def test_a_file_of_a_package_is_not_looked_for_beside_the_config(tmp_path: Path) -> None:
     paths = ("package://novel/a.txt", "a.txt")
     sources = [{"task": "text", "path": path} for path in paths]
@@ -73,8 +126,12 @@ def test_a_file_of_a_package_is_not_looked_for_beside_the_config(tmp_path: Path)
 
 def test_a_tilde_is_the_users_folder() -> None:
     model = {"path": "~/model", "tokenizer": "~/tokenizer"}
-    config = RunConfig.model_validate({"model": model, "output": "~/runs/x"})
+    places = {"output": "~/runs/x", "search": {"storage": "sqlite:///~/study.db"}}
+    places |= {"cost": {"curves": "~/c.jsonl"}}
+    config = RunConfig.model_validate({"model": model, **places})
     home = os.path.expanduser("~")
+    assert config.search.storage == f"sqlite:///{home}/study.db"
+    assert config.cost.curves == f"{home}/c.jsonl"
     assert config.model.path == f"{home}/model"
     assert (config.model.tokenizer, config.output) == (f"{home}/tokenizer", f"{home}/runs/x")
 

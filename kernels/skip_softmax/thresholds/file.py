@@ -31,7 +31,7 @@ from skip_softmax.thresholds.types import (
     Section,
     UncalibratedLayer,
 )
-from skip_softmax.thresholds.yaml_file import parse, read_mapping, write_text_atomically
+from skip_softmax.thresholds.yaml_file import parse, read_mapping, user_path, write_text_atomically
 
 
 class Thresholds(Section):
@@ -160,7 +160,7 @@ class Thresholds(Section):
         Raises:
             OSError: the file cannot be written.
         """
-        write_text_atomically(path, self.to_yaml())
+        write_text_atomically(user_path(path), self.to_yaml())
 
     def to_yaml(self) -> str:
         """The file's text."""

@@ -9,9 +9,8 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,16 +22,23 @@ class FileError(ValueError):
     """What a user wrote, in a file or as arguments, breaks a law; the message says which and the cure."""
 
 
-# What YAML 1.1 reads as something else than it looks like: a switch, an octal number, hours and minutes.
+# What YAML 1.1 reads as something else than it looks like: a switch, an octal number, a time, a day.
+_DIGITS = "write the digits alone, without leading zeros, or quote it if it is text"
 _TRAPS = {
-    "bool": (re.compile("(?!true|false)", re.IGNORECASE), "write true or false"),
-    "int": (re.compile(r"[-+]?(0[0-9_]|.*[_:])"), "write the digits alone, without leading zeros"),
-    "float": (re.compile(".*[_:]"), "write the digits alone"),
+    "bool": (
+        re.compile("(?!true|false)", re.IGNORECASE),
+        "write true or false, or quote it if it is text",
+    ),
+    "int": (re.compile(r"[-+]?(0[0-9_]|.*[_:])"), _DIGITS),
+    "float": (re.compile(".*[_:]"), _DIGITS),
+    "timestamp": (re.compile(""), "quote it if it is text"),
 }
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses YAML's traps, and a repeated key: YAML would silently keep the last one."""
+
+    traps: ClassVar = _TRAPS
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         kind = node.tag.rpartition(":")[2]
@@ -43,35 +49,83 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             value = repr(node.value[:60]) if isinstance(node.value, str) else "this"
             problem = f"{value} is not a valid {kind}; correct it, or quote it if it is text"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-        if isinstance(node, yaml.ScalarNode) and kind in _TRAPS:
-            trap, cure = _TRAPS[kind]
+        if isinstance(node, yaml.ScalarNode) and kind in self.traps:
+            trap, cure = self.traps[kind]
             if trap.match(node.value):
-                problem = f"YAML does not read {node.value} as it looks; {cure}, or quote it if it is text"
+                problem = f"YAML does not read {node.value} as it looks; {cure}"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return built
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        # Here, before `<<` is replaced by the keys that it stands for.
         seen: set[Any] = set()
-        # `!!set [a]` is not a mapping; the base class refuses it and names the line.
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<` stands for keys of another mapping; the base class puts them in
-            key = self.construct_object(key_node, deep=deep)
-            # YAML allows a list as a key; the base class refuses it and names the line.
-            if isinstance(key, Hashable) and key in seen:
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # YAML allows a list as a key; the base class refuses it and names the line
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value if merge else self.construct_object(key_node)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add(key)
+        return node
 
 
-def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+class _ForeignLoader(_UniqueKeyLoader):
+    """For files of other programs, whose own reader takes `yes` and `1_000` as YAML 1.1 does."""
+
+    traps: ClassVar = {
+        "int": (re.compile(r"[-+]?(0[0-9_]|.*:)"), _DIGITS),
+        "float": (re.compile(".*:"), _DIGITS),
+    }
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave; `~` is the user's own folder, as in a shell."""
+    return Path(os.path.expanduser(path))
+
+
+def read_value(text: str, where: str) -> Any:
+    """Reads a YAML value that is not in a file.
+
+    Text without quotes is taken whole, also where YAML would see a comment in it.
+
+    Args:
+        text: the value.
+        where: who gave it, for messages.
+
+    Raises:
+        FileError: it is not YAML.
+    """
+    value, given = _loaded(text, _UniqueKeyLoader, where), text.strip()
+    if isinstance(value, str):
+        return value if given[0] in "'\"|>!&" else given
+    return given if value is None and given.startswith(("#", "&")) else value
+
+
+def _loaded(text: str, loader: type[yaml.SafeLoader], where: str, *, lines: bool = False) -> Any:
+    try:
+        return yaml.load(text, Loader=loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if lines and mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        cure = "" if lines or "quote" in problem else "; put quotes around text"
+        raise FileError(f"{where}{line}: not valid YAML: {problem}{cure}") from None
+    except RecursionError:
+        raise FileError(f"{where}: lists or mappings are nested too deeply; flatten them") from None
+
+
+def read_mapping(
+    path: str | os.PathLike[str], *, foreign: bool = False
+) -> tuple[dict[str, Any], str]:
     """Reads a YAML mapping.
 
     Args:
         path: the file.
+        foreign: it is another program's, which may write `yes` and `1_000`.
 
     Returns:
         The mapping and the file's text (for line numbers in later messages).
@@ -85,20 +139,12 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
             f'must be the path of a YAML file, but got {path!r}; pass "thresholds.yaml"'
         )
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = user_path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; pass the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise FileError(f"{path}{line}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise FileError(f"{path}: lists or mappings are nested too deeply; flatten them") from None
+    data = _loaded(text, _ForeignLoader if foreign else _UniqueKeyLoader, str(path), lines=True)
     if not isinstance(data, dict):
         raise FileError(f"{path}: the file must be a YAML mapping, but it contains {_kind(data)}")
     return data, text
@@ -211,6 +257,8 @@ def _complaint(model: type[BaseModel], item: Any, source: str, text: str | None)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{where}: {message}"
+    if item["type"] == "string_type" and isinstance(item["input"], (int, float)):
+        return f"{where}: must be text, but got the number {item['input']!r}; put quotes around it"
     return f"{where}: {message[0].lower()}{message[1:]}, but got {item['input']!r}"
 
 

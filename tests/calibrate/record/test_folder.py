@@ -26,6 +26,16 @@ def test_a_filesystem_without_locks_is_not_another_process(
         pass
 
 
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"raw\xff")
+    with (
+        pytest.raises(UserError, match=r"must be UTF-8, but got .*raw\\udcff.*rename it"),
+        locked(folder),
+    ):
+        pass
+    assert not folder.exists()
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     used = pytest.raises(UserError, match="in use by another")
     with locked(tmp_path), used, locked(tmp_path):

@@ -305,7 +305,7 @@ def test_a_curve_that_nothing_can_be_read_from_is_refused(
         ("{imported: 3}", "evidence.imported: .*dictionary.* got 3"),
         (
             "{note: 2024-01-01}",
-            "evidence: may contain text, numbers, lists .*put quotes around a date",
+            ":10: not valid YAML: YAML does not read 2024-01-01 as it looks; quote it",
         ),
         ("&all {note: *all}", "evidence: may contain text, .*Circular reference"),
         ("{note: " + "[" * 300 + "]" * 300 + "}", "evidence: .*flatten what is nested too deeply"),

@@ -99,15 +99,17 @@ def read_value(text: str, where: str) -> Any:
     Raises:
         FileError: it is not YAML.
     """
-    value, given = _loaded(text, _UniqueKeyLoader, where), text.strip()
+    value, given = _loaded(text, where), text.strip()
     if isinstance(value, str):
         return value if given[0] in "'\"|>!&" else given
     return given if value is None and given.startswith(("#", "&")) else value
 
 
-def _loaded(text: str, loader: type[yaml.SafeLoader], where: str, *, lines: bool = False) -> Any:
+def _loaded(text: str, where: str, *, lines: bool = False, foreign: bool = False) -> Any:
     try:
-        return yaml.load(text, Loader=loader)
+        if foreign:
+            return yaml.load(text, Loader=_ForeignLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if lines and mark is not None else ""
@@ -144,7 +146,7 @@ def read_mapping(
         raise FileError(f"{path}: no such file; pass the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    data = _loaded(text, _ForeignLoader if foreign else _UniqueKeyLoader, str(path), lines=True)
+    data = _loaded(text, str(path), lines=True, foreign=foreign)
     if not isinstance(data, dict):
         raise FileError(f"{path}: the file must be a YAML mapping, but it contains {_kind(data)}")
     return data, text

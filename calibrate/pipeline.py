@@ -160,6 +160,7 @@ class Stages:
                 self.loaded.tokenizer,
                 seed=self.config.seed,
                 max_context=self.loaded.max_context,
+                vocabulary=self.loaded.vocabulary,
                 memory=self._rows,
                 generate=self.config.generated_tokens,
             )

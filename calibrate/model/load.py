@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibrate.errors import UserError
-from calibrate.model.config_json import KEY, model_hash
+from calibrate.model.config_json import KEY, json_mapping, model_hash
 from calibrate.model.locate import locate
+from calibrate.prompts.causes import cure
 from calibrate.schema import ModelConfig
+
+_NAMED = 5  # so many weights are named at most
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class LoadedModel:
             in memory (`from_memory`).
         layers: its attention layers (`skip_softmax.huggingface.layers.Layer`).
         max_context: longest sequence it was made for [tokens], if it says.
+        vocabulary: token ids that it can read and write, from 0 on; None: it does not say.
         dtype: dtype of the weights as run.
     """
 
@@ -40,6 +44,7 @@ class LoadedModel:
     layers: list[Any]
     max_context: int | None
     dtype: str
+    vocabulary: int | None = None
 
     @property
     def calibratable(self) -> list[Any]:
@@ -72,23 +77,28 @@ def load(config: ModelConfig) -> LoadedModel:
     tokenizer_at = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else location
     device = _device(config.device)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    _require_shards(config.path, location)
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             *_arguments(tokenizer_at)[0], **_arguments(tokenizer_at)[1], **options
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             *_arguments(location)[0],
             **_arguments(location)[1],
             **options,
             dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below, and not in a table on stderr
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kinds = "give a hub id, a model folder, a .gguf file or package://NAME/FILE"
+        helps = cure(error, location if isinstance(location, Path) else None, kinds)
         raise UserError(
-            f"model.path: transformers could not load `{config.path}`: {reason}; give a hub id, a model "
-            "folder, a .gguf file or package://NAME/FILE"
+            f"model.path: transformers could not load `{config.path}`: {reason}; {helps}"
         ) from error
+    _require_whole(config.path, report)
     try:
         model = model.to(device).eval()
     except RuntimeError as error:
@@ -102,7 +112,41 @@ def load(config: ModelConfig) -> LoadedModel:
         layers=_layers(model, f"model.path: `{config.path}`"),
         max_context=_max_context(model),
         dtype=config.dtype,
+        vocabulary=_vocabulary(model),
     )
+
+
+def _require_shards(path: str, location: str | Path) -> None:
+    """Refuses a folder that lacks a file in which its index has weights."""
+    folder = location if isinstance(location, Path) and location.is_dir() else None
+    for index in sorted(folder.glob("*.index.json")) if folder else ():
+        placed: dict[str, str] = json_mapping(
+            index.read_text(encoding="utf-8"), f"model.path: `{index}`"
+        ).get("weight_map", {})
+        for name, file in sorted(placed.items()):
+            if not (index.parent / file).exists():
+                others = sum(other == file for other in placed.values()) - 1
+                raise UserError(
+                    f"model.path: `{path}` must hold every weight of its model, but `{file}` is missing, "
+                    f"which has {name}{f' and {others} more' if others else ''}; add the file"
+                )
+
+
+def _require_whole(path: str, report: dict[str, Any]) -> None:
+    """Refuses a checkpoint that does not fill the model: transformers makes up the rest at random."""
+    missing = sorted(report["missing_keys"])
+    other = [
+        f"{name} {tuple(found)} instead of {tuple(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    for names, what in ((missing, "lacks"), (other, "has in another shape")):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise UserError(
+                f"model.path: `{path}` must hold every weight of its model, but {what} "
+                f"{', '.join(names[:_NAMED])}{more}; give the whole checkpoint, all of its files, with its "
+                "own config.json"
+            )
 
 
 def in_memory(config: ModelConfig) -> bool:
@@ -152,6 +196,7 @@ def from_memory(model: Any, tokenizer: Any) -> tuple[LoadedModel, ModelConfig]:
         layers=_layers(model, f"model: `{name}`"),
         max_context=_max_context(model),
         dtype=dtype,
+        vocabulary=_vocabulary(model),
     )
     section = {"path": f"memory://{name}", "dtype": dtype, "device": model.device.type}
     return loaded, ModelConfig.model_validate(section)
@@ -175,6 +220,13 @@ def _layers(model: Any, where: str) -> list[Any]:
 def _max_context(model: Any) -> int | None:
     longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Rows of the embedding, or of the head that ranks tokens, whichever has fewer."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes = [table.weight.shape[0] for table in tables if hasattr(table, "weight")]
+    return min(sizes, default=None)
 
 
 def _hash_of_weights(model: Any) -> str:

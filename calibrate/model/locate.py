@@ -38,8 +38,13 @@ def locate(path: str, key: str = "model.path") -> str | Path:
 
 def _check_gguf(path: Path) -> None:
     """Reports a damaged file here: the reader would fail deep inside with an unrelated message."""
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(
+            f"model.path: `{path}` cannot be read ({error}); make it readable"
+        ) from None
     if magic != _GGUF_MAGIC:
         raise UserError(
             f"model.path: `{path}` is a file, so it must be a GGUF file, but it starts with {magic!r}; "
@@ -50,6 +55,8 @@ def _check_gguf(path: Path) -> None:
     try:
         reader = GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        parts = reader.fields.get("split.count")
+        number = reader.fields.get("split.no")
     except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
         raise UserError(
             f"model.path: `{path}` is truncated or damaged: its GGUF header cannot be read ({error}); "
@@ -59,4 +66,9 @@ def _check_gguf(path: Path) -> None:
         raise UserError(
             f"model.path: `{path}` is truncated: its tensors need {end} bytes, but the file has "
             f"{path.stat().st_size}; download it again"
+        )
+    if parts is not None and number is not None and int(parts.contents()) > 1:
+        raise UserError(
+            f"model.path: `{path}` must be the whole model, but it is part {int(number.contents()) + 1} of "
+            f"{parts.contents()}; merge the parts with `llama-gguf-split --merge`"
         )

@@ -79,6 +79,7 @@ def build(
     *,
     seed: int,
     max_context: int | None,
+    vocabulary: int | None = None,
     memory: Sequence[dict[str, Any]] | None = None,
     generate: int | None = None,
 ) -> dict[Split, list[Prompt]]:
@@ -96,6 +97,7 @@ def build(
         tokenizer: the model's tokenizer.
         seed: of every random choice, at least 0.
         max_context: longest prompt plus continuation that the model takes [tokens]; None: no limit.
+        vocabulary: token ids that the model has, from 0 on; None: those that the tokenizer gives.
         memory: the rows of a source `task: memory`.
         generate: how many tokens the model may write after a prompt with an answer; they must fit into its
             context too. None: nothing is generated.
@@ -104,9 +106,11 @@ def build(
         The prompts of each set, exactly as many as `config` says.
 
     Raises:
-        UserError: a source is missing, broken, too short or too long; the message says where.
+        UserError: a source is missing, broken, too short or too long, or has a token that the model lacks;
+            the message says where.
     """
-    setup = _Setup(config, Codec(tokenizer), seed, max_context, memory, generate or 0)
+    codec = Codec(tokenizer, vocabulary)
+    setup = _Setup(config, codec, seed, max_context, memory, generate or 0)
     _check_sources(setup)
     counts = (config.calibration, config.search, config.heldout)
     plan = {split: _shares(config, count) for split, count in zip(SPLITS, counts, strict=True)}
@@ -227,6 +231,7 @@ def _generated(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt
         stream = f"{setup.seed}/{index}/{slot.split}/{slot.number}"
         ids, after, answers = generate(task, stream, slot.length, setup.codec)
         after = after[: setup.config.decode_tokens]
+        setup.codec.check(f"`task: {task}`", (*ids, *after))
         yield Prompt(task, slot.split, slot.length, ids, after, has_answer=True, answers=answers)
 
 
@@ -252,6 +257,7 @@ def _windows(setup: _Setup, index: int, slots: list[_Slot]) -> Iterator[Prompt]:
     for place, slot in enumerate(slots):
         window = tuple(tokens[starts[place] : starts[place] + sizes[place]])
         ids, after = prefix + window[:-decode], window[-decode:]
+        setup.codec.check(path or "pydoc_data.topics", (*ids, *after))
         yield Prompt(task, slot.split, slot.length, ids, after, has_answer=False)
 
 
@@ -336,6 +342,7 @@ def _row_tokens(
         if not after:
             raise UserError(f"{where}: the answer {answer!r} has no tokens; give a longer answer")
     ids, after = [*codec.prefix, *ids], after[:decode]
+    codec.check(where, (*ids, *after))
     return tuple(ids), tuple(after)
 
 

@@ -25,8 +25,15 @@ class Codec:
         prefix: the tokens in front (BOS), or nothing.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
+        """Looks at what the tokenizer puts in front.
+
+        Args:
+            tokenizer: the model's.
+            vocabulary: token ids that the model has, from 0 on; None: all.
+        """
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         plain, full = self.encode("a"), list(tokenizer("a")["input_ids"])
         # Tokenizers may also add tokens behind (EOS, SEP); a prompt that continues must not have them.
         starts = (i for i in range(len(full)) if full[i : i + len(plain)] == plain)
@@ -36,6 +43,21 @@ class Codec:
         """Returns the tokens of a text, without special ones."""
         options = {"add_special_tokens": False, "truncation": False, "verbose": False}
         return list(self._tokenizer(text, **options)["input_ids"])
+
+    def check(self, where: str, ids: tuple[int, ...]) -> None:
+        """Refuses tokens that the model has no embedding for.
+
+        Raises:
+            UserError: there is one; the message names it.
+        """
+        largest = max(ids, default=0)
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"{where}: token ids must be below {self._vocabulary}, the size of the model's vocabulary, "
+                f"but {token!r} is {largest}; remove it from the text, or give the model's own tokenizer or "
+                "a model whose embeddings were resized for it"
+            )
 
     def split(self, prompt: str, after: str) -> tuple[list[int], list[int]]:
         """Parts the tokens of `prompt + after` at the last boundary that `prompt` alone has too."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import UserError
+from calibrate.prompts.causes import cure, unreadable
 from calibrate.prompts.packages import SCHEME, inside_package
 from calibrate.schema import Source
 
@@ -30,7 +33,8 @@ def texts(source: Source, where: str, row: dict[str, Any]) -> tuple[str, str | N
     if source.answer_field is None:
         return prompt, None
     answer = _cell(source, where, row, source.answer_field)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    # NaN is how a table says that there is nothing.
+    if isinstance(answer, Real) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise _bad_cell(where, source.answer_field, "text or a number", answer)
@@ -151,12 +155,12 @@ def _loaded(source: Source, *args: Any, **options: Any) -> Iterator[tuple[str, d
             yield f"{name}: row {number}", row
     except _READ_ERRORS as error:
         cause = " ".join(str(error).split()) or type(error).__name__
-        cure = (
-            "check `dataset`, `subset`, `split` and the network"
+        helps = (
+            cure(error, None, "check `dataset`, `subset` and `split`")
             if source.task == "hub"
-            else "fix the file"
+            else cure(error, str(source.path), "fix the file")
         )
-        raise UserError(f"{name}: cannot be read after row {number}: {cause}; {cure}") from error
+        raise UserError(f"{name}: cannot be read after row {number}: {cause}; {helps}") from error
 
 
 def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -171,7 +175,11 @@ def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, row in enumerate(_parsed(path, 1, text), start=1):
                 yield f"{path}: row {number}", _object(f"{path}: row {number}", row)
             return
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); make it readable") from None
+    with file:
         for number, line in enumerate(file, start=1):
             if line := line.strip():
                 yield f"{path}:{number}", _object(f"{path}:{number}", _parsed(path, number, line))
@@ -216,7 +224,8 @@ def read_text(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); fix the file") from None
+        helps = unreadable(error, "save the file as UTF-8")
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); {helps}") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a text")
     return text

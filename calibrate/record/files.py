@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
+from calibrate.prompts.causes import unreadable
 from skip_softmax.thresholds.yaml_file import user_path, write_text_atomically
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except FileNotFoundError:
         raise UserError(f"`{path}` is missing; run again") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"`{path}` cannot be read ({error}); delete it and run again") from None
+        helps = unreadable(error, "delete it and run again")
+        raise UserError(f"`{path}` cannot be read ({error}); {helps}") from None
     if not isinstance(found, kind):
         raise UserError(
             f"`{path}` must hold a JSON {kind.__name__}, but holds {type(found).__name__}; delete it and "

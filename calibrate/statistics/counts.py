@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from calibrate.errors import UserError
+from calibrate.prompts.causes import unreadable
 from calibrate.record.files import save_atomically
 from skip_softmax.meaning.histogram import (
     BINS,
@@ -236,9 +237,12 @@ class Statistics:
                 name: {phase: tensors[f"{name}.{phase}"] for phase in PHASES} for name in PARTS
             }
             identity, prompts = json.loads(metadata["identity"]), json.loads(metadata["prompts"])
+        except FileNotFoundError:
+            raise UserError(f"{path}: is missing; run again") from None
         except (OSError, KeyError, SafetensorError, ValueError) as error:
+            helps = unreadable(error, "delete it and run again")
             raise UserError(
-                f"{path}: cannot be read as tile statistics ({error}); delete it and run again"
+                f"{path}: cannot be read as tile statistics ({error}); {helps}"
             ) from None
         if parts["counts"]["prefill"].shape[-1] != BINS:
             raise UserError(

@@ -24,6 +24,7 @@ from calibrate.errors import UserError
 from calibrate.prompts import codec as fitting
 from calibrate.prompts import tasks
 from calibrate.prompts.build import Prompt, build
+from calibrate.prompts.causes import cure
 from calibrate.prompts.rows import read_text
 from calibrate.schema import PromptsConfig, Source, load_config
 
@@ -84,13 +85,15 @@ def make(
     seed: int = 0,
     max_context: int | None = None,
     generate: int | None = None,
+    vocabulary: int | None = None,
     **changes: Any,
 ) -> dict[str, list[Prompt]]:
     sources = tuple(s if isinstance(s, Source) else Source(task=s) for s in sources)
     small = {"lengths": (512,), "decode_tokens": 80, "calibration": 2, "search": 2, "heldout": 3}
     config = PromptsConfig(sources=sources, **{**small, **changes})
     words = tokenizer or bpe()
-    return build(config, words, seed=seed, max_context=max_context, generate=generate)
+    options = {"max_context": max_context, "generate": generate, "vocabulary": vocabulary}
+    return build(config, words, seed=seed, **options)
 
 
 def every(sets: dict[str, list[Prompt]]) -> list[Prompt]:
@@ -628,6 +631,36 @@ BAD_FILES = {
         with_line(6, '{"prompt": "x", "answer": ["y"]}'),
         r"a\.jsonl:6: `answer` must be text or a number, but got \['y'\]",
     ),
+    "prompt is not even a number": (
+        "a.jsonl",
+        with_line(5, '{"prompt": NaN, "answer": "x"}'),
+        r"a\.jsonl:5: `prompt` must be text, but got nan",
+    ),
+    "answer is not a number": (
+        "a.jsonl",
+        with_line(6, '{"prompt": "x", "answer": NaN}'),
+        r"a\.jsonl:6: `answer` must be text or a number, but got nan",
+    ),
+    "answer is no finite number": (
+        "a.json",
+        '[{"prompt": "x", "answer": -1e999}]',
+        r"a\.json: row 1: `answer` must be text or a number, but got -inf",
+    ),
+    "answer is a switch": (
+        "a.jsonl",
+        with_line(6, '{"prompt": "x", "answer": true}'),
+        r"a\.jsonl:6: `answer` must be text or a number, but got True",
+    ),
+    "answer is nothing": (
+        "a.jsonl",
+        with_line(6, '{"prompt": "x", "answer": null}'),
+        r"a\.jsonl:6: `answer` must be text or a number, but got nothing",
+    ),
+    "answer is missing": (
+        "a.jsonl",
+        with_line(6, '{"prompt": "x"}'),
+        r"a\.jsonl:6: there is no column `answer`, only `prompt`",
+    ),
     "half a character in a prompt": (
         "a.jsonl",
         with_line(7, r'{"prompt": "a \ud83d b", "answer": "x"}'),
@@ -699,6 +732,54 @@ def test_a_broken_line_is_found_behind_the_rows_that_are_used(tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_text(with_line(20, "{"))
     with pytest.raises(UserError, match=r"a\.jsonl:20: not valid JSON"):
         from_file(tmp_path / "a.jsonl", calibration=1, search=1, heldout=2)
+
+
+@pytest.mark.parametrize("task", ["text", "needle_single", "file"])
+def test_a_token_that_the_model_lacks_is_refused_by_name(tmp_path: Path, task: str) -> None:
+    """A tokenizer may have more tokens than the model: added, and the model not resized."""
+    words, where = bpe(), {"text": "pydoc_data.topics"}.get(task, f"`task: {task}`")
+    source = Source(task=task, path=str(tmp_path / "a.jsonl") if task == "file" else None)
+    if task == "file":
+        written = [json.dumps({"prompt": "".join(pair)}) for pair in texts(make("text"))]
+        (tmp_path / "a.jsonl").write_text("\n".join(written))
+        where = f"{tmp_path}/a.jsonl:"
+    used = {
+        token for prompt in every(make(source)) for token in (*prompt.ids, *prompt.continuation)
+    }
+    largest = max(used)
+    assert make(source, vocabulary=largest + 1) == make(source)
+    with pytest.raises(UserError) as refused:
+        make(source, vocabulary=largest)
+    said = str(refused.value)
+    name = words.convert_ids_to_tokens(largest)
+    assert said.startswith(where)
+    assert (
+        f": token ids must be below {largest}, the size of the model's vocabulary, but {name!r} is"
+        in said
+    )
+
+
+def test_the_cause_of_an_error_decides_what_helps(tmp_path: Path) -> None:
+    """A cache that cannot be written is not a broken file."""
+    import errno
+
+    file, cache = tmp_path / "a.csv", tmp_path / "cache"
+
+    def error(number: int, place: Path) -> OSError:
+        wrapped = ValueError("a library's own words")
+        wrapped.__cause__ = OSError(number, "", str(place))
+        return wrapped
+
+    assert cure(error(errno.EINVAL, file), file, "fix the file") == "fix the file"
+    assert cure(error(errno.EACCES, file), file, "fix") == f"make `{file}` readable"
+    for number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        assert cure(error(number, cache), file, "fix").startswith(f"`{cache}` must be writable; ")
+        assert "HF_HOME" in cure(error(number, cache), None, "fix")
+    assert cure(error(errno.ENOSPC, file), file, "fix") == f"free space for `{file}`"
+    away = type("LocalEntryNotFoundError", (OSError,), {})("away")
+    assert cure(away, None, "fix it") == (
+        "fix it; if that is right, check the network and HF_HUB_OFFLINE"
+    )
 
 
 @pytest.mark.parametrize("task", ["file", "text"])

@@ -314,6 +314,11 @@ def targets(found: Mapping[str, Any]) -> Table:
 def cure(evidence: Mapping[str, Any]) -> str:
     """What helps a result that failed."""
     found = evidence.get("target_sparsity")
+    if not found and _within(evidence):
+        return (
+            f"What {evidence['loss'][FINEST]['prompts']} held-out prompts lose is within the budget, but "
+            "they are too few to prove it: give `prompts.heldout` more, or raise the budget"
+        )
     if not found:
         return "Raise the budget, or give the search more trials"
     allowed = " and ".join(
@@ -323,6 +328,13 @@ def cure(evidence: Mapping[str, Any]) -> str:
     )
     estimate = f" (by the statistics, about {allowed} would keep within it)" if allowed else ""
     return f"Lower `target.target_sparsity`{estimate}, or raise the budget"
+
+
+def _within(evidence: Mapping[str, Any]) -> bool:
+    """Whether every loss that has a budget is within it on the prompts that were run."""
+    measured, budget = evidence.get("loss", {}), evidence.get("budget", {})
+    means = {name: loss["mean"] for name, loss in measured.items() if budget.get(name) is not None}
+    return FINEST in means and all(mean <= budget[name] for name, mean in means.items())
 
 
 def layers(thresholds: Thresholds) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from optuna.trial import TrialState
 from report_files import PHASES, Page, chosen_of, loss_text, read
 
@@ -88,3 +89,19 @@ def test_candidates_are_listed_as_they_were_tried(copy: Path) -> None:
     assert [(row[0], row[-1]) for row in rows[:3]] == [
         ("candidate 1", "yes"), ("chosen", "yes"), ("candidate 3", "no")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mean", "drop", "said"),
+    [
+        (0.004, 1.0, "What 40 held-out prompts lose is within the budget, but they are too few"),
+        (0.006, 1.0, "Raise the budget, or give the search more trials"),
+        (0.004, 4.0, "Raise the budget, or give the search more trials"),
+    ],
+)
+def test_the_cure_of_a_failed_proof_follows_its_cause(mean: float, drop: float, said: str) -> None:
+    losses = {"kl": {"mean": mean, "prompts": 40}, "score_drop": {"mean": drop, "prompts": 40}}
+    budget = {"kl": 0.005, "score_drop": 3.0, "flips": None, "confidence": 0.95}
+    evidence = {"loss": {**losses, "flips": {"mean": 9.0}, "heldout_prompts": 40}, "budget": budget}
+    assert tables.cure(evidence).startswith(said)
+    assert tables.cure({}) == "Raise the budget, or give the search more trials"

@@ -98,6 +98,7 @@ _SHARED_KEYS = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
+    "intermediate_size": 96,
 }
 _DOTS3 = {
     "head_dim": 32,
@@ -118,51 +119,109 @@ _INDEXER = {
 }
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 300}},
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": _SECTIONS}},
     "CohereCompassForConditionalGeneration": {
         "text_config": {"rope_parameters": {"full_attention": _SECTIONS}}
     },
     "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "Dots1ForCausalLM": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
+    "DiffusionGemmaForBlockDiffusion": {
+        "text_config": {
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "global_head_dim": 32,
+        }
+    },
+    "Dots1ForCausalLM": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "Dots3NoteForCausalLM": _DOTS3,
     "Dots3NoteForConditionalGeneration": {
         "text_config": _DOTS3,
         "vision_config": {"adapter_out_dim": 64},
         "audio_config": {"adapter_out_dim": 64},
     },
-    "KyutaiSpeechToTextForConditionalGeneration": {"codec_config": {"upsample_groups": 64}},
-    "DiffusionGemmaForBlockDiffusion": {
-        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 300, "<|extra_200|>": 301}},
+    "Ernie4_5_VLMoeForConditionalGeneration": {
+        "text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [3, 3, 2]}}
     },
+    "Florence2ForConditionalGeneration": {
+        "vision_config": {
+            "embed_dim": (64,) * 4,
+            "num_heads": (4,) * 4,
+            "num_groups": (4,) * 4,
+            "depths": (1,) * 4,
+        }
+    },
+    "FunAsrNanoForConditionalGeneration": {"adaptor_config": {"intermediate_size": 16}},
     "Gemma3nForCausalLM": _SHARED_KEYS,
+    "Gemma4ForCausalLM": {"global_head_dim": 32},
+    "Gemma4ForConditionalGeneration": {"text_config": {"global_head_dim": 32}},
+    "Gemma4UnifiedForCausalLM": {"global_head_dim": 32},
+    "Gemma4UnifiedForConditionalGeneration": {"text_config": {"global_head_dim": 32}},
+    "Glm4vMoeForConditionalGeneration": {
+        "text_config": {
+            "rope_parameters": {
+                **_SECTIONS,
+                "mrope_section": [1, 1, 2],
+                "partial_rotary_factor": 0.5,
+            }
+        }
+    },
+    "Glm5NextForConditionalGeneration": {"text_config": {"index_kpool": 4}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "Granite4VisionForConditionalGeneration": {
         "deepstack_layer_map": [[0, 0]],
         "spatial_target_layers": [0, 1],
         "downsample_rate": "1/4",
     },
-    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
-    "Mamba2ForCausalLM": {"num_heads": 8},
-    "MoonshineStreamingForConditionalGeneration": {"num_key_value_heads": 4},
-    "Qwen4ExpForCausalLM": _INDEXER,
-    "Qwen4ExpForConditionalGeneration": {"text_config": _INDEXER},
-    "ReformerModelWithLMHead": {"axial_pos_embds": False},
-    "BambaForCausalLM": {"attn_layer_indices": [1]},
     "GraniteMoeHybridForCausalLM": {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "full_attention"],
     },
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
-    "MiniMaxM3VLForCausalLM": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "KyutaiSpeechToTextForConditionalGeneration": {"codec_config": {"upsample_groups": 64}},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Mamba2ForCausalLM": {"num_heads": 8},
     "MiniMaxM3SparseForConditionalGeneration": {
         "text_config": {"layer_types": ["full_attention", "minimax_m3_sparse"]}
     },
+    "MiniMaxM3VLForCausalLM": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "Molmo2ForConditionalGeneration": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "MoonshineStreamingForConditionalGeneration": {"num_key_value_heads": 4},
+    "MuseSparkForConditionalGeneration": {
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": (64,) * 4, "depths": (1,) * 4}
+    },
+    "MusicgenForCausalLM": {"num_codebooks": 1},
+    "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
+    "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {
+        "vision_start_token_id": 310,
+        "text_config": {"rope_parameters": _SECTIONS},
+    },
     "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 310},
+    "Qwen4ExpForCausalLM": _INDEXER,
+    "Qwen4ExpForConditionalGeneration": {"text_config": _INDEXER},
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
+    "ReformerModelWithLMHead": {"axial_pos_embds": False},
     "SpeechT5ForSpeechToText": {"vocab_size": VOCABULARY},
     "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 16}},
+    "xLSTMForCausalLM": {"qk_dim_factor": 1.0},
     "XmodForCausalLM": {"default_language": "en_XX"},
+    "Zamba2ForCausalLM": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    },
+    "ZambaForCausalLM": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     **{
         name: {"text_config": {"rope_parameters": _SECTIONS}}
         for name in (
@@ -175,53 +234,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "Qwen2_5_VLForConditionalGeneration",
         )
     },
-    "Glm4vMoeForConditionalGeneration": {
-        "text_config": {
-            "rope_parameters": {
-                **_SECTIONS,
-                "mrope_section": [1, 1, 2],
-                "partial_rotary_factor": 0.5,
-            }
-        }
-    },
-    "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
-    "MuseSparkForConditionalGeneration": {"audio_config": {"num_hidden_layers": 4}},
-    "MusicgenForCausalLM": {"num_codebooks": 1},
-    "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
-    "Qwen2_5OmniThinkerForConditionalGeneration": {
-        "vision_start_token_id": 310,
-        "text_config": {"rope_parameters": _SECTIONS},
-    },
-    "xLSTMForCausalLM": {"qk_dim_factor": 1.0},
-    "Ernie4_5_VLMoeForConditionalGeneration": {
-        "text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [3, 3, 2]}}
-    },
-    "ZambaForCausalLM": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-        "attention_hidden_size": 128,
-        "attention_head_dim": 32,
-    },
-    "Zamba2ForCausalLM": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-    },
-    "Florence2ForConditionalGeneration": {
-        "vision_config": {
-            "embed_dim": (64,) * 4,
-            "num_heads": (4,) * 4,
-            "num_groups": (4,) * 4,
-            "depths": (1,) * 4,
-        }
-    },
-    "DeepseekOcr2ForConditionalGeneration": {
-        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
-    },
-    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 300}},
-    "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 300, "<|extra_200|>": 301}},
-    "Glm5NextForConditionalGeneration": {"text_config": {"index_kpool": 4}},
-    "Molmo2ForConditionalGeneration": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "FunAsrNanoForConditionalGeneration": {"adaptor_config": {"intermediate_size": 16}},
 }
 
 
@@ -251,9 +263,12 @@ NOT_RUN = {
 # Tokens of several streams at once, [batch, tokens, streams].
 STREAMS = {"DiaForConditionalGeneration": 9, "KyutaiSpeechToTextForConditionalGeneration": 33}
 
-# No cached steps: the first wants all tokens again, the others positions that only `generate` prepares.
+# No calls with a cache: CpmAnt wants all tokens again, ProphetNet one at a time, the thinkers positions
+# that only `generate` prepares.
 NO_STEPS = {
     "CpmAntForCausalLM",
+    "ProphetNetForCausalLM",
+    "ProphetNetForConditionalGeneration",
     "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen3OmniMoeThinkerForConditionalGeneration",
 }

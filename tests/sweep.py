@@ -33,7 +33,8 @@ from skip_softmax.huggingface.layers import Layer, inspect_layers
 from skip_softmax.thresholds.types import Geometry, ModelSection, UncalibratedLayer
 
 PAGE = Path(__file__).resolve().parent.parent / "kernels/skip_softmax/huggingface/architectures.md"
-PROMPT, STEPS, PADDING = 48, 3, 7  # tokens
+PROMPT, PADDING = 48, 7  # tokens
+STEPS = (1, 8, 1)  # tokens of the calls that follow the prompt: the second is a chunk, or a draft
 TILES = {"prefill": {"tile_q": 16, "tile_kv": 16}, "decode": {"tile_kv": 16}}
 LOUDNESS = 4.0  # of weights: a model as initialised attends to all tokens alike, and hides mistakes
 ROUNDING = (
@@ -65,7 +66,7 @@ def tokens(count: int, seed: int, batch: int = 1) -> torch.Tensor:
 
 
 def logits(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Logits of a prefill, of cached decode steps, and of a left-padded batch with one step."""
+    """Logits of a prefill, of calls with its cache, and of a left-padded batch with one step."""
 
     name = type(model).__name__
     streams = STREAMS.get(name)
@@ -94,9 +95,9 @@ def logits(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     out = call(tokens(PROMPT, 0))
     found["prefill"] = out.logits
     cache = None if name in NO_STEPS else getattr(out, "past_key_values", None)
-    for step in range(STEPS if cache is not None else 0):
-        out = call(tokens(1, step + 1), None, cache)
-        found[f"decode step {step}"] = out.logits
+    for step, count in enumerate(STEPS if cache is not None else ()):
+        out = call(tokens(count, step + 1), None, cache)
+        found[f"step {step}"] = out.logits
         cache = out.past_key_values
     mask = torch.ones(2, PROMPT + 1, dtype=torch.long)
     mask[0, :PADDING] = 0
@@ -104,7 +105,7 @@ def logits(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     found["padded"] = torch.cat([out.logits[0, PADDING:], out.logits[1]])
     if cache is not None:
         cache = out.past_key_values
-        found["padded decode step"] = call(tokens(1, 6, 2), mask, cache).logits
+        found["padded step"] = call(tokens(1, 6, 2), mask, cache).logits
     return found
 
 
@@ -133,6 +134,7 @@ def sweep(name: str) -> Row:
     try:
         layers = inspect_layers(model)
     except ValueError as error:
+        assert name in str(error), f"a refusal that is not ours: {error}"
         return Row(name, "refused", str(error).replace("|", "/"))
     limit = tolerance(model, own)
     said = [layer.reason for layer in layers]
@@ -150,7 +152,7 @@ def sweep(name: str) -> Row:
         index = int(line.split()[1])
         said[index] = said[index] or line.split(": ", 1)[1]
     for phase in counts:
-        if phase == "decode" and "decode step 0" not in own:
+        if phase == "decode" and "step 0" not in own:
             continue
         unseen = (counts[phase].visited.sum(1) == 0).tolist()
         silent = [i for i, reason in enumerate(said) if unseen[i] and reason is None]
@@ -210,7 +212,7 @@ def dense_file(name: str, layers: list[Layer]) -> Thresholds:
 
 def check_capture(loaded: LoadedModel, limit: float) -> None:
     """Capture must return the model's own logits; the same pass with one value lost must not."""
-    ids = [tuple(tokens(count, seed)[0].tolist()) for count, seed in ((PROMPT, 0), (STEPS, 1))]
+    ids = [tuple(tokens(count, seed)[0].tolist()) for count, seed in ((PROMPT, 0), (sum(STEPS), 1))]
     prompt = Prompt("text", "calibration", PROMPT, *ids, False)
     geometry = GeometryConfig(**TILES)
     own = {"capture": forward(loaded, prompt)}
@@ -222,7 +224,7 @@ def check_capture(loaded: LoadedModel, limit: float) -> None:
 
     def one_value_lost(call: LayerCall) -> torch.Tensor:
         v = call.v.clone()
-        v[:, :, -STEPS - 2] = 0  # in every window of the rows whose logits are compared
+        v[:, :, PROMPT - call.kv_start - 2] = 0  # in a window of rows whose logits are compared
         out: torch.Tensor = attention(call.q, call.k, v, **call.keywords)
         return out
 

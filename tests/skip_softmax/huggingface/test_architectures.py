@@ -10,16 +10,6 @@ from sweep import PAGE, Row, page, sweep
 # Known to be wrong. Strict: a mark that is no longer needed fails.
 WRONG = {
     "BltForCausalLM": "its number of layers stands in no config of its own",
-    "DeepseekV4ForCausalLM": "it reads the mask itself",
-    "Gemma4ForCausalLM": "head sizes differ",
-    "Gemma4ForConditionalGeneration": "head sizes differ",
-    "Gemma4UnifiedForCausalLM": "head sizes differ",
-    "Gemma4UnifiedForConditionalGeneration": "head sizes differ",
-    "JetMoeForCausalLM": "it has more KV heads than its config says",
-    "MiniMaxM3SparseForConditionalGeneration": "its selected blocks are not seen",
-    "MiniMaxM3VLForCausalLM": "its selected blocks are not seen",
-    "PaliGemmaForConditionalGeneration": "full attention without a mask is taken for causal",
-    "Zamba2ForCausalLM": "its shared attention has layer index -1",
 }
 
 

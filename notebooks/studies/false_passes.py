@@ -4,7 +4,7 @@
 
 Losses are drawn whose true mean is exactly the budget ("at 1": at 95 % confidence at most 5 % may pass),
 0.7 and half of it (there, many should). Writes `false_passes.json` beside this file and
-`notebooks/images/false_passes.svg`; the committed ones come from the defaults, in a quarter of an hour on one core.
+`notebooks/images/false_passes.svg`; the committed ones come from the defaults, in 16 minutes on one core.
 
 What it shows: the bound of KL keeps its promise where losses are lognormal within each task, whatever
 their spreads, if every task has four prompts or more. Two cases are there because it does

@@ -158,7 +158,13 @@ def _inspect(model: PreTrainedModel) -> Inspected:
     layers = []
     for index in range(_count(model, found)):
         layer = found.get(index) or Layer(
-            index, "?", 0, 0, 0, None, "no softmax attention of transformers in four tokens' pass"
+            index,
+            "?",
+            0,
+            0,
+            0,
+            None,
+            "it did not ask for transformers' attention when it read four tokens",
         )
         if layer.reason is None and layer.shape != main:
             layer = replace(layer, reason="other head counts or head size than most layers")

@@ -11,13 +11,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.utils.generic import GeneralInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from skip_softmax.huggingface.masks import MaskRecipe, mask_recipe
 
@@ -137,7 +142,7 @@ def routed(model: PreTrainedModel, take: Taker) -> Iterator[None]:
         raise ValueError(
             "this model, or one that shares its config, already runs inside `applied`; leave that block first"
         )
-    with _LOOK_UPS:
+    with _PATCHES:
         try:
             for config, name in before.values():
                 config._attn_implementation_internal = RoutedName(name, take)
@@ -147,36 +152,45 @@ def routed(model: PreTrainedModel, take: Taker) -> Iterator[None]:
                 config._attn_implementation_internal = name
 
 
-class _LookUps:
-    """Registries of transformers that know a `RoutedName`, while at least one block is open."""
+class _Patches:
+    """What transformers looks up or calls by way of a class, replaced while at least one block is open."""
 
     def __init__(self) -> None:
         self.open, self.lock = 0, threading.Lock()
+        self.before: list[tuple[type, str, Any]] = []
 
     def __enter__(self) -> None:
         with self.lock:
             self.open += 1
-            if self.open == 1:
-                self.get_interface = AttentionInterface.get_interface
-                AttentionInterface.get_interface = _with_detour(self.get_interface)
-                AttentionInterface.__getitem__ = _attention
-                AttentionMaskInterface.__getitem__ = _mask
+            if self.open > 1:
+                return
+            for owner, name, wrapped in (
+                (AttentionInterface, "get_interface", _get_interface),
+                (AttentionInterface, "__getitem__", _attention),
+                (AttentionMaskInterface, "__getitem__", _mask),
+                (GenerationMixin, "generate", _generate),
+            ):
+                self.before.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, wrapped(getattr(owner, name)))
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
             self.open -= 1
-            if not self.open:
-                AttentionInterface.get_interface = self.get_interface
-                del AttentionInterface.__getitem__, AttentionMaskInterface.__getitem__
+            while not self.open and self.before:
+                owner, name, value = self.before.pop()
+                if value is None:  # inherited
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
 
 
-_LOOK_UPS = _LookUps()
+_PATCHES = _Patches()
 
 
-def _with_detour(get_interface: Any) -> Any:
+def _get_interface(before: Any) -> Any:
     def method(self: Any, attn_implementation: Any, default: Any) -> Any:
         # A module's eager function is the default that it gives; no registry has it.
-        found = get_interface(self, attn_implementation, default)
+        found = before(self, attn_implementation, default)
         if isinstance(attn_implementation, RoutedName) and not isinstance(found, _Detour):
             return _Detour(found, attn_implementation)
         return found
@@ -184,11 +198,55 @@ def _with_detour(get_interface: Any) -> Any:
     return method
 
 
-def _attention(self: Any, key: Any) -> Any:
-    found = GeneralInterface.__getitem__(self, key)
-    return _Detour(found, key) if isinstance(key, RoutedName) else found
+def _attention(before: Any) -> Any:
+    def method(self: Any, key: Any) -> Any:
+        found = before(self, key)
+        return _Detour(found, key) if isinstance(key, RoutedName) else found
+
+    return method
 
 
-def _mask(self: Any, key: Any) -> Any:
-    found = GeneralInterface.__getitem__(self, key)
-    return partial(mask_recipe, found, str(key)) if isinstance(key, RoutedName) else found
+def _mask(before: Any) -> Any:
+    def method(self: Any, key: Any) -> Any:
+        found = before(self, key)
+        return partial(mask_recipe, found, str(key)) if isinstance(key, RoutedName) else found
+
+    return method
+
+
+def _generate(before: Any) -> Any:
+    @wraps(before)
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if _PROMPT.get() is not None:  # drafts for a text that is being written
+            return before(self, *arguments, **keywords)
+        token = _PROMPT.set(_length_of_prompt(self, *arguments, **keywords))
+        try:
+            return before(self, *arguments, **keywords)
+        finally:
+            _PROMPT.reset(token)
+
+    return method
+
+
+_PROMPT: ContextVar[int | None] = ContextVar(
+    "length of the prompt that is being continued", default=None
+)
+
+
+def length_of_prompt() -> int | None:
+    """Tokens of the prompts that `generate` continues now, padding included; None: outside, or unknown."""
+    return _PROMPT.get()
+
+
+def _length_of_prompt(
+    model: PreTrainedModel, inputs: Any = None, *rest: Any, **keywords: Any
+) -> int | None:
+    if model.config.is_encoder_decoder:
+        start = keywords.get("decoder_input_ids")
+        return start.shape[1] if isinstance(start, torch.Tensor) else 1
+    mask = keywords.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.shape[1]  # of the whole text, also where only its new part is given
+    given = [keywords.get("inputs_embeds"), keywords.get("input_ids"), inputs]
+    lengths = [x.shape[1] for x in given if isinstance(x, torch.Tensor) and x.dim() >= 2]
+    return lengths[0] if lengths else None

@@ -21,22 +21,28 @@ _NAMED = {
     "cu_seq_lens_q": "packed requests",
     "cache": "a paged cache",
 }
-# Arguments whose meaning `understood` and `read` know.
-_UNDERSTOOD = {"scaling", "dropout", "is_causal", "sliding_window", "output_attentions"}
-# What models hand down with every call, and no attention function of transformers reads. Positions are in
-# queries and keys already, and packed ones are in the mask.
-_NEUTRAL = {
-    "cache_position",
-    "logits_to_keep",
-    "num_items_in_batch",
-    "output_hidden_states",
-    "output_router_logits",
-    "past_key_values",
-    "position_embeddings",
-    "position_ids",
-    "return_dict",
-    "use_cache",
-}
+_UNDERSTOOD = frozenset(
+    {
+        # What `understood` and `read` know.
+        "scaling",
+        "dropout",
+        "is_causal",
+        "sliding_window",
+        "output_attentions",
+        # What models hand down with every call, and no attention function of transformers reads. Positions
+        # are in queries and keys already, and packed ones are in the mask.
+        "cache_position",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class Understood:
-    """An attention call of which all is known that decides its output."""
+    """An attention call of which all is known that decides its output; see `LayerCall`."""
 
-    call: LayerCall
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
     seen: Seen
 
     def run(self, handler: Handler, steps: Steps) -> torch.Tensor:
@@ -146,33 +156,44 @@ class Understood:
 
         Rows of padding, which nobody reads, are zero.
         """
-        q, v = self.call.q, self.call.v
-        rows = q.shape[2]
-        parts = list(self.seen.requests(rows))
-        outputs = (
-            self._by_phase(self.call.part(batch, some, keys, kv_start), handler, steps, padding)
-            for batch, some, keys, kv_start, padding in parts
-        )
-        if parts and parts[0][:2] == (slice(0, q.shape[0]), slice(0, rows)):
-            return next(outputs)  # the whole batch is one call: no copies
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        for (batch, some, *_), computed in zip(parts, outputs, strict=True):
-            out[batch, :, some] = computed
-        return out
+        batch, _, rows, _ = self.q.shape
+        out: torch.Tensor | None = None
+        for requests, some, keys, kv_start, padding in self.seen.requests(rows):
+            whole = some == slice(0, rows) and requests == slice(0, batch)
+            q = self.q if whole else self.q[requests, :, some]
+            k, v = self.k, self.v
+            if not whole or keys != slice(0, k.shape[2]):
+                k, v = k[requests, :, keys], v[requests, :, keys]
+            computed = self._by_phase(q, k, v, kv_start, padding, handler, steps)
+            if whole:
+                return computed  # no copies
+            if out is None:
+                out = self._zeros()
+            out[requests, :, some] = computed
+        return self._zeros() if out is None else out
+
+    def _zeros(self) -> torch.Tensor:
+        return self.q.new_zeros(*self.q.shape[:3], self.v.shape[-1])
 
     def _by_phase(
-        self, call: LayerCall, handler: Handler, steps: Steps, padding: int
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_start: int,
+        padding: int,
+        handler: Handler,
+        steps: Steps,
     ) -> torch.Tensor:
-        rows = call.q.shape[2]
-        split = steps.split(call.position, rows, padding)
-        if split == rows:
+        rows = q.shape[2]
+        split = steps.split(kv_start + k.shape[2] - rows, rows, padding)
+        phase: Phase = "prefill" if split else "decode"
+        seen = self.seen
+        call = LayerCall(self.layer, phase, q, k, v, self.scale, seen.causal, seen.window, kv_start)
+        if split in (0, rows):
             return handler(call)
         decode = replace(call.rows(split, rows), phase="decode")
-        return (
-            handler(decode)
-            if not split
-            else joined([handler(call.rows(0, split)), handler(decode)])
-        )
+        return joined([handler(call.rows(0, split)), handler(decode)])
 
 
 def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
@@ -185,41 +206,42 @@ def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
     """
     keywords = given.keywords
     for key, value in keywords.items():
-        if value is None or key in _UNDERSTOOD or key in _NEUTRAL:
-            continue
-        return _NAMED.get(key, f"the argument `{key}`, whose meaning is not known here")
+        if value is not None and key not in _UNDERSTOOD:
+            return _NAMED.get(key, f"the argument `{key}`, whose meaning is not known here")
     if given.extra:
         return "arguments without a name"
     if keywords.get("dropout"):
         return "attention dropout (training)"
-    config = getattr(given.module, "config", None)
-    if keywords.get("output_attentions", getattr(config, "output_attentions", False)):
+    weights = keywords.get("output_attentions")
+    if weights or (weights is None and _asks_for_weights(given.module)):
         return "somebody asked for its attention weights"
-    q, k, v = given.tensors
-    if q.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-        return "queries, keys and values of other shapes than [batch, heads, tokens, head size]"
-    if not k.shape[1] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+    q, k, v = given.q, given.k, given.v
+    (batch, q_heads, rows, head_dim), (_, kv_heads, _, k_dim) = q.shape, k.shape
+    if k.shape[:3] != v.shape[:3] or batch != k.shape[0]:
+        return "queries, keys and values that differ in batch, heads or tokens"
+    if not kv_heads or q_heads % kv_heads or head_dim != k_dim:
         return "query heads that are no multiple of its key heads, or of another size"
-    q, k, v = (_autocast(x) for x in (q, k, v))
-    if len({q.dtype, k.dtype, v.dtype}) != 1:
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if not q.dtype == k.dtype == v.dtype:
         return f"queries, keys and values of different dtypes ({q.dtype}, {k.dtype}, {v.dtype})"
     scale = keywords.get("scaling")
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not isinstance(scale, int | float):
         return "a scale that is not one number"
-    seen = read(given.attention, given.arguments)
+    seen = read(given.attention, given.module, q, k, given.mask, keywords)
     if isinstance(seen, str):
         return seen
-    if not seen.causal and steps.split(seen.q_offset, q.shape[2]) < q.shape[2]:
+    if not seen.causal and steps.split(seen.q_offset, rows) < rows:
         return "attention that sees later tokens"
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    # `kv_start` and the phase are those of each part, later.
-    call = LayerCall(layer, "prefill", q, k, v, scale, seen.causal, seen.window, 0)
-    return Understood(call, seen)
+    return Understood(layer, q, k, v, float(scale), seen)
+
+
+def _asks_for_weights(module: torch.nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """What `scaled_dot_product_attention` makes of an argument: autocast leaves only doubles alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))

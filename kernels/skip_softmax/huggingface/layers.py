@@ -114,20 +114,19 @@ def _inspect(model: PreTrainedModel) -> Inspected:
     names = {module: name for name, module in model.named_modules()}
     text = type(model.config.get_text_config())
     found: dict[int, Layer] = {}
+    others: set[str] = set()
     modules: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
 
     def take(given: Given) -> tuple[torch.Tensor, Any]:
         module, own = given.module, given.by_itself()
         index = _index(module, names.get(module, ""))
         config = getattr(module, "config", None)
-        # Layers for images and sound have another config, and numbers of their own.
-        if (
-            index is None
-            or module not in names
-            or (config is not None and not isinstance(config, text))
-        ):
+        if config is not None and not isinstance(config, text):
+            others.add(type(config).__name__)
+            return own  # layers for images and sound have another config, and numbers of their own
+        if index is None or module not in names:
             return own
-        q, k, _ = given.tensors
+        q, k = given.q, given.k
         window, reason = given.keywords.get("sliding_window"), None
         call = understood(given, index, Steps())
         if isinstance(call, str):
@@ -148,6 +147,11 @@ def _inspect(model: PreTrainedModel) -> Inspected:
         return own
 
     _run(model, take)
+    if not found and others:
+        raise ValueError(
+            f"attention layers must share the config of their text model, {text.__name__}, but those of "
+            f"{type(model).__name__} have {', '.join(sorted(others))}"
+        )
     if not found:
         raise ValueError(
             f"a model must use transformers' attention interface, but {type(model).__name__} computes "

@@ -64,7 +64,7 @@ class MaskRecipe(torch.Tensor):
         self.keys = int(arguments["kv_length"])
         self.kv_offset = int(arguments.get("kv_offset", 0))
         self.mask_function = arguments.get("mask_function", causal_mask_function)
-        self._patterns: dict[tuple[int | None, ...], tuple[bool, int | None] | None] = {}
+        self.answers: dict[Any, Seen | str] = {}  # what `read` found so far
 
     @classmethod
     def __torch_function__(
@@ -110,26 +110,6 @@ class MaskRecipe(torch.Tensor):
         Args:
             windows: sliding windows [tokens] that the layer may mean, beside that of the mask.
         """
-        if windows not in self._patterns:
-            self._patterns[windows] = self._recognised(windows)
-        return self._patterns[windows]
-
-    @cached_property  # once per forward pass: reading a padding mask makes a GPU wait
-    def spans(self) -> list[tuple[int, int]] | None:
-        """First valid key of each request, and one past its last; None: padding between valid keys."""
-        padding, end = self.arguments.get("attention_mask"), self.kv_offset + self.keys
-        if padding is None:
-            return [(0, end)] * self.batch
-        padding = padding[:, :end].bool()  # keys that it does not reach are hidden
-        places = torch.arange(padding.shape[1], device=padding.device)
-        first = torch.where(padding, places, padding.shape[1]).amin(1)
-        last = torch.where(padding, places, -1).amax(1)
-        each = torch.stack([first, last + 1, padding.sum(1)], 1).tolist()
-        if any(count and stop - start != count for start, stop, count in each):
-            return None
-        return [(start, stop) if count else (0, 0) for start, stop, count in each]
-
-    def _recognised(self, windows: tuple[int | None, ...]) -> tuple[bool, int | None] | None:
         if self.arguments.get("use_vmap"):
             return None
         if (known := _known(self.mask_function)) is not None:
@@ -153,10 +133,25 @@ class MaskRecipe(torch.Tensor):
             wanted = [causal if w is None else causal & (keys > rows - w) for w in candidates]
             wanted.append(torch.ones_like(causal))
             same &= torch.stack([(seen == each).all() for each in wanted])
-        for window, is_same in zip(candidates, same.tolist(), strict=False):
-            if is_same:
-                return True, window
-        return (False, None) if bool(same[-1]) else None
+        *as_causal, as_full = same.tolist()
+        if any(as_causal):
+            return True, candidates[as_causal.index(True)]
+        return (False, None) if as_full else None
+
+    @cached_property  # once per forward pass: reading a padding mask makes a GPU wait
+    def spans(self) -> list[tuple[int, int]] | None:
+        """First valid key of each request, and one past its last; None: padding between valid keys."""
+        padding, end = self.arguments.get("attention_mask"), self.kv_offset + self.keys
+        if padding is None:
+            return [(0, end)] * self.batch
+        padding = padding[:, :end].bool()  # keys that it does not reach are hidden
+        places = torch.arange(padding.shape[1], device=padding.device)
+        first = torch.where(padding, places, padding.shape[1]).amin(1)
+        last = torch.where(padding, places, -1).amax(1)
+        each = torch.stack([first, last + 1, padding.sum(1)], 1).tolist()
+        if any(count and stop - start != count for start, stop, count in each):
+            return None
+        return [(start, stop) if count else (0, 0) for start, stop, count in each]
 
 
 def mask_recipe(
@@ -269,44 +264,71 @@ class Seen:
             yield slice(b, b + 1), valid, keys, start - first, first
 
 
-def read(attention: str, arguments: dict[str, Any]) -> Seen | str:
+def read(
+    attention: str,
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: Any,
+    keywords: dict[str, Any],
+) -> Seen | str:
     """Which keys the rows of an attention call see, as the attention of that name would have it.
 
     Args:
         attention: `eager`, `sdpa`, `flex_attention`, or one of flash attention's names.
-        arguments: the call's arguments, by name.
+        module: who attends.
+        q: queries [B, Hq, Sq, D].
+        k: keys [B, Hkv, Skv, D].
+        mask: what the module was given as its mask.
+        keywords: further arguments of the call.
 
     Returns:
         What they see, or why that cannot be told.
     """
-    q, k, mask = (arguments[key] for key in ("query", "key", "attention_mask"))
-    rows, keys = q.shape[2], k.shape[2]
-    if attention not in ("eager", "sdpa", "flex_attention") and not is_flash(attention):
+    flash = is_flash(attention)
+    if not flash and attention not in ("eager", "sdpa", "flex_attention"):
         return f"attention implementation {attention!r}"
-    window = arguments.get("sliding_window")
-    causal = arguments.get("is_causal")
-    causal = getattr(arguments["module"], "is_causal", True) if causal is None else causal
-    whole = ((0, keys),) * q.shape[0]
+    batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
+    window, causal = keywords.get("sliding_window"), keywords.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if window is not None and not isinstance(window, int):
+        return "a sliding window that is not one number"
     if mask is None:
+        whole = ((0, keys),) * batch
         if attention == "flex_attention" or rows > keys:
             return "no mask where one was expected"
-        if rows == 1 or (is_flash(attention) and causal):
-            window = window if is_flash(attention) else None
-            return Seen(True, window, keys - rows, 0, keys, whole)
+        if rows == 1 or (flash and causal):
+            return Seen(True, window if flash else None, keys - rows, 0, keys, whole)
         if attention == "sdpa" and causal:  # rows stand at the first keys
-            return Seen(True, None, 0, 0, rows, ((0, rows),) * q.shape[0])
-        if is_flash(attention) and window is not None:
+            return Seen(True, None, 0, 0, rows, ((0, rows),) * batch)
+        if flash and window is not None:
             return "a sliding window that sees later tokens"
         return Seen(False, None, keys - rows, 0, keys, whole)
     if not isinstance(mask, MaskRecipe):
         return "a mask that was built outside transformers' mask interface"
-    if (mask.batch, mask.q_len, mask.keys) != (q.shape[0], rows, keys):
+    key = (flash, batch, rows, keys, window, causal)
+    if key not in mask.answers:  # all layers ask the same
+        mask.answers[key] = _read(mask, *key)
+    return mask.answers[key]
+
+
+def _read(
+    mask: MaskRecipe,
+    flash: bool,
+    batch: int,
+    rows: int,
+    keys: int,
+    window: int | None,
+    causal: bool,
+) -> Seen | str:
+    if (mask.batch, mask.q_len, mask.keys) != (batch, rows, keys):
         return "keys or rows that its mask does not speak of"
     pattern = mask.pattern(window)
     if pattern is None:
         return "an attention pattern other than full, causal or sliding window"
     # Flash attention is given padding alone, and takes the pattern from the layer.
-    if is_flash(attention) and (pattern[1] != window or (rows > 1 and pattern[0] != bool(causal))):
+    if flash and (pattern[1] != window or (rows > 1 and pattern[0] != bool(causal))):
         return "a mask and a layer that disagree on the attention pattern"
     (causal, window), end = pattern, mask.kv_offset + mask.keys
     if causal or (rows == 1 and mask.q_offset + 1 == end):

@@ -35,18 +35,19 @@ class RoutedName(str):
     A copy is the plain name: a model that is copied inside a block is a model outside of it.
     """
 
+    plain: str
     take: Taker
 
     def __new__(cls, name: str, take: Taker) -> RoutedName:  # noqa: D102
         self = super().__new__(cls, name)
-        self.take = take
+        self.plain, self.take = name, take
         return self
 
     def __reduce__(self) -> Any:
-        return str, (str(self),)
+        return str, (self.plain,)
 
     def __deepcopy__(self, memo: Any) -> str:
-        return str(self)
+        return self.plain
 
 
 @dataclass(frozen=True)
@@ -56,47 +57,35 @@ class Given:
     Attributes:
         own: what the module would have called.
         attention: the name under which it was looked up.
-        arguments: all arguments, by name.
-        extra: whether there were more positional arguments than the interface has names for.
+        module: who attends.
+        q: queries [B, Hq, Sq, D].
+        k: keys [B, Hkv, Skv, D].
+        v: values [B, Hkv, Skv, Dv].
+        mask: what the module was given as its mask.
+        keywords: all arguments that were given by name, but for these.
+        extra: further arguments without a name.
     """
 
     own: Callable[..., Any]
     attention: str
-    arguments: dict[str, Any]
-    extra: tuple[Any, ...]
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The module that attends."""
-        module: torch.nn.Module = self.arguments["module"]
-        return module
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values [B, H, S, D]."""
-        q, k, v = (self.arguments[name] for name in ("query", "key", "value"))
-        return q, k, v
-
-    @property
-    def mask(self) -> Any:
-        """What the module was given as its mask."""
-        return self.arguments["attention_mask"]
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """All arguments but module, tensors and mask."""
-        return {key: value for key, value in self.arguments.items() if key not in _ARGUMENTS}
+    module: torch.nn.Module
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: Any
+    keywords: dict[str, Any]
+    extra: tuple[Any, ...] = ()
 
     def by_itself(self) -> tuple[torch.Tensor, Any]:
         """What the module would have computed without us."""
-        mask, first = self.mask, self.arguments["query"]
+        mask = self.mask
         if isinstance(mask, MaskRecipe):
             mask = mask.own()
             # Where layers are spread over devices, hooks move a mask along; a recipe stays where it is.
-            mask = mask.to(first.device) if isinstance(mask, torch.Tensor) else mask
-        given = {**self.arguments, "attention_mask": mask}
-        positional = [given.pop(name) for name in _ARGUMENTS]
-        out: tuple[torch.Tensor, Any] = self.own(*positional, *self.extra, **given)
+            mask = mask.to(self.q.device) if isinstance(mask, torch.Tensor) else mask
+        out: tuple[torch.Tensor, Any] = self.own(
+            self.module, self.q, self.k, self.v, mask, *self.extra, **self.keywords
+        )
         return out
 
 
@@ -110,12 +99,15 @@ class _Detour:
         self.own, self.name = own, name
 
     def __call__(self, *arguments: Any, **keywords: Any) -> tuple[torch.Tensor, Any]:
-        named = {**dict(zip(_ARGUMENTS, arguments, strict=False)), **keywords}
-        if not all(name in named for name in _ARGUMENTS):
+        missing = _ARGUMENTS[len(arguments) :]
+        if not all(name in keywords for name in missing):
             out: tuple[torch.Tensor, Any] = self.own(*arguments, **keywords)
             return out  # called as no attention function is
-        given = Given(self.own, str(self.name), named, arguments[len(_ARGUMENTS) :])
-        return self.name.take(given)
+        module, q, k, v, mask = (*arguments[:5], *(keywords.pop(name) for name in missing))
+        extra = arguments[5:]
+        return self.name.take(
+            Given(self.own, self.name.plain, module, q, k, v, mask, keywords, extra)
+        )
 
 
 @contextmanager
@@ -209,7 +201,7 @@ def _attention(before: Any) -> Any:
 def _mask(before: Any) -> Any:
     def method(self: Any, key: Any) -> Any:
         found = before(self, key)
-        return partial(mask_recipe, found, str(key)) if isinstance(key, RoutedName) else found
+        return partial(mask_recipe, found, key.plain) if isinstance(key, RoutedName) else found
 
     return method
 

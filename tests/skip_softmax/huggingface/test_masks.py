@@ -108,8 +108,7 @@ def test_padding_on_either_side_leaves_one_span_per_request() -> None:
 
 def seen_by(found: MaskRecipe, rows: int, keys: int) -> Seen:
     q, k = torch.zeros(found.batch, 1, rows, 4), torch.zeros(found.batch, 1, keys, 4)
-    given = {"module": torch.nn.Identity(), "query": q, "key": k, "attention_mask": found}
-    seen = read("sdpa", given)
+    seen = read("sdpa", torch.nn.Identity(), q, k, found, {})
     assert isinstance(seen, Seen), seen
     return seen
 
@@ -130,10 +129,9 @@ def test_a_padded_batch_is_one_call_per_request_that_has_rows() -> None:
     ]
 
 
-def given(rows: int, keys: int, mask: Any, **keywords: Any) -> dict[str, Any]:
+def given(rows: int, keys: int, mask: Any, **keywords: Any) -> tuple[Any, ...]:
     q, k = torch.zeros(1, 1, rows, 4), torch.zeros(1, 1, keys, 4)
-    module = torch.nn.Identity()
-    return {"module": module, "query": q, "key": k, "attention_mask": mask, **keywords}
+    return torch.nn.Identity(), q, k, mask, keywords
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def given(rows: int, keys: int, mask: Any, **keywords: Any) -> dict[str, Any]:
 def test_what_no_mask_means_is_said_by_the_attention(
     attention: str, rows: int, keys: int, causal: bool | None, wanted: tuple[bool, int, int]
 ) -> None:
-    seen = read(attention, given(rows, keys, None, is_causal=causal))
+    seen = read(attention, *given(rows, keys, None, is_causal=causal))
     assert isinstance(seen, Seen)
     assert (seen.causal, seen.q_offset, seen.kv_len) == wanted
 
@@ -173,6 +171,6 @@ def test_what_no_mask_means_is_said_by_the_attention(
     ],
 )
 def test_what_cannot_be_told_has_a_reason(
-    attention: str, arguments: Callable[[], dict[str, Any]], reason: str
+    attention: str, arguments: Callable[[], tuple[Any, ...]], reason: str
 ) -> None:
-    assert reason in str(read(attention, arguments()))
+    assert reason in str(read(attention, *arguments()))

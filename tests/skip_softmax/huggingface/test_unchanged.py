@@ -310,6 +310,26 @@ def test_drafts_that_are_verified_together_are_decode_steps(sharp: Any, how: str
         assert (drafted.sparsity("decode") > 0) == (decode > 0)
 
 
+def test_drafts_are_decode_steps_of_the_model_that_writes_them_too(sharp: Any) -> None:
+    """It is asked to go on with a text of which a part was generated."""
+    prompt, writer = tiny.tokens(120), tiny.model("llama", 1.0)
+    with applied(sharp, dense(inspect_layers(sharp))) as counts:
+        writer.generate(prompt, assistant_model=sharp, **GREEDY)
+    # 8 votes of 16 rows, the last of 8 rows, on 1 to 8 tiles; and, after its first drafts were rejected, the
+    # last token of the prompt once more.
+    assert counts["prefill"].visited.unique().tolist() == [36 + 8]
+    assert int(counts["decode"].visited.min()) > 0
+
+
+def test_a_copy_that_is_made_inside_generates_outside(sharp: Any) -> None:
+    prompt, file = tiny.tokens(120), dense(inspect_layers(sharp), 55.0, 55.0)
+    own = sharp.generate(prompt, **GREEDY)
+    with applied(sharp, file) as counts:
+        copied = copy.deepcopy(sharp)
+        assert torch.equal(copied.generate(prompt, **GREEDY), own)
+        assert int(counts["prefill"].visited.sum()) == 0
+
+
 @pytest.mark.parametrize("chunk", [120, 119, 59, 100])
 def test_every_chunk_of_a_prompt_is_prefill_in_generate(sharp: Any, chunk: int) -> None:
     """The last chunk has 120, 1, 2 and 20 tokens."""

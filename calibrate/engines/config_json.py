@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import skip_softmax
-from calibrate.engines.types import Foreign, Request, check_number
+from calibrate.engines.types import Foreign, Request, check_number, dropped
 from calibrate.errors import UserError
 from calibrate.model.config_json import KEY, ModelConfigFile, read_model_config
 from skip_softmax.thresholds.file import Thresholds
@@ -21,6 +21,9 @@ from skip_softmax.thresholds.types import PHASES, Phase
 FORMULA = "a * exp(b * target_sparsity)"
 """The only formula that TensorRT-LLM, vLLM-Omni and Model-Optimizer all read, byte by byte."""
 
+# What is read of a group and of its curves.
+_GROUP = ("algorithm", "ignore", "threshold_scale_factor", "target_sparsity")
+_CURVES = ("formula", "coefficients")
 _DEFAULT_TARGET = 0.5  # Model-Optimizer's, where neither file nor user names one
 
 
@@ -126,11 +129,7 @@ def _curve(request: Request, phase: Phase, factor: float) -> tuple[float, float,
         # The last digits are the logarithms' rounding: a target that was given comes back as it was given.
         target = float(f"{(math.log(factor) - math.log(a)) / b:.14g}")
         if 0 <= target <= 1:
-            low, high = fit.get("sparsity_range", (0.0, 1.0))
-            note = (
-                f"{phase}: only target_sparsity={target:.3f} was measured; every other target relies on the "
-                f"fitted curve (R² {fit.get('r2', float('nan')):.3f}, sparsity {low:.2f} to {high:.2f})"
-            )
+            note = f"{phase}: only target_sparsity={target:.3f} was measured; {_reliance(fit)}"
             return float(a), float(b), target, note
         reason = f"its fitted curve reaches {factor:g} at a target of {target:.3g}, outside [0, 1]"
     else:
@@ -142,6 +141,20 @@ def _curve(request: Request, phase: Phase, factor: float) -> tuple[float, float,
         )
     note = f"{phase}: {reason}; a = scale_factor, b = 0 pins it: target_sparsity has no effect"
     return factor, 0.0, _DEFAULT_TARGET, note
+
+
+def _reliance(fit: dict[str, Any]) -> str:
+    """How far other targets can be trusted."""
+    if "good" in fit:
+        low, high = fit["good"]
+        return f"other targets are right to 2 points from {low:.2f} to {high:.2f}, by the prompts counted"
+    if "r2" not in fit:
+        return (
+            "every other target relies on the imported curve, which this model was not asked about"
+        )
+    low, high = fit.get("sparsity_range", (0.0, 1.0))
+    span = f"R² {fit['r2']:.3f}, sparsity {low:.2f} to {high:.2f}"
+    return f"every other target relies on the fitted curve ({span})"
 
 
 def _producer() -> dict[str, str]:
@@ -240,6 +253,7 @@ def read_curve(
             f"{where}: the formula must be `{FORMULA}`, but it is `{factors.get('formula')}`"
         )
     found: dict[Phase, float] = {}
+    curves: dict[Phase, dict[str, float]] = {}
     notes = []
     for phase in phases:
         curve = factors.get(phase, factors.get("coefficients"))
@@ -263,6 +277,10 @@ def read_curve(
             found[phase] = math.inf
         notes.append(f"{phase}: {a:g} * exp({b:g} * {s:g})")
         check_number(f"{where}: {notes[-1]}", found[phase])
+        if a > 0 and b > 0:
+            curves[phase] = {"a": float(a), "b": float(b), "target": float(s)}
+        else:
+            notes.append(f"{phase}: no curve to keep: it has one number at every target")
     if not found:
         raise UserError(
             f"{where}: a and b must be given under {' or '.join(phases)}, but there are none"
@@ -273,7 +291,14 @@ def read_curve(
             f"{where}: ignore must be a list of layer names, but got {reprlib.repr(ignore)}; "
             "write even one name as a list"
         )
-    return Foreign(found, tuple(ignore), tuple(notes))
+    others = [name for name in config.data[KEY]["config_groups"] if name not in groups]
+    unread = [
+        *(f"{KEY}.{key}" for key in config.data[KEY] if key not in ("config_groups", "producer")),
+        *(f"{KEY}.config_groups.{name}" for name in others),
+        *(key for key in group if key not in _GROUP),
+        *(f"threshold_scale_factor.{key}" for key in factors if key not in (*_CURVES, *phases)),
+    ]
+    return Foreign(found, tuple(ignore), (*notes, *dropped(unread)), curves)
 
 
 def target_of(targets: Any, phase: Phase) -> Any:

@@ -21,7 +21,15 @@ from calibrate.engines.catalogue import (
     skipping_everywhere,
 )
 from calibrate.engines.config_json import ignored_layers
-from calibrate.engines.types import Engine, Foreign, Source, Votes, check_number, from_threshold
+from calibrate.engines.types import (
+    Engine,
+    Foreign,
+    Source,
+    Votes,
+    check_number,
+    dropped,
+    from_threshold,
+)
 from calibrate.errors import UserError
 from calibrate.model.section import section_of, section_of_folder
 from calibrate.schema import GeometryConfig, load_config
@@ -142,8 +150,10 @@ def read_artefact(engine: str, source: Source) -> Foreign:
     for phase, factor in factors.items():
         check_number(f"{path}: {phase}", factor)
     kept = {phase: factor for phase, factor in factors.items() if factor > 0}
+    others = dropped([phase for phase in found.scale_factor if phase not in phases])
     zeros = tuple(f"{phase} is 0: dense" for phase, factor in factors.items() if factor == 0)
-    return Foreign(kept, found.ignore, found.notes + zeros)
+    curves = {phase: curve for phase, curve in found.curves.items() if phase in kept}
+    return Foreign(kept, found.ignore, found.notes + zeros + others, curves)
 
 
 def plain(factors: dict[Phase, float | None]) -> Foreign:
@@ -189,6 +199,13 @@ def to_thresholds(
     floors = {
         phase: math.floor(factor) + 1 for phase, factor in numbers.scale_factor.items() if factor
     }
+    unmatched = [
+        pattern for pattern in numbers.ignore if not ignored_layers((pattern,), model.layers)
+    ]
+    notes = [
+        *numbers.notes,
+        *(f"not taken over: ignore `{name}`, which names no layer" for name in unmatched),
+    ]
     return Thresholds(
         model=model,
         geometry=_geometry(find_engine(engine), gpu, model.head_dim, geometry or GeometryConfig()),
@@ -198,6 +215,7 @@ def to_thresholds(
             LayerOverride(layer=layer, prefill=0.0, decode=0.0)
             for layer in ignored_layers(numbers.ignore, model.layers)
         ),
+        fit={phase: {**curve, "source": source} for phase, curve in numbers.curves.items()},
         evidence={
             "verdict": "not validated",
             "reason": "numbers from elsewhere; `calibrate validate DIR --thresholds FILE` measures them on "
@@ -205,7 +223,7 @@ def to_thresholds(
             "imported": {
                 "engine": engine,
                 "source": source,
-                "notes": list(numbers.notes),
+                "notes": notes,
                 "scale_factor": dict(numbers.scale_factor),
             },
         },

@@ -13,6 +13,7 @@ from calibrate.engines.types import (
     Server,
     Source,
     Written,
+    code_of,
     known_only,
     number,
 )
@@ -22,6 +23,13 @@ _PREFIX = "SGLANG_SKIP_SOFTMAX_"
 _VARIABLES: dict[Phase, str] = {
     phase: f"{_PREFIX}{phase.upper()}_THRESHOLD_SCALE_FACTOR" for phase in PHASES
 }
+
+# In shells, .env and Compose files.
+_STATEMENT = re.compile(
+    rf"""\bunset\s+(?P<unset>(?:\w+[ \t]*)+)
+    |(?<![\w$])(?P<name>{_PREFIX}\w+)[ \t]*[=:][ \t]*(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s;&|]*)""",
+    re.VERBOSE,
+)
 
 
 def write(request: Request) -> Written:
@@ -37,16 +45,23 @@ def write(request: Request) -> Written:
 
 
 def read(source: Source) -> Foreign:
-    """Assignments anywhere in a shell script, comments left out."""
-    code = "\n".join(line.partition("#")[0] for line in source.text.splitlines())
-    given = dict(re.findall(rf"\b({_PREFIX}\w+)=([^\s;]+)", code))
+    """Assignments anywhere in a shell script or an environment file; the last one of a name counts."""
+    given: dict[str, str] = {}
+    repeated: list[str] = []
+    for found in _STATEMENT.finditer(code_of(source.text)):
+        for name in (found["unset"] or "").split():
+            given.pop(name, None)
+        if name := found["name"]:
+            repeated += [name] if name in given else []
+            given[name] = found["value"].strip("\"'")
     known_only(str(source.path), given, _VARIABLES.values())
     return Foreign(
         {
-            phase: number(f"{source.path}: {name}", given[name].strip("\"'"))
+            phase: number(f"{source.path}: {name}", given[name])
             for phase, name in _VARIABLES.items()
             if name in given
-        }
+        },
+        notes=tuple(f"{name} is set more than once: the last counts" for name in repeated),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from calibrate.engines.types import (
     Engine,
     Foreign,
@@ -17,6 +15,7 @@ from calibrate.engines.types import (
     from_threshold,
     number,
     one_length,
+    option_values,
     stated_length,
 )
 from calibrate.errors import UserError
@@ -36,10 +35,10 @@ def write(request: Request) -> Written:
 
 def read(source: Source) -> Foreign:
     """The threshold at the length that the file or the user states."""
-    match = re.search(rf"{_OPTION}[= ](\S+)", source.text)
-    if match is None:
+    given = [value for key, value in option_values(source, _OPTION) if not key]
+    if not given:
         raise UserError(f"{source.path}: {_OPTION} must be given, but it is not there")
-    threshold = number(f"{source.path}: {_OPTION}", match[1])
+    threshold = number(f"{source.path}: {_OPTION}", given[-1])  # as its own command line reads it
     return from_threshold(threshold, stated_length(source), ("prefill",))
 
 

@@ -9,7 +9,16 @@ import yaml
 
 from calibrate.engines import tiles
 from calibrate.engines.config_json import read_curve, target_of
-from calibrate.engines.types import Engine, Foreign, Request, Source, Written, entry, known_only
+from calibrate.engines.types import (
+    Engine,
+    Foreign,
+    Request,
+    Source,
+    Written,
+    entry,
+    known_only,
+    spelled,
+)
 from calibrate.errors import UserError
 from calibrate.model.config_json import KEY
 from skip_softmax.thresholds.types import PHASES
@@ -52,7 +61,7 @@ def _formulas(request: Request) -> Iterator[str]:
 def read(source: Source) -> Foreign:
     """Scale factors, or a target with the curve of another file."""
     path, phases = source.path, source.phases
-    data, _ = read_mapping(path)
+    data, _ = read_mapping(path, foreign=True)
     section = data.get(KEY, data)
     if not isinstance(section, dict) or section.get("algorithm") != "skip_softmax":
         raise UserError(
@@ -63,14 +72,14 @@ def read(source: Source) -> Foreign:
     for key in known[1:]:
         if isinstance(section.get(key), dict):
             known_only(f"{path}: {key}", section[key], PHASES)
-    factors = section.get("threshold_scale_factor")
+    factors = _spelled(section.get("threshold_scale_factor"))
     if factors is None:
         if source.coefficients is None:
             raise UserError(
                 f"{path}: target_sparsity needs the curve in the model's config.json; give it with "
                 "--coefficients"
             )
-        targets = section.get("target_sparsity")
+        targets = _spelled(section.get("target_sparsity"))
         wanted = tuple(phase for phase in phases if target_of(targets, phase) is not None)
         if not wanted:
             return Foreign({})
@@ -90,6 +99,13 @@ def read(source: Source) -> Foreign:
         return Foreign({phase: factors[phase] for phase in PHASES if phase in factors})
     value: Any = factors  # checked by the caller
     return Foreign(dict.fromkeys(PHASES, value), notes=("one number for both phases",))
+
+
+def _spelled(numbers: Any) -> Any:
+    """One number or a mapping, each as TensorRT-LLM's schema reads it."""
+    if isinstance(numbers, dict):
+        return {phase: spelled(value) for phase, value in numbers.items()}
+    return spelled(numbers)
 
 
 ENGINE = Engine(

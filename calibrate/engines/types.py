@@ -175,12 +175,14 @@ class Foreign:
     Attributes:
         scale_factor: per phase [tokens]; a phase that is missing or 0 is dense.
         ignore: name patterns of layers that stay dense.
-        notes: how the numbers were read.
+        notes: how the numbers were read, and what was not taken over.
+        curves: per phase `a`, `b` and the `target` at which the curve was read.
     """
 
     scale_factor: dict[Phase, float]
     ignore: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    curves: Mapping[Phase, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -330,24 +332,95 @@ def known_only(where: str, names: Collection[Any], known: Collection[str]) -> No
         )
 
 
-def option_json(source: Source, option: str) -> dict[str, Any]:
-    """The JSON behind a command-line option, in a shell line or alone in the file.
+def code_of(text: str) -> str:
+    """A shell script or an environment file without its comments; continued lines are one."""
+    quoted_or_comment = re.compile(r"""("[^"\n]*"|'[^'\n]*')|(?<!\S)#[^\n]*""")
+    return quoted_or_comment.sub(lambda found: found[1] or "", text).replace("\\\n", " ")
+
+
+def option_values(source: Source, *names: str) -> list[tuple[str, str]]:
+    """What follows an option in a shell line, as often as it is given.
+
+    `--name VALUE`, `--name=VALUE`, `--name.key VALUE`, with `_` for `-` in the name.
+
+    Args:
+        source: the file.
+        names: of the option.
+
+    Returns:
+        The dotted key, empty without one, and the value.
 
     Raises:
-        UserError: there is none.
+        UserError: the line is not closed, or nothing follows the option.
     """
-    text = source.text
-    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    found = []
     try:
-        words = shlex.split(code) if option in text else [option, code]
-        value = (
-            words[words.index(option) + 1]
-            if option in words
-            else next(word.partition("=")[2] for word in words if word.startswith(option + "="))
-        )
-    except (ValueError, IndexError, StopIteration) as error:
-        raise UserError(f"{source.path}: {option} must be followed by JSON ({error})") from None
-    return json_mapping(value, f"{source.path}: what follows {option}")
+        words = iter(shlex.split(code_of(source.text)))
+        for word in words:
+            head, equals, value = word.partition("=")
+            name, _, key = head.partition(".")
+            if name.replace("_", "-") in names:
+                found.append((key, value if equals else next(words)))
+    except StopIteration:
+        raise UserError(f"{source.path}: {names[0]} must be followed by JSON or a value") from None
+    except ValueError as error:
+        raise UserError(f"{source.path} must be a shell line, but it is not ({error})") from None
+    return found
+
+
+def option_json(source: Source, *names: str) -> dict[str, Any]:
+    """What a command-line option gives: its JSON, alone in the file or in a shell line, and its dotted keys.
+
+    Raises:
+        UserError: it is not given, is not JSON, or gives a key twice.
+    """
+    code = code_of(source.text)
+    if not any(name in code.replace("_", "-") for name in names):
+        return json_mapping(code, f"{source.path}: what follows {names[0]}")
+    data: dict[str, Any] = {}
+    given = option_values(source, *names)
+    for key, value in given:
+        if not key:
+            part = json_mapping(value, f"{source.path}: what follows {names[0]}")
+        else:
+            part = _spelled_json(value)
+            for name in reversed(key.split(".")):
+                part = {name: part}
+        _merge(data, part, f"{source.path}: {names[0]}")
+    if not given:
+        raise UserError(f"{source.path}: {names[0]} must be followed by JSON or a value")
+    return data
+
+
+def _spelled_json(value: str) -> Any:
+    """A value behind a dotted key: JSON, or else text."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _merge(data: dict[str, Any], more: dict[str, Any], where: str) -> None:
+    for key, value in more.items():
+        if isinstance(data.get(key), dict) and isinstance(value, dict):
+            _merge(data[key], value, f"{where}.{key}")
+        elif key in data:
+            raise UserError(f"{where}.{key} must be given once, but is given twice; remove one")
+        else:
+            data[key] = value
+
+
+def spelled(value: Any) -> Any:
+    """A number as engines' own schemas read it: text too, such as `1e2`, which YAML 1.1 takes for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value  # the caller names it
+
+
+def dropped(names: Collection[str]) -> tuple[str, ...]:
+    """The note for what a file says beyond our numbers."""
+    return (f"not taken over: {', '.join(names)}",) if names else ()
 
 
 def number(where: str, text: str) -> float:

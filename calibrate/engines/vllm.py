@@ -13,8 +13,10 @@ from calibrate.engines.types import (
     Server,
     Source,
     Written,
+    dropped,
     known_only,
     option_json,
+    spelled,
 )
 from skip_softmax.thresholds.types import PHASES, Phase
 
@@ -34,11 +36,14 @@ def write(request: Request) -> Written:
 
 
 def read(source: Source) -> Foreign:
-    """The JSON of the option, in a line or alone."""
-    config = option_json(source, "--attention-config")
+    """The JSON of the option, in a line or alone, and its dotted form."""
+    config = option_json(source, "--attention-config", "-ac")
     ours = [key for key in config if key.startswith(_PREFIX)]
     known_only(f"{source.path}: --attention-config", ours, _KEYS.values())
-    return Foreign({phase: config[key] for phase, key in _KEYS.items() if key in config})
+    return Foreign(
+        {phase: spelled(config[key]) for phase, key in _KEYS.items() if key in config},
+        notes=dropped([key for key in config if key not in ours]),
+    )
 
 
 _NO_KERNEL = Ignored("it has no kernel that skips there")

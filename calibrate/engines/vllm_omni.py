@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from calibrate.engines.config_json import config_group, read_curve, section_with
@@ -16,16 +17,19 @@ from calibrate.engines.types import (
     Source,
     Written,
     absolute_header,
+    dropped,
     entry,
     from_threshold,
     one_length,
     option_json,
+    spelled,
     stated_length,
 )
 from calibrate.errors import UserError
 from calibrate.model.config_json import KEY
 
 _OPTION = "--diffusion-attention-config"
+_READ = ("threshold", "target_sparsity")
 
 
 def write(request: Request) -> Written:
@@ -48,21 +52,30 @@ def write(request: Request) -> Written:
 
 def read(source: Source) -> Foreign:
     """The threshold at the length that the file or the user states, or a target with its curve."""
-    skip = entry(option_json(source, _OPTION).get("default"), "skip_softmax")
-    threshold, target = entry(skip, "threshold"), entry(skip, "target_sparsity")
+    config = option_json(source, _OPTION)
+    default = config.get("default")
+    skip = entry(default, "skip_softmax")
+    threshold, target = (spelled(entry(skip, key)) for key in ("threshold", "target_sparsity"))
+    unread = [
+        *(key for key in config if key != "default"),
+        *(f"default.{key}" for key in default or () if key not in ("backend", "skip_softmax")),
+        *(f"default.skip_softmax.{key}" for key in skip or () if key not in _READ),
+    ]
     if target is not None and threshold is None:
         if source.coefficients is None:
             raise UserError(
                 f"{source.path}: target_sparsity needs the curve in the transformer's config.json; give it "
                 "with --coefficients"
             )
-        return read_curve(source.coefficients, target, ("prefill",), option="--coefficients")
+        found = read_curve(source.coefficients, target, ("prefill",), option="--coefficients")
+        return replace(found, notes=found.notes + dropped(unread))
     if threshold is None or target is not None:
         raise UserError(
             f"{source.path}: default.skip_softmax must give either threshold or target_sparsity, but got "
             f"{skip!r}"
         )
-    return from_threshold(threshold, stated_length(source), ("prefill",))
+    found = from_threshold(threshold, stated_length(source), ("prefill",))
+    return replace(found, notes=found.notes + dropped(unread))
 
 
 def _line(skip: dict[str, Any]) -> str:

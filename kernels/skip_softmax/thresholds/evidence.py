@@ -58,7 +58,21 @@ _Pair = Field(min_length=2, max_length=2)
 
 
 class FitSection(BaseModel):
-    """The fitted curve `scale_factor = a * exp(b * sparsity)` of a phase, or why there is none."""
+    """The curve `scale_factor = a * exp(b * sparsity)` of a phase, or why there is none.
+
+    Attributes:
+        a: at sparsity 0 [tokens].
+        b: growth of its logarithm from sparsity 0 to 1.
+        r2: share of the variance of log(scale_factor) that a fitted curve explains.
+        points: how many were fitted.
+        sparsity_range: theirs.
+        kv_len_range: theirs [tokens].
+        length_exponent: gamma of threshold ~ kv_len^-gamma.
+        target: sparsity at which it gives the file's number, if that is where its slope was taken.
+        good: from where to where a target is the sparsity that the counted prompts have, to 2 points.
+        source: the file that an imported curve stood in.
+        refused: why there is no curve.
+    """
 
     # Strict: the mapping itself is kept, so text that looks like a number would remain text.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -70,6 +84,9 @@ class FitSection(BaseModel):
     sparsity_range: Annotated[list[_Share], _Pair] = [0.0, 1.0]
     kv_len_range: Annotated[list[_Number], _Pair] = [0.0, 0.0]
     length_exponent: _Number = 1.0
+    target: _Share = 0.0
+    good: Annotated[list[_Share], _Pair] = [0.0, 1.0]
+    source: str = ""
     refused: str = ""
 
     @model_validator(mode="after")

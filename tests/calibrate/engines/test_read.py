@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from engine_files import (
 
 from calibrate.engines import read as importing
 from calibrate.engines.catalogue import ENGINES
+from calibrate.engines.export import export
 from calibrate.engines.types import Foreign, Source
-from calibrate.errors import UserError
+from calibrate.errors import FileError, UserError
 from calibrate.schema import GeometryConfig
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PrefillGeometry
@@ -47,6 +49,8 @@ def test_published_numbers_become_an_unvalidated_file(
     assert code == 0 and "not validated" in out
 
 
+SGLANG = tuple(ENGINES["sglang"].numbers.values())
+VLLM = tuple(ENGINES["vllm"].numbers.values())
 READ: dict[str, tuple[str, str, dict[str, float]]] = {
     "dictionary": ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: 587.18, decode: 16.52}\n",
                    {"prefill": 587.18, "decode": 16.52}),
@@ -61,6 +65,30 @@ READ: dict[str, tuple[str, str, dict[str, float]]] = {
     "vllm-line": ("vllm", "vllm serve M --attention-config="
                   """'{"trtllm_skip_softmax_decode_threshold_scale_factor": 20}'""",
                   {"decode": 20}),
+    "yaml-exponent": ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: 1e2, decode: 5.0e+1}\n",
+                      {"prefill": 100, "decode": 50}),
+    "yaml-text": ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: ' 1e2 ', decode: '50'}\n",
+                  {"prefill": 100, "decode": 50}),
+    "yaml-underscore": ("trtllm", "enable_chunked_prefill: on\n" + TRTLLM
+                        + "  threshold_scale_factor: 1_000\n", {"prefill": 1000, "decode": 1000}),
+    "sglang-quotes": ("sglang", f"{SGLANG[0]}=' 1e2 ' # not 5\nexport {SGLANG[1]} = \"20\"\n",
+                      {"prefill": 100, "decode": 20}),
+    "sglang-one-line": ("sglang", f"# {SGLANG[0]}=5\nenv {SGLANG[0]}=150.0 {SGLANG[1]}=+2e1 \\\n python -m s",
+                        {"prefill": 150, "decode": 20}),
+    "sglang-compose": ("sglang", f"environment:\n  {SGLANG[0]}: \"150.0\"\n  - {SGLANG[1]}=20 # x\n",
+                       {"prefill": 150, "decode": 20}),
+    "sglang-again": ("sglang", f"{SGLANG[0]}=5; export {SGLANG[1]}=6\n{SGLANG[0]}=7\nunset {SGLANG[1]}",
+                     {"prefill": 7}),
+    "vllm-dots": ("vllm", f"vllm serve m \\\n  --attention-config.{VLLM[0]} 150.0 \\\n"
+                  f"  --attention_config.{VLLM[1]}=2e1  # decode", {"prefill": 150, "decode": 20}),
+    "vllm-both": ("vllm", f"""vllm serve m -ac '{{"backend": "X", "{VLLM[0]}": "1e2"}}' -ac.{VLLM[1]} '20'""",
+                  {"prefill": 100, "decode": 20}),
+    "vllm-comment": ("vllm", f"""# vllm serve m -ac.{VLLM[0]} 5\nvllm serve m -ac.{VLLM[1]}=20 # it's""",
+                     {"decode": 20}),
+    "omni-dots": ("vllm-omni", "# reference KV length: 1000 tokens\nvllm serve m --omni "
+                  "--diffusion-attention-config.default.skip_softmax.threshold 1e-1", {"prefill": 100}),
+    "tokenspeed-quotes": ("tokenspeed", "# reference KV length: 1000 tokens\n# --skip-softmax-threshold 0.5\n"
+                          "ts serve \\\n  --skip-softmax-threshold \\\n  '1.8e-2'", {"prefill": 18}),
     "tokenspeed": ("tokenspeed", "# reference KV length: 1000 tokens\n--skip-softmax-threshold 0.018",
                    {"prefill": 18}),
 }  # fmt: skip
@@ -73,6 +101,64 @@ def test_engines_files_are_read(name: str, tmp_path: Path) -> None:
     found = importing.read_artefact(engine, Source(tmp_path / "file"))
     assert found.scale_factor == pytest.approx(expected)
     assert any("dense" in note for note in found.notes) == (name == "zero")
+    assert ("not taken over: backend" in found.notes) == (name == "vllm-both")
+    assert any("more than once" in note for note in found.notes) == (name == "sglang-again")
+
+
+@pytest.mark.parametrize("number", ["010", "1:30", "1:30.5"])
+def test_an_engines_yaml_may_not_have_a_number_that_is_another_than_it_looks(
+    number: str, tmp_path: Path
+) -> None:
+    (tmp_path / "f.yaml").write_text(f"{TRTLLM}  threshold_scale_factor: {{prefill: {number}}}\n")
+    with pytest.raises(FileError, match=f"f.yaml:3: .* {number} as it looks; .*leading zeros"):
+        importing.read_artefact("trtllm", Source(tmp_path / "f.yaml"))
+
+
+def test_a_foreign_curve_is_kept_and_exported_again(tmp_path: Path) -> None:
+    """Without it a validated import could only be pinned, and a target of its own would be lost."""
+    model = write_model(tmp_path / "model")
+    made = importing.import_numbers(PUBLISHED, engine="modelopt", model=model)
+    curve = {"a": 7.92, "b": 8.615, "target": 0.5, "source": PUBLISHED.name}
+    assert made.fit["prefill"] == curve
+    (tmp_path / "t.yaml").write_text(made.to_yaml())
+    assert Thresholds.load(tmp_path / "t.yaml") == made
+    proven = thresholds().evidence | {"imported": made.evidence["imported"]}
+    validated = made.model_copy(update={"evidence": proven})
+    written = export(validated, "modelopt", gpu="any", phases=["prefill"], model=model)
+    assert written.patch is not None and written.sidecar is not None
+    group = json.loads(written.patch.after)["sparse_attention_config"]["config_groups"]["group_0"]
+    assert group["threshold_scale_factor"]["prefill"] == {"a": 7.92, "b": 8.615}
+    assert group["target_sparsity"] == {"prefill": 0.5}
+    assert any("relies on the imported curve" in loss for loss in written.sidecar["lost"])
+
+
+def test_what_an_import_does_not_take_over_is_named(tmp_path: Path) -> None:
+    groups = {
+        "w": {"algorithm": "sparse24"},
+        "g": {
+            "algorithm": "skip_softmax",
+            "targets": ["X"],
+            "br": 128,
+            "ignore": ["model.layers.1.self_attn", "lm_head"],
+            "threshold_scale_factor": {**CURVE, "decode": {"a": 5.0, "b": 0.0}},
+        },
+    }
+    section = {"config_groups": groups, "kv": 1}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"sparse_attention_config": section}))
+    model = write_model(tmp_path / "model")
+    made = importing.import_numbers(file, engine="modelopt", model=model)
+    notes = made.evidence["imported"]["notes"]
+    assert (
+        "not taken over: sparse_attention_config.kv, sparse_attention_config.config_groups.w, targets, br"
+        in notes
+    )
+    assert "not taken over: ignore `lm_head`, which names no layer" in notes
+    assert [layer.layer for layer in made.layers] == [1]
+    assert list(made.fit) == ["prefill"] and made.scale_factor.decode == 5.0
+    assert "decode: no curve to keep: it has one number at every target" in notes
+    alone = importing.import_numbers(file, engine="modelopt", model=model, phases=["prefill"])
+    assert any("threshold_scale_factor.decode" in n for n in alone.evidence["imported"]["notes"])
 
 
 @pytest.mark.parametrize(
@@ -88,6 +174,16 @@ def test_engines_files_are_read(name: str, tmp_path: Path) -> None:
         ("vllm", "vllm serve --attention-config", "followed by JSON"),
         ("vllm", '{"trtllm_skip_softmax_prefill_threshold_scale_factor": "many"}', "but got 'many'"),
         ("tokenspeed", "--skip-softmax-threshold 0.018", "--at-length"),
+        ("tokenspeed", "# --skip-softmax-threshold 0.018", "must be given"),
+        ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: 'nan'}\n", "but got nan"),
+        ("trtllm", TRTLLM + "  threshold_scale_factor: {prefill: yes}\n", "but got True"),
+        ("sglang", f"{SGLANG[0]}=150#x", "must be a number, but got `150#x`"),
+        ("sglang", f"{SGLANG[0]}=", "must be a number, but got ``"),
+        ("vllm", f"vllm serve m -ac.{VLLM[0]}", "followed by JSON or a value"),
+        ("vllm", f"vllm serve m -ac.{VLLM[0]} 'abc'", "but got 'abc'"),
+        ("vllm", f"""vllm serve m -ac.{VLLM[0]} 5 -ac '{{"{VLLM[0]}": 6}}'""", "given twice; remove one"),
+        ("vllm", f"vllm serve m -ac.{VLLM[0]}x 5", r"but got \['trtllm_.*factorx'\]"),
+        ("vllm", f"vllm serve m '-ac.{VLLM[0]} 5", "must be a shell line"),
         ("modelopt", "{}", "one skip_softmax group, but it has 0"),
         ("modelopt", '{"a": 1, "a": 2}', "given twice"),
         ("flashinfer", '{"prefill": {}}', "'run_kwargs' is missing"),

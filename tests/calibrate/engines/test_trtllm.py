@@ -128,4 +128,5 @@ def test_notes_say_what_was_read(call: Callable[..., Any], tmp_path: Path) -> No
         "trtllm", Source(tmp_path / "skip.yaml", coefficients=tmp_path / "c.json")
     )
     assert found.scale_factor == pytest.approx({"prefill": 10 * math.exp(0.2)})
-    assert found.notes == ("prefill: 10 * exp(2 * 0.1)",)
+    dropped = "not taken over: threshold_scale_factor.decode"
+    assert found.notes == ("prefill: 10 * exp(2 * 0.1)", dropped)

@@ -9,8 +9,8 @@ all lengths, as files have now; one times `kv_len ** (1 - exponent)`, with the b
 and `free`, one number per layer and length, which no law can beat. The KL of each is measured on held-out
 prompts, and times are compared at equal KL.
 
-What was predicted on three seeds (statistics and sensitivities only): 0.05 to 0.17 points of attention time
-for the best exponents, so nothing was measured for it, and files keep the engines' law.
+From statistics and sensitivities alone, the best exponents are predicted to gain 0.05 to 0.17 points of
+attention time; nothing was measured for so little, and files keep the engines' law.
 
 It takes the prompts and folders of `generalisation.py`, whatever that has measured there or not.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from calibrate.errors import UserError
 from calibrate.model.locate import locate
 from calibrate.schema import ModelConfig
-from skip_softmax.huggingface.shape import shape_of_config
 from skip_softmax.thresholds.yaml_file import user_path
 
 KEY = "sparse_attention_config"
@@ -40,7 +40,7 @@ class ModelConfigFile:
         """
         text = self.data.get("text_config", self.data)
         try:
-            layers, heads, kv_heads, head_dim = shape_of_config(
+            layers, heads, kv_heads, head_dim = _shape(
                 self._of_diffusers if "_class_name" in self.data else text.get
             )
         except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
@@ -174,6 +174,32 @@ def model_hash(location: str | Path, model: Any) -> str:
     commit = getattr(model.config, "_commit_hash", None) or ""
     digest.update(f"{location}@{commit}".encode())
     return digest.hexdigest()
+
+
+def _shape(value: Callable[[str], Any]) -> tuple[int, int, int, int]:
+    """Layers, query heads, KV heads and head size of a transformers config.
+
+    Args:
+        value: returns a key's value, or None where the config has none.
+
+    Raises:
+        KeyError: a key is missing.
+        TypeError: a value is not a number.
+        ValueError: a value is a text that is not a number.
+    """
+
+    def needed(key: str) -> int:
+        if (number := value(key)) is None:
+            raise KeyError(key)
+        return int(number)
+
+    heads = needed("num_attention_heads")
+    kv_heads = int(value("num_key_value_heads") or heads)
+    if value("qk_nope_head_dim"):  # latent attention: a part with rotary positions, and one without
+        head_dim = needed("qk_nope_head_dim") + needed("qk_rope_head_dim")
+    else:
+        head_dim = int(value("head_dim") or needed("hidden_size") // heads)
+    return needed("num_hidden_layers"), heads, kv_heads, head_dim
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -187,23 +187,21 @@ def _run(model: PreTrainedModel, take: Any) -> None:
             )
         device = torch.device("cpu")
     training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with routed(model, take), torch.no_grad():
-            model(
-                input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device=device), use_cache=False
-            )
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        if "already runs inside `applied`" in str(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"a model must run on token ids alone, but {type(model).__name__} does not ({reason})"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
+    with routed(model, take), torch.no_grad():
+        try:
+            for module in training:
+                module.training = False
+            tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
+            model(input_ids=tokens, use_cache=False)
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"a model must be able to read {_TOKENS} token ids and nothing else, but "
+                f"{type(model).__name__} could not: {reason}"
+            ) from error
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _dense(call: LayerCall) -> torch.Tensor:

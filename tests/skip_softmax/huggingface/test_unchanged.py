@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,45 @@ def test_a_module_that_is_not_causal_decides_where_there_is_no_mask() -> None:
         model,
         lambda: model(tiny.tokens(100), attention_mask=padded, use_cache=False).logits[:, 9:],
     )
+
+
+def flash(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, **given: Any) -> Any:
+    """As flash attention: the last row stands at the last key, and of a mask only padding is given."""
+    rows = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+    keys = torch.arange(k.shape[2])
+    seen = keys <= rows
+    if given.get("sliding_window") is not None:
+        seen = seen & (keys > rows - given["sliding_window"])
+    if mask is not None:
+        assert mask.dim() == 2
+        seen = seen & mask[:, None, None, :].bool()
+    out = nn.functional.scaled_dot_product_attention(
+        q, k, v, seen, scale=given["scaling"], enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize("left", [None, 1], ids=["all ours", "one left alone"])
+def test_flash_attention_is_given_padding_alone(
+    family: str, left: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "flash_attention_2"
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, name, flash)
+    model = louder(tiny.model(family), 3.0)
+    model.config._attn_implementation_internal = name
+    layers = [
+        replace(layer, reason="a test" if layer.index == left else None)
+        for layer in inspect_layers(model)
+    ]
+    batch, mask = tiny.tokens(120).expand(2, -1), torch.ones(2, 120, dtype=torch.long)
+    mask[0, :17] = 0
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    for arguments in ({}, {"attention_mask": mask}):
+        counts = unchanged(model, lambda a=arguments: model.generate(batch, **a, **given), layers)
+        for phase in counts:
+            seen = counts[phase].visited.sum(1).bool().tolist()
+            assert seen == [index != left for index in range(3)]
 
 
 def test_attention_weights_that_somebody_asks_for_are_given() -> None:

@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # run its share takes tests from the other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test check lint smoke clean
+.PHONY: demo test check lint smoke released clean
 
 demo: $(VENV)/.demo
 	$(BIN)/calibrate run configs/smollm2-135m.yaml -o runs/smollm2-135m
@@ -20,7 +20,7 @@ test: $(VENV)/.dev lint
 	SKIP_SOFTMAX_TRITON36=$(CURDIR)/$(VENV)/triton36 $(PYTEST)
 
 check: $(VENV)/.dev lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not released"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -30,6 +30,19 @@ lint: $(VENV)/.dev
 smoke: $(VENV)/.dev
 	$(BIN)/python tests/tiny.py runs/smoke-model
 	$(BIN)/calibrate run configs/smoke.yaml -o runs/smoke
+
+# The engines' own packages, each with its own wishes for torch and transformers: an environment of its own, in
+# which they are installed without what they ask for, and what their configs import beside them. CPU only.
+released: $(VENV)-released/.done
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(VENV)-released/bin/pytest -W ignore -m released tests/calibrate/engines
+
+$(VENV)-released/.done: tests/calibrate/engines/released.txt tests/calibrate/engines/released-needs.txt
+	$(PYTHON) -m venv $(VENV)-released
+	$(VENV)-released/bin/pip install --quiet --upgrade pip
+	$(VENV)-released/bin/pip install --quiet -c constraints.txt -e . pytest pytest-timeout transformers
+	$(VENV)-released/bin/pip install --quiet -r tests/calibrate/engines/released-needs.txt
+	$(VENV)-released/bin/pip install --quiet --no-deps -r tests/calibrate/engines/released.txt
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +60,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-released runs

@@ -174,10 +174,9 @@ class Stages:
         """Tile statistics of the calibration prompts so far."""
         path = self.folder / "stats.safetensors"
         if not path.exists():
-            lengths, criterion = self.config.prompts.lengths, self.config.criterion
-            return empty_statistics(self.loaded, self.config.geometry, lengths, criterion)
+            return empty_statistics(self.loaded, self.config.geometry, self.config.prompts.lengths)
         statistics = Statistics.load(path)
-        # Tiles of another geometry, criterion or model tell nothing about this run.
+        # Tiles that were counted at another geometry, or in another model, tell nothing about this run.
         ours: dict[str, Any] = {
             "geometry": self.config.geometry.model_dump(mode="json"),
             "lengths": list(self.config.prompts.lengths),
@@ -186,8 +185,6 @@ class Stages:
         different = [
             k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v
         ]
-        if statistics.criterion != self.config.criterion:
-            different.append("criterion")
         if different:
             raise UserError(
                 f"`{path}` was counted with another {' and '.join(different)} than this run's; "
@@ -203,7 +200,6 @@ class Stages:
             max(self.config.prompts.lengths),
             self.loaded.calibratable[0].head_dim,
             self.config.geometry,
-            self.config.criterion,
         )
 
     @cached_property

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from calibrate.errors import UserError
-from skip_softmax.thresholds.types import Criteria, DecodeGeometry, Phase, PrefillGeometry
+from skip_softmax.thresholds.types import DecodeGeometry, Phase, PrefillGeometry
 from skip_softmax.thresholds.yaml_file import parse, read_mapping, read_value, user_path
 
 Task = Literal[
@@ -343,8 +343,6 @@ class RunConfig(_Section):
 
     model: ModelConfig
     geometry: GeometryConfig = GeometryConfig()
-    criterion: Criteria = Criteria()
-    """What a tile is judged by: `max`, or `{prefill: max, decode: mass}`. The result holds for this only."""
     prompts: PromptsConfig = PromptsConfig()
     budget: BudgetConfig = BudgetConfig()
     target: TargetConfig = TargetConfig()
@@ -362,26 +360,6 @@ class RunConfig(_Section):
         """Tokens generated after each held-out prompt with an answer; None: nothing is generated."""
         least = None if self.budget.generated_drop is None else LEAST_GENERATED
         return self.validation.generate or least
-
-    @model_validator(mode="after")
-    def _criterion_can_be_served(self) -> RunConfig:
-        self.criterion.check(self.geometry.decode)
-        if self.criterion != Criteria() and self.target.engine != "native":
-            raise ValueError(
-                "`criterion` must be max unless `target.engine` is native, but got `decode: mass` for "
-                f"{self.target.engine}, which judges tiles by their largest score; write `criterion: max`"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_target_is_for_the_criterion_of_engines(self) -> RunConfig:
-        if self.target.targets and self.criterion != Criteria():
-            raise ValueError(
-                "`criterion` must be max with `target.target_sparsity`, because Model-Optimizer's curve is "
-                "of thresholds that judge a tile by its largest score, but got `decode: mass`; write "
-                "`criterion: max`, or leave the target out"
-            )
-        return self
 
     @model_validator(mode="after")
     def _sensitivity_prompts_exist(self) -> RunConfig:

@@ -26,7 +26,7 @@ from calibrate.schema import GeometryConfig, RunConfig
 from calibrate.search.study import points
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import PHASES, Criteria, Geometry, MinKvLen, Phase
+from skip_softmax.thresholds.types import PHASES, Geometry, MinKvLen, Phase
 
 
 def project_run(
@@ -128,11 +128,9 @@ def statistics_for(run: Stages, thresholds: Thresholds) -> Statistics:
     if (
         statistics.identity.get("model") != thresholds.model.sha256
         or statistics.identity.get("geometry") != tiles
-        or statistics.criterion != thresholds.criterion
     ):
         raise UserError(
-            f"`{run.folder}` must be a run of the file's model at the file's tiles and criterion; leave "
-            "--run out"
+            f"`{run.folder}` must be a run of the file's model at the file's tiles; leave --run out"
         )
     return statistics
 
@@ -141,9 +139,7 @@ def _at(config: RunConfig, tiles: Geometry, engine: str, phases: tuple[Phase, ..
     assert tiles.prefill is not None and tiles.decode is not None
     geometry = GeometryConfig(prefill=tiles.prefill, decode=tiles.decode)
     target = config.target.model_copy(update={"engine": engine, "phases": phases})
-    # Engines judge tiles by their largest score, whatever the run did.
-    changes = {"geometry": geometry, "criterion": Criteria(), "target": target}
-    return config.model_copy(update=changes)
+    return config.model_copy(update={"geometry": geometry, "target": target})
 
 
 def _projected(run: Stages, ours: RunConfig, winner: Setting, engine: str) -> Projection:
@@ -180,12 +176,14 @@ def _emitted(
             f"prompts; the nearest ({describe(attempt.setting)}) fails: {attempt.reason}; raise the budget, "
             f"or calibrate with `--set target.engine={engine}`"
         )
-    alike = (ours.geometry, ours.criterion) == (run.config.geometry, run.config.criterion)
-    refused = "fitted at other tiles or by another criterion than the engine's"
+    same_tiles = ours.geometry == run.config.geometry
     fits = (
         read_json(run.folder / "fit.json")
-        if alike
-        else {phase: {"model": {"refused": refused, "points": 0}} for phase in ours.target.phases}
+        if same_tiles
+        else {
+            phase: {"model": {"refused": "fitted at other tiles than the engine's", "points": 0}}
+            for phase in ours.target.phases
+        }
     )
     thresholds = emit(
         thresholds_for(run.loaded, ours, attempt.served),
@@ -255,8 +253,6 @@ def _calibrated(folder: Path) -> Thresholds | None:
 def _evaluator(run: Stages) -> Evaluate:
     def evaluate(thresholds: Thresholds, prompt: Prompt, above_one: bool) -> Outcome:
         parts = {"scale_factor", "layers", "geometry", "min_kv_len"}
-        if thresholds.criterion != Criteria():
-            parts.add("criterion")
         key = [thresholds.model_dump(mode="json", include=parts), above_one]
         return run.once(
             "served.jsonl",

@@ -264,3 +264,26 @@ def test_the_loss_models_table_is_made_from_the_measurements_beside_it(
                     "model"
                 ]
     assert found["powers"] == [loss_models.powers(each) for each in found["measured"]]
+
+
+def test_shares_keep_many_small_keys_and_skip_a_lone_one_maxima_do_the_opposite() -> None:
+    """First and last tile weigh 1 each; between them 64 keys at -4 nats, and one key at -2."""
+    criteria = opened("criteria")
+    scores = torch.full((4, 64), -1e3)
+    scores[0, 3] = scores[3, 9] = 0.0
+    scores[1], scores[2, 5] = -4.0, -2.0
+    call = SimpleNamespace(
+        phase="decode", layer=0, position=255, kv_len=256, scale=1.0, q=torch.ones(1, 1, 1, 1),
+        k=scores.view(1, 1, 256, 1), v=torch.arange(4.0).repeat_interleave(64).view(1, 1, 256, 1),
+    )  # fmt: skip
+    tiles, many, spike = criteria.Tiles(call), 64 * math.exp(-4), math.exp(-2)
+    for rule, critical, kept in (
+        ("max, edges", [256 * math.exp(-4), 256 * spike], (2 * spike + 3) / (2 + spike)),
+        ("share, edges", [256 * many / 2, 256 * spike / 2], (many + 3) / (2 + many)),
+    ):
+        levels = tiles.levels(criteria.RULES["decode"][rule])[0, 0]
+        assert levels[[0, 3]].tolist() == [math.inf, math.inf]
+        assert levels[1:3].exp2().tolist() == pytest.approx(critical, rel=1e-5)
+        skip = levels < math.log2(25.0)
+        assert int(skip.sum()) == 1
+        assert tiles.attend(skip[None, None]).item() == pytest.approx(kept, rel=1e-5)

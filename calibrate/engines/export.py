@@ -158,7 +158,6 @@ def export(
         return Artefact(engine, target.write(Request(thresholds)).text, None, None, notes)
     guards.require_verdict(thresholds)
     numbers = expressible(thresholds, target, chosen)
-    guards.check_criterion(thresholds, target, numbers)
     servers = guards.valid_servers(
         thresholds, target, numbers, family, trust_geometry=trust_geometry, kv_dtype=cache
     )

@@ -195,23 +195,6 @@ def expressible(thresholds: Thresholds, engine: Engine, phases: Sequence[Phase] 
     return Numbers(factors, dense, loss, {p: sparsity.get(p, {}) for p in factors}, lost)
 
 
-def check_criterion(thresholds: Thresholds, engine: Engine, numbers: Numbers) -> None:
-    """Refuses numbers of a criterion that only our own kernels know.
-
-    Raises:
-        UserError: a phase with a number is not judged by `max`.
-    """
-    for phase in numbers.scale_factor:
-        criterion = getattr(thresholds.criterion, phase)
-        if criterion != "max":
-            raise UserError(
-                f"`criterion.{phase}` must be max for {engine.title}, which judges tiles by their largest "
-                f"score, but the numbers are for {criterion}; measure them by max with `calibrate project "
-                f"RUN_DIR --engine {engine.name}` or export prefill alone (`--phase prefill`), or serve "
-                "with native"
-            )
-
-
 def valid_servers(
     thresholds: Thresholds,
     engine: Engine,

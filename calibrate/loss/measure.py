@@ -152,7 +152,6 @@ def _unguarded(
         alone = call_of(
             call.q, call.k, call.v, tile_q=getattr(tiles, "tile_q", None), tile_kv=tiles.tile_kv,
             scale=call.scale, window=call.window, causal=call.causal, kv_start=call.kv_start,
-            criterion=getattr(thresholds.criterion, call.phase),
         )  # fmt: skip
         factors = torch.tensor(
             thresholds.per_head(call.layer, call.phase), dtype=torch.float64, device=call.q.device

@@ -31,7 +31,6 @@ def thresholds_for(loaded: LoadedModel, config: RunConfig, setting: Setting) -> 
     )
     return Thresholds(
         model=section_of(loaded),
-        criterion=config.criterion,
         geometry=Geometry(prefill=config.geometry.prefill, decode=config.geometry.decode),
         min_kv_len=MinKvLen(**{phase: config.target.min_kv_len.get(phase) for phase in PHASES}),
         layers=per_layer,

@@ -97,7 +97,6 @@ def findings(folder: Path, config: RunConfig) -> Findings:
         **_stated(thresholds),
         "min_kv_len": {phase: config.target.min_kv_len[phase] for phase in config.target.phases},
         "geometry": config.geometry.model_dump(mode="json"),
-        "criterion": {phase: getattr(config.criterion, phase) for phase in phases},
         **_search(folder, config, attempt),
         "heldout": {
             "attempts": [_attempt(candidate) for candidate in validation.attempts]
@@ -371,11 +370,7 @@ def _speed(
     if thresholds is None:
         return None
     cost = load_curves(
-        config.cost,
-        max(config.prompts.lengths),
-        thresholds.model.head_dim,
-        config.geometry,
-        config.criterion,
+        config.cost, max(config.prompts.lengths), thresholds.model.head_dim, config.geometry
     )
     curve = cost.curves[phase]
     share, time = np.asarray(curve.sparsity), np.asarray(curve.relative_time)

@@ -94,7 +94,6 @@ def provenance(found: Findings) -> Table:
         "tiles": "; ".join(
             f"{phase} {_listed(found['geometry'][phase])}" for phase in found["phases"]
         ),
-        "criterion": ", ".join(f"{phase} {word}" for phase, word in found["criterion"].items()),
         "min KV length": ", ".join(
             f"{phase} {tokens} tokens" for phase, tokens in found["min_kv_len"].items()
         ),
@@ -221,10 +220,6 @@ def phases(thresholds: Thresholds) -> Table:
             ]
         )
     notes = []
-    if thresholds.criterion.decode == "mass":
-        notes.append(
-            "decode judges a tile by its probability (criterion mass), prefill by its largest score"
-        )
     measured = evidence.get("loss")
     if measured is not None:
         prompts = measured["heldout_prompts"]

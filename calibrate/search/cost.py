@@ -14,7 +14,7 @@ from scipy.optimize import isotonic_regression
 from calibrate import bench
 from calibrate.errors import UserError
 from calibrate.schema import CostConfig, GeometryConfig
-from skip_softmax.thresholds.types import PHASES, Criteria, Phase
+from skip_softmax.thresholds.types import PHASES, Phase
 
 if TYPE_CHECKING:
     from calibrate.model.section import Setting
@@ -96,11 +96,7 @@ class Cost:
 
 
 def load_curves(
-    config: CostConfig,
-    kv_len: int,
-    head_dim: int,
-    geometry: GeometryConfig | None = None,
-    criterion: Criteria | None = None,
+    config: CostConfig, kv_len: int, head_dim: int, geometry: GeometryConfig | None = None
 ) -> Cost:
     """Picks the measurements nearest to what will be served.
 
@@ -109,8 +105,6 @@ def load_curves(
         kv_len: typical KV length [tokens].
         head_dim: size of a head.
         geometry: tiles of both phases, which decide what kernel `backend="auto"` takes; None: the defaults.
-        criterion: what tiles are judged by; None: `max`. Where only `max` was measured, its curve stands in:
-            the decode kernel waits for memory, and reads the same with both.
 
     Returns:
         One curve per phase.
@@ -131,7 +125,6 @@ def load_curves(
         mine = [row for row in rows if row["phase"] == phase]
         backends[phase] = _backend(phase, mine, head_dim, geometry or GeometryConfig())
         mine = [row for row in mine if row["backend"] == backends[phase]]
-        mine = _judged_by(getattr(criterion or Criteria(), phase), mine)
         if not mine:
             raise UserError(
                 f"cost.device: no {phase} measurement of `{config.device}` in "
@@ -174,12 +167,6 @@ def _backend(
     # What no kernel can run was not measured either: the portable one, which comes last, is nearest.
     suits = [name for name in able(phase, call, device) if name in measured]
     return [*suits, backends(phase)[-1]][0]
-
-
-def _judged_by(criterion: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a criterion; those of `max`, which rows do not name, where it was not measured."""
-    own = [row for row in rows if row.get("criterion", "max") == criterion]
-    return own or [row for row in rows if "criterion" not in row]
 
 
 def _curve(rows: list[dict[str, Any]]) -> Curve:

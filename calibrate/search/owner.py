@@ -33,7 +33,6 @@ def owner_of(folder: Path, config: RunConfig) -> dict[str, Any]:
     return {
         "model": None if model is None else {**model, "dtype": config.model.dtype},
         "geometry": _plain(config.geometry),
-        "criterion": _plain(config.criterion),
         "prompts": _prompts(folder / "prompts.json"),
         "budget": _plain(config.budget),
         "target": _plain(config.target),

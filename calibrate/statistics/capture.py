@@ -12,20 +12,17 @@ from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt, nearest_bin
 from calibrate.schema import GeometryConfig
 from calibrate.statistics import nvidia
-from calibrate.statistics.counts import Statistics, criterion_identity
+from calibrate.statistics.counts import Statistics
 from skip_softmax.api import tile_statistics
 from skip_softmax.huggingface.intercept import LayerCall, intercepted, joined
 from skip_softmax.meaning.histogram import TileHistogram
-from skip_softmax.thresholds.types import PHASES, Criteria, Phase
+from skip_softmax.thresholds.types import PHASES, Phase
 
 
 def empty_statistics(
-    loaded: LoadedModel,
-    geometry: GeometryConfig,
-    lengths: Sequence[int],
-    criterion: Criteria | None = None,
+    loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int]
 ) -> Statistics:
-    """Statistics for this model, geometry and criterion (None: `max`), with nothing counted yet."""
+    """Statistics for this model and geometry, with nothing counted yet."""
     layer = loaded.calibratable[0]
     identity = {
         "model": loaded.sha256,
@@ -33,7 +30,6 @@ def empty_statistics(
         "q_heads": layer.q_heads,
         "kv_heads": layer.kv_heads,
         "layers": len(loaded.layers),
-        **criterion_identity(criterion or Criteria()),
     }
     return Statistics.empty(identity, len(loaded.layers), layer.q_heads, layer.kv_heads, lengths)
 
@@ -114,7 +110,6 @@ def observe(
 
     def handler(call: LayerCall) -> torch.Tensor:
         tiles = getattr(geometry, call.phase).model_dump()
-        tiles["criterion"] = getattr(statistics.criterion, call.phase)
         parts = [call]
         if samples and call.phase == "decode":
             parts = [call.rows(i, i + 1) for i in range(call.q.shape[2])]

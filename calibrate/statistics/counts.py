@@ -26,7 +26,7 @@ from skip_softmax.meaning.histogram import (
     TileHistogram,
     edges,
 )
-from skip_softmax.thresholds.types import PHASES, Criteria, Phase
+from skip_softmax.thresholds.types import PHASES, Phase
 from skip_softmax.thresholds.yaml_file import user_path
 
 ScaleFactors = float | Sequence[float] | torch.Tensor
@@ -56,7 +56,7 @@ class Statistics:
     """Histograms of log2(critical scale factor) for a model.
 
     Attributes:
-        identity: what statistics must share to be merged: model hash, geometry, criterion, lengths, shape.
+        identity: what statistics must share to be merged: model hash, geometry, lengths, shape.
         counts: per phase int64 [layers, heads, lengths, BINS]; KV heads in decode.
         mass: per phase float64, like `counts`: softmax probability summed over rows.
         rows: per phase int64 [layers, lengths]: softmax rows per head.
@@ -109,13 +109,8 @@ class Statistics:
         """Prompt lengths that name the length bins [tokens]."""
         return list(self.identity["lengths"])
 
-    @property
-    def criterion(self) -> Criteria:
-        """What tiles are judged by."""
-        return Criteria.model_validate(self.identity.get("criterion", "max"))
-
     def like(self) -> Statistics:
-        """Statistics of nothing, of the same model, geometry, criterion and lengths."""
+        """Statistics of nothing, of the same model, geometry and lengths."""
         layers, q_heads = self.counts["prefill"].shape[:2]
         kv_heads = self.counts["decode"].shape[1]
         return Statistics.empty(self.identity, layers, q_heads, kv_heads, self.lengths)
@@ -136,7 +131,7 @@ class Statistics:
             keys = dict.fromkeys([*self.identity, *other.identity])
             differing = [k for k in keys if self.identity.get(k) != other.identity.get(k)]
             raise UserError(
-                "statistics can be merged only if they share model, geometry, criterion and lengths, "
+                "statistics can be merged only if they share model, geometry and lengths, "
                 f"but {differing} differ"
             )
         common = set(self.prompts) & set(other.prompts)
@@ -252,11 +247,6 @@ class Statistics:
         for phase in PHASES:
             statistics.samples[phase] = tensors.get(f"samples.{phase}", statistics.samples[phase])
         return statistics
-
-
-def criterion_identity(criterion: Criteria) -> dict[str, Any]:
-    """The criterion in an identity: nothing for `max`, which was the only one when files did not name it."""
-    return {} if criterion == Criteria() else {"criterion": criterion.model_dump(mode="json")}
 
 
 def scale_factor_at(

@@ -129,9 +129,6 @@ def _options(arguments: list[str] | None, prog: str | None) -> argparse.Namespac
         "--decode", nargs="+", type=_case, default=[(64, 16384), (1, 131072)], metavar="BATCHxTOKENS",
         help="decode cases",
     )  # fmt: skip
-    parser.add_argument(
-        "--criterion", nargs="+", choices=("max", "mass"), default=["max"], help="for decode",
-    )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--repeats", type=_positive, default=15, help="timed calls per measurement")
     parser.add_argument("--output", type=_path, help="JSON lines are appended here")
@@ -200,7 +197,7 @@ def _measure(options: argparse.Namespace, dtype: Any) -> Iterator[Row]:
     if able.get("decode"):
         for (batch, length), head_dim in itertools.product(options.decode, options.head_dim):
             yield from timings.decode_rows(
-                batch, length, head_dim, dtype, options.repeats, able["decode"], options.criterion
+                batch, length, head_dim, dtype, options.repeats, able["decode"]
             )
             torch.cuda.empty_cache()
     for length in options.length:
@@ -235,7 +232,7 @@ def _cells(row: Row) -> list[str]:
         row["backend"],
         f"{row['batch']} × {row['q_heads']}/{row['kv_heads']} heads × {row['q_len']}/{row['kv_len']} × "
         f"{row['head_dim']}",
-        row.get("inputs", "–") + (f", {row['criterion']}" if "criterion" in row else ""),
+        row.get("inputs", "–"),
         number("sparsity", "{:.1%}"),
         number("ms", "{:.4g} ms"),
         rate if rate != "–" else number("tb_per_s", "{:.2f} TB/s"),
@@ -303,8 +300,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def _label(row: Row) -> str:
     tiles = f"{row['tile_q']}x{row['tile_kv']}" if "tile_q" in row else f"{row['tile_kv']}"
     shape = f"batch {row['batch']}, {row['kv_len'] / 1024:g}K"
-    name = ", ".join([row["backend"], *([row["criterion"]] if "criterion" in row else [])])
-    return f"{name}, {shape}, tiles {tiles}, {row['inputs']}"
+    return f"{row['backend']}, {shape}, tiles {tiles}, {row['inputs']}"
 
 
 def _commit() -> str:

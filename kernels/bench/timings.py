@@ -26,7 +26,6 @@ TILE_Q, TILE_KV, DECODE_TILE_KV = 64, 128, 64  # [tokens]
 SPARSITIES = (0.0, 0.3, 0.57, 0.77, 0.91, 0.97)
 SINK_SPARSITIES = (0.57, 0.77, 0.91)
 DECODE_SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9, 0.99)
-CRITERIA = ("max", "mass")  # of decode
 AGREEMENT = 0.02  # from this relative error on, a rival computes something else
 DEVICE = "cuda"
 Row = dict[str, Any]
@@ -45,11 +44,9 @@ def gate(dtype: torch.dtype, backend: Backend, q_len: int = 1000, kv_len: int = 
             "dense prefill": partial(ss.attention, q, k, v),
         }
         if backend in backends("decode"):
-            for criterion in CRITERIA:
-                calls[f"decode by {criterion}"] = partial(
-                    ss.decode_attention, q[:, :, :2], k, v, scale_factor=factor, running_max="seeded",
-                    criterion=criterion,
-                )  # fmt: skip
+            calls["decode"] = partial(
+                ss.decode_attention, q[:, :, :2], k, v, scale_factor=factor, running_max="seeded"
+            )
         for name, call in calls.items():
             out, stats = call(backend=backend, return_stats=True)
             truth, true_stats = call(backend="reference", return_stats=True)
@@ -174,17 +171,19 @@ def _working(
 
 def _beside(
     rivals_ready: dict[str, Callable[[], object]],
-    attend: dict[str, Callable[..., Any]],
+    attend: Callable[..., Any],
     factor: float,
+    backends: Sequence[str],
     repeats: int,
 ) -> tuple[dict[str, float], dict[str, float], torch.Tensor]:
-    """Rivals and our calls, dense and armed, in turns: times [ms], sparsities, and one armed output."""
+    """Rivals and each backend, dense and armed, in turns: times [ms], sparsities, and one armed output."""
     calls, sparsities = dict(rivals_ready), {}
-    for name, call in attend.items():
+    for backend in backends:
+        call = partial(attend, backend=backend)
         out, stats = call(scale_factor=factor, return_stats=True)
-        sparsities[name] = (stats.skipped.sum() / stats.visited.sum()).item()
-        calls[f"{name} dense"] = ready(partial(call, scale_factor=0.0))
-        calls[name] = ready(partial(call, scale_factor=factor))
+        sparsities[backend] = (stats.skipped.sum() / stats.visited.sum()).item()
+        calls[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
+        calls[backend] = ready(partial(call, scale_factor=factor))
     return median_times(calls, repeats), sparsities, out
 
 
@@ -210,8 +209,7 @@ def prefill_rows(
     for number, (about, q, k, v, factor) in enumerate(_prefill_inputs(length, head_dim, dtype)):
         call = partial(ss.attention, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV)
         sdpa = sdpa_ready(q, k, v, causal=True)
-        ours = {name: partial(call, backend=name) for name in backends}
-        times, sparsities, out = _beside(sdpa, ours, factor, repeats)
+        times, sparsities, out = _beside(sdpa, call, factor, backends, repeats)
         others = {name: times[name] for name in sdpa}
         for backend, sparsity in sparsities.items():
             yield {
@@ -305,12 +303,8 @@ def decode_rows(
     dtype: torch.dtype,
     repeats: int,
     backends: Sequence[str],
-    criteria: Sequence[str] = ("max",),
 ) -> Iterator[Row]:
-    """Every sparsity with each backend and criterion, against a copy's bandwidth, and the rivals' rows.
-
-    Rows of `max` do not name their criterion, as before there was another.
-    """
+    """Every sparsity with each backend, against a device copy's bandwidth, and the rivals' rows."""
     copy = copy_bandwidth()
     size = 2 * batch * KV_HEADS * length * head_dim * dtype.itemsize
     shape = {
@@ -335,18 +329,11 @@ def decode_rows(
         about = {"running_max": "seeded", "inputs": "blocks", "requested_sparsity": requested}
         call = partial(ss.decode_attention, q, k, v, tile_kv=DECODE_TILE_KV, running_max="seeded")
         sdpa = sdpa_ready(q, k, v, causal=False)
-        ours = {
-            f"{backend} {criterion}": partial(call, backend=backend, criterion=criterion)
-            for backend in backends
-            for criterion in criteria
-        }
-        times, sparsities, _ = _beside(sdpa, ours, factor, repeats)
+        times, sparsities, _ = _beside(sdpa, call, factor, backends, repeats)
         others = {name: times[name] for name in sdpa}
-        for name, sparsity in sparsities.items():
-            backend, criterion = name.split()
-            judged = about if criterion == "max" else {**about, "criterion": criterion}
-            dense = times[f"{name} dense"]
-            yield {**row(backend, times[name], dense, sparsity, judged), **_taken(repeats)}
+        for backend, sparsity in sparsities.items():
+            dense = times[f"{backend} dense"]
+            yield {**row(backend, times[backend], dense, sparsity, about), **_taken(repeats)}
         if number == 0:
             for name, ms in others.items():
                 yield {**row(name, ms, ms, 0.0, {}), **_taken(repeats)}

@@ -27,7 +27,6 @@ from skip_softmax.meaning.call import (
     warn_if_dense,
 )
 from skip_softmax.meaning.counts import TileCounts
-from skip_softmax.meaning.criterion import Criterion
 from skip_softmax.meaning.histogram import TileHistogram
 
 
@@ -229,7 +228,7 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., criterion: Criterion = ..., backend: Backend = ..., kv_start: int = ...,
+    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
@@ -239,7 +238,7 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., criterion: Criterion = ..., backend: Backend = ..., kv_start: int = ...,
+    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
@@ -256,7 +255,6 @@ def decode_attention(
     window: int | None = None,
     tile_kv: int = 64,
     running_max: RunningMax = "ascending",
-    criterion: Criterion = "max",
     backend: Backend = "auto",
     kv_start: int = 0,
     return_stats: bool = False,
@@ -279,8 +277,6 @@ def decode_attention(
         window: a token sees its own position and the `window - 1` before it; None: no window.
         tile_kv: keys per tile [tokens], a power of two.
         running_max: what a tile is compared with, see `DecodeGeometry`.
-        criterion: what a tile is judged by: `max`, its largest score, or `mass`, its probability beside that
-            of the first and the last tile; `mass` needs `running_max="seeded"`.
         backend: `auto`, or one by name.
         kv_start: absolute position of the first key in `k_cache` (contiguous caches only).
         return_stats: also return tile counts.
@@ -297,7 +293,7 @@ def decode_attention(
         check_table(block_table, kv_lens, q.shape[0], kv_start)
     call = call_of(
         run, k_cache, v_cache, tile_q=None, tile_kv=tile_kv, scale=scale, window=window, kv_start=kv_start,
-        running_max=running_max, criterion=criterion, table=block_table,
+        running_max=running_max, table=block_table,
     )  # fmt: skip
     requests = Requests(kv_lens=kv_lens, table=block_table)
     out, stats = _attend(
@@ -409,7 +405,6 @@ def tile_statistics(
     tile_kv: int = 128,
     dense_last: int = 0,
     running_max: RunningMax = "ascending",
-    criterion: Criterion = "max",
     kv_start: int = 0,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, TileHistogram]:
@@ -427,7 +422,6 @@ def tile_statistics(
         tile_kv: keys per tile [tokens].
         dense_last: last rows of each request whose votes skip nothing [tokens].
         running_max: decode only, see `DecodeGeometry`.
-        criterion: as in `decode_attention`; `mass` is for decode only.
         kv_start: absolute position of the first key in `k`.
         backend: `auto`, or one by name.
 
@@ -439,8 +433,7 @@ def tile_statistics(
     """
     call = call_of(
         q, k, v, tile_q=None if decode else tile_q, tile_kv=tile_kv, scale=scale, window=window,
-        causal=causal, kv_start=kv_start, running_max=running_max, criterion=criterion,
-        dense_last=dense_last,
+        causal=causal, kv_start=kv_start, running_max=running_max, dense_last=dense_last,
     )  # fmt: skip
     room = choose("statistics", backend, call, q.device, stacklevel=3)
     out, histogram = (reference.batch_statistics if room is None else room.run)(call, q, k, v)

@@ -72,6 +72,8 @@ def why_not_here(call: Call, device: Device) -> str | None:
             "tensors on the CPU run only in Triton's interpreter; "
             "set TRITON_INTERPRET=1 before importing triton"
         )
+    if call.criterion != "max":
+        return f"criterion {call.criterion} is not max"
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {call.dtype} is not fp16, bf16 or fp32"
     if max(call.head_dim, call.value_dim) > 256:

@@ -188,20 +188,6 @@ def test_each_backend_has_rows_under_its_name_beside_the_same_rivals(
     assert "hopper has no kernel for decode" in err
 
 
-def test_criteria_of_decode_are_timed_beside_each_other(
-    small: Any, verb: Callable[..., Result]
-) -> None:
-    code, out, err = verb(*SMALL, "--phase", "decode", "--criterion", "max", "mass", "--json")
-    assert code == 0, err
-    ours = [row for row in json.loads(out)["rows"] if row["backend"] == "triton"]
-    found = [(row.get("criterion"), row["requested_sparsity"]) for row in ours]
-    assert found == [(None, 0.0), ("mass", 0.0), (None, 0.5), ("mass", 0.5)]
-    assert all((row["sparsity"] > 0) == (row["requested_sparsity"] > 0) for row in ours)
-    assert "blocks, mass" in err
-    code, _, err = verb(*SMALL, "--criterion", "min")
-    assert code == 2 and "--criterion" in err and "min" in err
-
-
 # FlashInfer.
 
 

@@ -298,17 +298,3 @@ def test_a_wrong_target_exits_2(
     command = ("run", config, "-o", tmp_path / "run", "--set", f"target.target_sparsity={value}")
     refused(call(*command), *parts)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_criterion_of_the_engines_is_the_only_one(
-    config: Path, call: Callable[..., Result], tmp_path: Path
-) -> None:
-    """Model-Optimizer's curve is of thresholds that judge a tile by its largest score."""
-    options = ("--set", TARGET, "--set", "criterion={decode: mass}")
-    seeded = ("--set", "geometry.decode.running_max=seeded")
-    for more in ((), seeded):
-        result = call("run", config, "-o", tmp_path / "run", *options, *more)
-        assert (result.code, result.stdout) == (2, "")
-    refused(
-        result, "`criterion` must be max with `target.target_sparsity`", "write `criterion: max`"
-    )

@@ -16,17 +16,13 @@ import calibrate
 from calibrate.engines.catalogue import ENGINES
 from calibrate.engines.export import export
 from calibrate.engines.types import Server, Votes
-from calibrate.errors import UserError
 from calibrate.proof import project
 from calibrate.proof.project import describe
 from calibrate.record.folder import open_run
 from calibrate.schema import load_config
 from calibrate.search.study import open_study, points
-from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import Criteria, LayerOverride
-
-MASS = Criteria(decode="mass")
+from skip_softmax.thresholds.types import LayerOverride
 
 
 @pytest.fixture
@@ -80,40 +76,6 @@ def test_the_search_stays_in_what_the_engine_can_express(
     # Nothing has to be projected: the winner is the export.
     spaces = {key.split(".")[-1] for trial in run.study.trials for key in trial.params}
     assert spaces == {"log2_scale"} | ({"dense_layers"} if engine == "trtllm" else set())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("tiny_tiles")
-def test_a_run_judged_by_mass_says_so_and_is_projected_by_max(
-    smoke_model: Path, tmp_path: Path, call: Callable[..., Any]
-) -> None:
-    folder = tmp_path / "run"
-    overrides = (
-        f"model.path={smoke_model}",
-        "search.trials=4",
-        "geometry.decode.running_max=seeded",
-        "criterion.decode=mass",
-    )
-    run = calibrate.run(load_config(ROOT / "configs" / "smoke.yaml", overrides), folder)
-    assert (
-        run.thresholds.criterion == Statistics.load(folder / "stats.safetensors").criterion == MASS
-    )
-    code, out, _ = call("show", folder / "thresholds.yaml", "--run", folder)
-    assert code == 0 and "criterion mass" in out
-    assert "prefill max, decode mass" in (folder / "report.html").read_text()
-    code, _, err = call("export", folder / "thresholds.yaml", "--engine", "trtllm")
-    assert code == 2 and "`calibrate project RUN_DIR --engine trtllm`" in err
-    code, _, err = call("project", folder, "--engine", "trtllm")
-    assert code == 0, err
-    projected = Thresholds.load(folder / "projected-trtllm.yaml")
-    assert projected.criterion.decode == "max"
-    assert projected.geometry.decode is not None
-    assert projected.geometry.decode.running_max == "ascending"
-    assert "another criterion" in projected.fit["decode"]["refused"]
-    code, _, err = call("show", folder / "projected-trtllm.yaml", "--run", folder)
-    assert code == 2 and "at the file's tiles and criterion" in err
-    with pytest.raises(UserError, match=r"another config \(different: geometry, criterion\)"):
-        calibrate.run(load_config(ROOT / "configs" / "smoke.yaml", overrides[:2]), folder)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
-def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, mass=False):
+def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
     config, _, stages = decode.choose(
@@ -120,8 +120,8 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
     constants = dict(
         factors=None, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
-        MASS=mass, SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32",
-        AHEAD=ahead, STAGES=stages,
+        SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32", AHEAD=ahead,
+        STAGES=stages,
     )
     if not page:
         constants["table"] = None
@@ -134,7 +134,7 @@ def combine_case(arch):
     return compile(_combine, types, constants, arch, 4)
 
 
-def statistics_case(arch, in_decode, dense_last=False, mass=False):
+def statistics_case(arch, in_decode, dense_last=False):
     tma = arch >= 90
     kv = tile_type(tma, TILE, D)
     types = {"q": "*bf16", "k": kv, "v": kv, "out": "*bf16", "counts": "*i64", "mass": "*i64",
@@ -146,9 +146,8 @@ def statistics_case(arch, in_decode, dense_last=False, mass=False):
         HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
         HEAD_DIM_V=D, WIDTH=D, WIDTH_V=D, BLOCK_M=128, SUBS=1, VOTE_ROWS=pack if in_decode else 64,
         BLOCK_N=TILE,
-        PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, MASS=mass, DECODE=in_decode,
-        LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma,
-        PRECISION="tf32",
+        PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, DECODE=in_decode, LOW=histogram.LOW,
+        PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
         STAGES=3 if tma else 2,
     )
     if not dense_last:
@@ -193,13 +192,6 @@ cases = {
     "decode paged 16": lambda: decode_case(arch, 16, True, tokens=2),
     "decode paged 128": lambda: decode_case(arch, 128, True),
     "decode 256 dense": lambda: decode_case(arch, 0, False, batch=1, head_dim=256, tile=128),
-    "decode mass": lambda: decode_case(arch, 0, True, mass=True),
-    "decode 64 mass": lambda: decode_case(arch, 0, True, head_dim=64, mass=True),
-    "decode paged 16 mass": lambda: decode_case(arch, 16, True, tokens=2, mass=True),
-    "decode paged 128 mass": lambda: decode_case(arch, 128, True, mass=True),
-    "decode few mass": lambda: decode_case(arch, 0, True, batch=1, mass=True),
-    "decode 256 mass": lambda: decode_case(arch, 0, True, batch=1, head_dim=256, tile=128, mass=True),
-    "decode fp32 mass": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True, mass=True),
     "decode fp32": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True),
     "combine": lambda: combine_case(arch),
 }
@@ -216,7 +208,6 @@ if arch < 100 or KNOWS_BLACKWELL:
         "statistics": lambda: statistics_case(arch, False),
         "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
         "statistics decode": lambda: statistics_case(arch, True),
-        "statistics decode mass": lambda: statistics_case(arch, True, mass=True),
     }
 if arch == 90:
     for head_dim in (64, 128):
@@ -249,13 +240,10 @@ MAY_SPILL = {
     # At head_dim 128 the producer has 24, and settles the last tiles after an item without any.
     (90, "hopper 128"): 64, (90, "hopper 128 packed"): 64, (90, "hopper 128 padded, not causal"): 64,
     # Products of fp32 are made of parts, which take registers: the speed of fp32 is no goal.
-    **{(arch, name): 4096 for arch in (80, 90, 100)
-       for name in ("prefill fp32", "decode fp32", "decode fp32 mass")},
+    **{(arch, name): 4096 for arch in (80, 90, 100) for name in ("prefill fp32", "decode fp32")},
     # A block of head_dim 256 takes all 255 registers of a thread.
     **{(arch, "decode 256 dense"): 128 for arch in (80, 90, 100)},
-    **{(arch, "decode 256 mass"): 512 for arch in (80, 90, 100)},
     # Statistics keep a weight per bin beside the products, and are taken once per model.
-    **{(arch, "statistics decode mass"): most for arch, most in ((80, 4096), (90, 256), (100, 512))},
     (80, "statistics"): 4096, (80, "statistics decode"): 4096,
     (90, "statistics"): 256, (90, "statistics decode"): 256,
     (100, "statistics"): 512, (100, "statistics decode"): 512,

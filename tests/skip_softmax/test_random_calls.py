@@ -143,8 +143,6 @@ def test_random_decoding_matches_the_reference(case: int) -> None:
         "window": draw.choice([None, 1, length(draw), length(draw)]),
         "running_max": draw.choice(["seeded", "ascending"]),
     }  # fmt: skip
-    if call["running_max"] == "seeded":
-        call["criterion"] = draw.choice(["max", "mass"])
     true = ss.decode_attention(*doubled(p.q, p.k, p.v), kv_lens, backend="reference", **call)
     k, v = p.k, p.v
     if draw.random() < 0.5:
@@ -157,7 +155,7 @@ def test_statistics_of_a_random_prompt_match_the_reference(case: int) -> None:
     draw = Random(case)
     p, call = prefill_case(draw)
     if call["causal"] and draw.random() < 0.5:
-        call |= {"decode": True, "running_max": "seeded", "criterion": draw.choice(["max", "mass"])}
+        call |= {"decode": True, "running_max": "seeded"}
         call["dense_last"] = 0  # of prefill alone
     out, found = ss.tile_statistics(p.q, p.k, p.v, backend="triton", **call)
     true_out, true = ss.tile_statistics(*doubled(p.q, p.k, p.v), backend="reference", **call)

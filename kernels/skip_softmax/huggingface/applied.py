@@ -107,7 +107,6 @@ def applied(
     # A phase without tiles is dense, and dense attention is the same for any tiles.
     geometry = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
     tiles = {phase: given.model_dump() if given else {} for phase, given in geometry.items()}
-    tiles["decode"]["criterion"] = thresholds.criterion.decode
     counts = PhaseCounts(shape.layers, {"prefill": shape.q_heads, "decode": shape.kv_heads})
     factors: dict[tuple[int, Phase, torch.device], float | torch.Tensor] = {}
 

@@ -40,7 +40,7 @@ class Call:
         window: a row sees only its own position and the `window - 1` before it; None: no window.
         kv_start: absolute position of the first key in the key tensor (a sliding cache drops keys).
         running_max: decode only, what a tile is compared with (`DecodeGeometry`).
-        criterion: what a tile is judged by (`criterion.py`); `mass` is for seeded decode only.
+        criterion: what a tile is judged by.
         dense_last: prefill only: a vote that holds one of the last `dense_last` query rows of its request
             skips nothing [tokens]; 0: every vote may skip. These rows give the next token; all others reach
             the output only through the keys and values of later layers.
@@ -82,18 +82,6 @@ class Call:
             raise ValueError(
                 f"`running_max` must be ascending or seeded, but got {self.running_max!r}"
             )
-        if self.criterion not in get_args(Criterion):
-            raise ValueError(f"`criterion` must be max or mass, but got {self.criterion!r}")
-        if self.criterion == "mass" and not self.decode:
-            raise ValueError(
-                "`criterion` must be max in prefill, but got 'mass': the exponentials that it takes are what "
-                'skipping saves there; pass criterion="max", or decode=True'
-            )
-        if self.criterion == "mass" and not self.seeded:
-            raise ValueError(
-                "`criterion` must be max unless `running_max` is seeded, but got 'mass' with "
-                f'running_max={self.running_max!r}; pass running_max="seeded", or criterion="max"'
-            )
 
     @property
     def decode(self) -> bool:
@@ -128,7 +116,6 @@ def call_of(
     causal: bool = True,
     kv_start: int = 0,
     running_max: RunningMax = "ascending",
-    criterion: Criterion = "max",
     dense_last: int = 0,
     table: torch.Tensor | None = None,
     q_len: int | None = None,
@@ -165,7 +152,7 @@ def call_of(
     return Call(
         q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
-        kv_start, running_max, criterion, dense_last=dense_last, page=page,
+        kv_start, running_max, dense_last=dense_last, page=page,
         places=tuple((x.shape, x.stride()) for x in (q, k, v)),
     )  # fmt: skip
 

@@ -1,18 +1,9 @@
 """When a tile may be skipped: the definition in plain PyTorch, which the kernels implement in their terms.
 
-A row's gap says how the tile compares with what the row has seen, and a tile's gap is the largest of its
-valid rows' (`reference.py`). By criterion, with s the row's masked scores:
-
-    max     max of s over the tile, minus the row's running maximum before the tile, or minus its maximum over
-            its first and last visited tile (`running_max: seeded`)
-    mass    log of the sum of exp(s) over the tile, minus log of that sum over the row's first and last
-            visited tile: its probability beside theirs. Only for seeded decode: elsewhere it gained
-            nothing (notebooks/studies/criteria.py), and in prefill the exponentials are what skipping saves
-
-Many small keys that matter together keep a tile under `mass` and not under `max`; one key that stands out in
-its tile does the opposite. The tile is skipped exactly when its critical scale factor, kv_len * exp(gap), is
-below the call's scale factor. The kernels decide row by row (`keeps` in `triton/primitives.py`, `_vote` in
-`hopper/prefill_kernel.py`) and skip a tile if no row of a vote keeps it.
+A row's gap is its maximum in the tile minus its running maximum before the tile; a tile's gap is the largest
+of its valid rows' (`reference.py`). The tile is skipped exactly when its critical scale factor,
+kv_len * exp(gap), is below the call's scale factor. The kernels decide row by row (`keeps` in
+`triton/primitives.py`, `_vote` in `hopper/prefill_kernel.py`) and skip a tile if no row of a vote keeps it.
 
 A call is *armed* when it may skip: one of its scale factors is above 0. If the host knows that none is, the
 kernels run without the branch.
@@ -25,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-# What a tile is judged by: its rows' largest scores, or their probability in it (see above).
-Criterion = Literal["max", "mass"]
+# What a tile is judged by. `max`: by its row maxima alone.
+Criterion = Literal["max"]
 
 
 def has_threshold(scale_factor: Any, kv_len: Any) -> Any:

@@ -21,17 +21,12 @@ def attend(
     """As `reference.attend`, but the running maximum ignores skipped tiles, and any threshold applies.
 
     Raises:
-        ValueError: the call has `dense_last`, or is judged by mass.
+        ValueError: the call has `dense_last`.
     """
     if call.dense_last:
         raise ValueError(
             "`dense_last` must be 0 in the published algorithm, which knows no dense rows, but got "
             f"{call.dense_last}; pass 0"
-        )
-    if call.criterion != "max":
-        raise ValueError(
-            "`criterion` must be max, the only one of the published algorithm, but got "
-            f"{call.criterion!r}; measure it with `reference.attend`"
         )
     visited = torch.zeros(call.vote_heads, dtype=torch.int64, device=q.device)
     skipped = torch.zeros_like(visited)

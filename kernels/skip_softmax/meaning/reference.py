@@ -19,8 +19,7 @@ threshold of 1 a skipped tile cannot raise M, so M is the plain running max, and
 decision. A call whose threshold is 1 or more runs dense (`criterion.py`).
 
 Decode with `running_max: seeded` never skips the first and the last visited tile, and M[r] is the maximum
-over these two, whatever else is kept. With `criterion: mass` m[r] and M[r] are instead the log of the sum of
-exp(s) over the tile and over these two: a tile is judged by its probability.
+over these two, whatever else is kept.
 
 Scores, softmax and both products are computed in float32 for lower precisions, in float64 for float64; only
 the output is rounded to the input's dtype. Memory grows with kv_len, never with its square.
@@ -206,20 +205,18 @@ def _vote_gaps(
     scores: torch.Tensor, visited: torch.Tensor, whole: torch.Tensor, call: Call
 ) -> torch.Tensor:
     """The gap of each tile: its largest valid row's."""
-    # logsumexp of nothing is -inf, as the maximum of nothing is.
-    judge = torch.logsumexp if call.criterion == "mass" else torch.amax
-    level = judge(by_tile(scores, call), -1)  # [q_heads, rows, tiles]
+    tile_max = by_tile(scores, call).amax(-1)  # [q_heads, rows, tiles]
     first = visited & (visited.cumsum(1) == 1)
     if call.seeded:
         last = visited & (visited.flip(1).cumsum(1).flip(1) == 1)
         first = first | last
-        before = judge(level.masked_fill(~first, -torch.inf), -1, keepdim=True)
+        before = tile_max.masked_fill(~first, -torch.inf).amax(-1, keepdim=True)
     else:
-        running = level.cummax(-1).values
+        running = tile_max.cummax(-1).values
         before = torch.cat(
             [torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], dim=-1
         )
-    votes = largest_gap(level, before, call).masked_fill(first | whole, torch.inf)
+    votes = largest_gap(tile_max, before, call).masked_fill(first | whole, torch.inf)
     return votes.masked_fill(~visited, -torch.inf)
 
 
@@ -230,10 +227,10 @@ def _kept_whole(rows: slice, call: Call, device: torch.device) -> torch.Tensor:
     return last if call.decode else _row_to_vote(last, call).any(1)
 
 
-def largest_gap(level: torch.Tensor, before: torch.Tensor, call: Call) -> torch.Tensor:
-    """The gap of each vote, from each row's level in the tiles and before them [q_heads, rows, tiles]."""
+def largest_gap(tile_max: torch.Tensor, before: torch.Tensor, call: Call) -> torch.Tensor:
+    """The gap of each vote, from tiles' row maxima and what they are compared with [q_heads, rows, tiles]."""
     # A row that sees no key of the tile votes skip, even if it has seen none before (-inf minus -inf).
-    gap = torch.where(torch.isneginf(level), -torch.inf, level - before)
+    gap = torch.where(torch.isneginf(tile_max), -torch.inf, tile_max - before)
     if call.decode:
         return gap.view(call.kv_heads, -1, *gap.shape[1:]).amax(1)
     return _row_to_vote(gap.transpose(0, 1), call, fill=-torch.inf).amax(1).transpose(0, 1)

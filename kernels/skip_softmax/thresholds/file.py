@@ -21,7 +21,6 @@ from pydantic import Field, model_validator
 from skip_softmax.thresholds.evidence import EvidenceSection, FitSection, Plain, shaped
 from skip_softmax.thresholds.types import (
     PHASES,
-    Criteria,
     Geometry,
     LayerOverride,
     MinKvLen,
@@ -40,7 +39,7 @@ class Thresholds(Section):
     Attributes:
         format: name and version of the format.
         model: the model that the numbers were calibrated for.
-        criterion: what a tile is judged by, per phase.
+        criterion: what a tile is judged by.
         geometry: tiles of both phases [tokens], those of the kernel that serves.
         min_kv_len: shortest KV length that may skip [tokens]; it is above every scale factor.
         scale_factor: one number per phase for every layer, threshold * kv_len [tokens]; 0 is dense.
@@ -53,7 +52,7 @@ class Thresholds(Section):
 
     format: Literal["skip-softmax/1"] = "skip-softmax/1"
     model: ModelSection
-    criterion: Criteria = Criteria()
+    criterion: Literal["max"] = "max"
     geometry: Geometry
     min_kv_len: MinKvLen = MinKvLen()
     scale_factor: ScaleFactors = ScaleFactors()
@@ -65,7 +64,6 @@ class Thresholds(Section):
 
     @model_validator(mode="after")
     def _laws(self) -> Thresholds:
-        self.criterion.check(self.geometry.decode)
         seen: set[int] = set()
         for index, override in enumerate(self.layers):
             where = f"layers[{index}] (layer {override.layer})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -126,67 +125,6 @@ class Geometry(Section):
     prefill: PrefillGeometry | None = None
     decode: DecodeGeometry | None = None
     order: Literal["ascending"] = "ascending"
-
-
-def _known(*words: str) -> BeforeValidator:
-    """Refuses other words, and names the nearest."""
-
-    def check(value: Any) -> Any:
-        if value not in words:
-            hint = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
-            cure = f"did you mean `{hint[0]}`?" if hint else f"write {words[0]}"
-            raise ValueError(f"must be {' or '.join(map(repr, words))}, but got {value!r}; {cure}")
-        return value
-
-    return BeforeValidator(check)
-
-
-class Criteria(Section):
-    """What a tile is judged by, per phase.
-
-    `max`: by its rows' largest scores. `mass`: by their probability in the tile beside that in the first
-    and the last visited tile; only in decode, and only with `running_max: seeded`. In a file the plain word
-    `max` means both phases.
-    """
-
-    prefill: Annotated[Literal["max"], _known("max")] = "max"
-    decode: Annotated[Literal["max", "mass"], _known("max", "mass")] = "max"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_a_word(cls, value: Any) -> Any:
-        if value == "max":
-            return {}
-        if isinstance(value, dict) and value.get("prefill") == "mass":
-            raise ValueError(
-                "`prefill` must be max, but got 'mass': the exponentials that it takes are what skipping "
-                "saves there; write {prefill: max, decode: mass}"
-            )
-        if isinstance(value, dict | Criteria):
-            return value
-        forms = {"max": "max", "mass": "{prefill: max, decode: mass}"}
-        near = difflib.get_close_matches(str(value), forms, n=1, cutoff=0.5)
-        cure = f"did you mean `{forms[near[0]]}`?" if near else "write max"
-        raise ValueError(
-            f"must be 'max', or a mapping because decode alone has another, but got {value!r}; {cure}"
-        )
-
-    @model_serializer(mode="wrap")
-    def _as_a_word(self, as_mapping: SerializerFunctionWrapHandler) -> Any:
-        return "max" if self == Criteria() else as_mapping(self)
-
-    def check(self, decode: DecodeGeometry | None) -> None:
-        """Checks that the tiles of decode are those that its criterion needs.
-
-        Raises:
-            ValueError: they are not.
-        """
-        found = None if decode is None else decode.running_max
-        if self.decode == "mass" and found != "seeded":
-            raise ValueError(
-                "`criterion.decode: mass` needs `geometry.decode.running_max: seeded`, but got "
-                f"{found or 'no tiles of decode'}; set it, or write `criterion: max`"
-            )
 
 
 class MinKvLen(Section):

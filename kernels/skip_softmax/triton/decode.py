@@ -95,7 +95,7 @@ def run(
     """Runs a call that `why_not` accepts; see `decode`."""
     return decode(
         q, k, v, requests.kv_lens, requests.table, factor, factors, call.scale, call.window, call.tile_kv,
-        call.seeded, call.criterion == "mass", 0, stats,
+        call.seeded, 0, stats,
     )  # fmt: skip
 
 
@@ -166,7 +166,6 @@ def decode(
     window: int | None,
     tile_kv: int,
     seeded: bool,
-    mass: bool,
     splits: int,
     stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +183,6 @@ def decode(
         window: sliding window [tokens], or None.
         tile_kv: keys per tile.
         seeded: what a tile is compared with (see `decode_kernel.py`).
-        mass: whether a tile is judged by its summed weights, not its maximum; only if `seeded`.
         splits: programs per KV head and request; 0 chooses.
         stats: whether to count tiles.
 
@@ -232,9 +230,9 @@ def decode(
             TOKENS=tokens, GROUP=group, ROWS=rows,
             HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
             WIDTH_V=width(v.shape[-1]), TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2],
-            WINDOWED=window is not None, ARMED=armed, SEEDED=seeded, MASS=mass,
-            SPLIT=splits > 1, EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
-            AHEAD=config.ahead, STAGES=stages, num_warps=config.warps,
+            WINDOWED=window is not None, ARMED=armed, SEEDED=seeded, SPLIT=splits > 1,
+            EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv), AHEAD=config.ahead,
+            STAGES=stages, num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:
             columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
@@ -248,8 +246,6 @@ def decode(
 
 
 @decode.register_fake
-def _(
-    q, k, v, kv_lens, table, factor, factors, scale, window, tile_kv, seeded, mass, splits, stats
-):
+def _(q, k, v, kv_lens, table, factor, factors, scale, window, tile_kv, seeded, splits, stats):
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     return out, q.new_empty((q.shape[0] if stats else 0, k.shape[1], 2), dtype=torch.int64)

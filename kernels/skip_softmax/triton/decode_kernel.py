@@ -20,10 +20,6 @@ What a tile is compared with (`running_max` of the thresholds file) must not dep
 `seeded`: the row maximum over the first and the last visited tile, which are never skipped; every program
 computes it for itself. `ascending`: the running maximum over all earlier tiles, which only a program that
 walks them all knows, so an armed call has a single split.
-
-A tile is judged by its row maxima, or with MASS (`criterion: mass`, only `seeded`) by log2 of the weights in
-it, and then `seed` is log2 of those in the first and the last tile. The exponentials of so few rows are free:
-decode waits for memory, and v is still read only after the decision.
 """
 
 from __future__ import annotations
@@ -35,8 +31,6 @@ from skip_softmax.triton.primitives import (
     count_bits,
     keeps,
     kept_votes,
-    log2_added,
-    log2_mass,
     log2_threshold,
     online_softmax,
     visible,
@@ -97,7 +91,7 @@ def _decode(
     stride_oh, stride_ot, stride_table, TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
-    SEEDED: tl.constexpr, MASS: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
+    SEEDED: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
     PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
@@ -162,8 +156,6 @@ def _decode(
         if SEEDED:
             # The tiles that are some token's first, then those that are some token's last.
             high_first = tl.maximum(kv_len - TOKENS, 0) // TILE_KV
-            if MASS:  # a tile that is both must be added once
-                high_first = tl.maximum(high_first, low_last + 1)
             firsts = low_last + 1 - low
             count = tl.where(
                 tl.max(tl.where(valid, threshold, float("-inf")), 0) > float("-inf"),
@@ -184,14 +176,9 @@ def _decode(
                         position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
                     )
                     seen = seen & ((tile == first_tile) | (tile == last_tile))[:, None]
-                    if MASS:
-                        scores = tl.where(seen, scores, float("-inf"))
-                        weight = log2_mass(scores, scale, tl.max(scores, 1) * scale)
-                        seed = log2_added(seed, weight)
-                    else:
-                        seed = tl.maximum(
-                            seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale
-                        )
+                    seed = tl.maximum(
+                        seed, tl.max(tl.where(seen, scores, float("-inf")), 1) * scale
+                    )
 
     # This split's range of tiles. Splits share nothing before `_combine`: each has its own acc, l and m, and
     # the same `seed`, so decisions do not depend on their number.
@@ -223,14 +210,8 @@ def _decode(
             if ARMED:
                 if SEEDED:
                     ends = ((tile == first_tile) | (tile == last_tile)) & (tile_max > float("-inf"))
-                    if MASS:
-                        level = log2_mass(scores, scale, tile_max)
-                        # The ends come once more among the tiles of a split, when `seed` is complete.
-                        seed = tl.where(ends & (i < count), log2_added(seed, level), seed)
-                    else:
-                        level = tile_max
-                        seed = tl.maximum(seed, tl.where(ends, tile_max, float("-inf")))
-                    bits = kept_votes(keeps(level, seed, threshold) | ends, ballot)
+                    seed = tl.maximum(seed, tl.where(ends, tile_max, float("-inf")))
+                    bits = kept_votes(keeps(tile_max, seed, threshold) | ends, ballot)
                     bits = tl.where(i < count, 0, bits)
                 else:
                     bits = kept_votes(keeps(tile_max, m, threshold), ballot)
@@ -274,8 +255,7 @@ def _decode(
             tile_max = tl.max(scores, 1) * scale
             if ARMED:
                 if SEEDED:
-                    level = log2_mass(scores, scale, tile_max) if MASS else tile_max
-                    wanted = keeps(level, seed, threshold)
+                    wanted = keeps(tile_max, seed, threshold)
                     wanted = wanted | ((tile == first_tile) | (tile == last_tile)) & (
                         tile_max > float("-inf")
                     )

@@ -69,31 +69,8 @@ def visible(position, key, kv_len, window, CAUSAL: tl.constexpr, WINDOWED: tl.co
 
 
 @triton.jit
-def log2_mass(scores, scale, tile_max):
-    """log2 of each row's summed weights in a tile, -inf where it sees no key.
-
-    Args:
-        scores: raw scores [rows, keys], -inf where masked.
-        scale: turns raw scores into the log2 domain.
-        tile_max: their row maxima in the log2 domain.
-    """
-    top = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    return top + tl.log2(tl.sum(tl.exp2(scores * scale - top[:, None]), 1))
-
-
-@triton.jit
-def log2_added(a, b):
-    """log2(2^a + 2^b), -inf where both are."""
-    top = tl.maximum(a, b)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    return top + tl.log2(tl.exp2(a - top) + tl.exp2(b - top))
-
-
-@triton.jit
 def keeps(tile_max, before, threshold):
     """Whether a row wants the tile kept: exp(tile_max - before) >= threshold.
-
-    With `criterion: mass` both are log2 of summed weights.
 
     A row that sees no key of the tile (-inf) never does; one whose scores are NaN always does.
     """

@@ -101,9 +101,8 @@ def run(
                 WIDTH_V=width(v.shape[-1]),
                 BLOCK_M=block_m, SUBS=subs, VOTE_ROWS=vote_rows, BLOCK_N=block_n, PARTS=tile_kv // block_n,
                 CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=call.causal, WINDOWED=call.window is not None,
-                SEEDED=call.seeded, MASS=call.criterion == "mass", DECODE=call.decode, LOW=histogram.LOW,
-                PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma_v,
-                PRECISION=precision(q.dtype, block_n),
+                SEEDED=call.seeded, DECODE=call.decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
+                BINS=histogram.BINS, TMA=tma, TMA_V=tma_v, PRECISION=precision(q.dtype, block_n),
                 STAGES=1 if single and wide else 2 if small else 3, num_warps=8,
             )  # fmt: skip
     rows = batch * q_len * (group if call.decode else 1)

@@ -6,10 +6,6 @@ at the end of the walk; then the program reads its notes back, joins the rows of
 votes to the histogram. One program's notes are tiles x rows numbers, and there are only as many programs as
 run at once, each taking one item after another: memory grows with kv_len, never with its square.
 
-With MASS (`criterion: mass`, decode only) the gap of a row is log2 of the tile's weights minus log2 of those
-in its first and last tile. It is computed from the tile alone: beside the running maximum, a tile's weights
-may round to nothing while its gap is still in the histogram's range.
-
 Weights are added as integers (units of 2^-40), so that a histogram does not depend on the order of its sums.
 """
 
@@ -20,8 +16,6 @@ import triton.language as tl
 
 from skip_softmax.triton.primitives import (
     load_tile,
-    log2_added,
-    log2_mass,
     online_softmax,
     place_of,
     visible,
@@ -36,8 +30,8 @@ def _observe(
     position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, NOTE_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr, MASS: tl.constexpr,
-    TMA: tl.constexpr, TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr, TMA: tl.constexpr,
+    TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Dense attention over key blocks `first` to `last`, noting each row's gap and weight in each."""
     for block in tl.range(first, last, num_stages=STAGES):
@@ -58,10 +52,7 @@ def _observe(
         top = tl.max(scores, 1) * scale
         tile = block // PARTS
         if SEEDED:
-            level = top
-            if MASS:
-                level = log2_mass(scores, scale, top)
-            gap = tl.where((tile == row_first) | (tile == row_last), float("inf"), level - seed)
+            gap = tl.where((tile == row_first) | (tile == row_last), float("inf"), top - seed)
         else:
             # All parts of a tile are compared with the running maximum before its first part.
             before = tl.where(block % PARTS == 0, m, before)
@@ -83,8 +74,8 @@ def _tally(
     counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window, dense_last,
     Q_GROUP: tl.constexpr, PACK: tl.constexpr, NOTE_ROWS: tl.constexpr, VOTE_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASS: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr,
-    PER_OCTAVE: tl.constexpr, BINS: tl.constexpr,
+    WINDOWED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     """Adds the tiles `low` to `high` of one item's rows to the histogram."""
     VOTES: tl.constexpr = NOTE_ROWS // VOTE_ROWS
@@ -118,14 +109,7 @@ def _tally(
         gap = tl.load(gaps + note, mask=seen, other=float("-inf"))
         weight_log2 = tl.load(weights_log2 + note, mask=seen, other=float("-inf"))
         weight = tl.exp2(weight_log2 - lse[None, :])
-        gap = tl.reshape(gap, [CHUNK, PARTS, VOTES, VOTE_ROWS])
-        if MASS and PARTS > 1:
-            # A row's weights in the parts of a tile add up before the rows of a vote are compared.
-            top = tl.max(gap, 1)
-            top = tl.where((top == float("inf")) | (top == float("-inf")), 0.0, top)
-            gap = tl.max(top + tl.log2(tl.sum(tl.exp2(gap - top[:, None]), 1)), 2)
-        else:
-            gap = tl.max(tl.max(gap, 3), 1)
+        gap = tl.max(tl.max(tl.reshape(gap, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
         weight = tl.sum(tl.sum(tl.reshape(weight, [CHUNK, PARTS, VOTES, VOTE_ROWS]), 3), 1)
         if dense_last is not None:  # such a vote's tiles can never be skipped
             end = token0 + (tl.arange(0, VOTES) + 1) * VOTE_ROWS
@@ -156,9 +140,9 @@ def _statistics(
     KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, SUBS: tl.constexpr,
     VOTE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SEEDED: tl.constexpr, MASS: tl.constexpr,
-    DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr, BINS: tl.constexpr,
-    TMA: tl.constexpr, TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SEEDED: tl.constexpr, DECODE: tl.constexpr,
+    LOW: tl.constexpr, PER_OCTAVE: tl.constexpr, BINS: tl.constexpr, TMA: tl.constexpr,
+    TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NOTE_ROWS: tl.constexpr = BLOCK_M * SUBS  # rows of one item
     TOKENS: tl.constexpr = BLOCK_M // PACK  # query tokens of one block
@@ -219,8 +203,6 @@ def _statistics(
                     tl.minimum(tl.max(tl.where(valid, row_first, 0), 0) * PARTS + PARTS, high) - low
                 )
                 high_first = tl.maximum(offset + token0, 0) // TILE_KV * PARTS
-                if MASS:  # a tile that is both must be added once
-                    high_first = tl.maximum(high_first, low + firsts)
                 for i in tl.range(
                     0,
                     tl.where(
@@ -239,12 +221,7 @@ def _statistics(
                     )
                     edge = (block // PARTS == row_first) | (block // PARTS == row_last)
                     scores = tl.where(seen & edge[:, None], scores, float("-inf"))
-                    top = tl.max(scores, 1) * scale
-                    seed = (
-                        log2_added(seed, log2_mass(scores, scale, top))
-                        if MASS
-                        else tl.maximum(seed, top)
-                    )
+                    seed = tl.maximum(seed, tl.max(scores, 1) * scale)
                 # For a row without keys, -inf - -inf would be NaN.
                 seed = tl.where(seed == float("-inf"), 0.0, seed)
 
@@ -259,19 +236,19 @@ def _statistics(
                     low, low_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place,
                     v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
                     seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N,
-                    PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True, SEEDED, MASS, TMA, TMA_V, PRECISION, STAGES,
+                    PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
                 )  # fmt: skip
             acc, l, m, before = _observe(
                 low_full, high_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place,
                 v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
                 seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS,
-                NOTE_ROWS, CAUSAL, WINDOWED, False, SEEDED, MASS, TMA, TMA_V, PRECISION, STAGES,
+                NOTE_ROWS, CAUSAL, WINDOWED, False, SEEDED, TMA, TMA_V, PRECISION, STAGES,
             )  # fmt: skip
             acc, l, m, before = _observe(
                 high_full, high, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place, v_place,
                 stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale, seed, gaps,
                 weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS, NOTE_ROWS,
-                CAUSAL, WINDOWED, True, SEEDED, MASS, TMA, TMA_V, PRECISION, STAGES,
+                CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
             )  # fmt: skip
             total = tl.where(l == 0.0, 1.0, l)
             acc = acc / total[:, None]
@@ -294,6 +271,6 @@ def _statistics(
             counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,
             row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_block * SUBS * TOKENS,
             q_len, kv_len, window, dense_last, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS, CHUNK,
-            CAUSAL, WINDOWED, MASS, DECODE, LOW, PER_OCTAVE, BINS,
+            CAUSAL, WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
         )  # fmt: skip
         tl.debug_barrier()

@@ -28,7 +28,6 @@ from calibrate.model.config_json import read_model_config
 from calibrate.proof.project import tiles_for
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import (
-    Criteria,
     DecodeGeometry,
     Geometry,
     PrefillGeometry,
@@ -78,12 +77,6 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
         thresholds(geometry=SEEDED),
         ("--engine", "trtllm"),
         "running_max must be ascending",
-    ),
-    "criterion": (
-        thresholds(geometry=SEEDED, criterion=Criteria(decode="mass")),
-        ("--engine", "trtllm"),
-        "`criterion.decode` must be max for TensorRT-LLM, which .* but the numbers are for mass; .*calibrate "
-        "project RUN_DIR --engine trtllm.* or export prefill alone .*, or serve with native",
     ),
     "geometry-modelopt-heads": (
         thresholds(geometry=MODELOPT),
@@ -343,32 +336,6 @@ def test_guards_say_law_value_and_cure_and_exit_2(name: str, run: Callable[..., 
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert re.search(message, err, re.DOTALL), err
-
-
-@pytest.mark.parametrize("engine", [name for name, e in ENGINES.items() if "decode" in e.numbers])
-def test_no_other_engine_gets_numbers_of_masses(engine: str, run: Callable[..., Any]) -> None:
-    file = thresholds(geometry=SEEDED, criterion=Criteria(decode="mass"))
-    code, out, err = run(file, "--engine", engine, "--trust-geometry", "--experimental")
-    assert (code, out) == (2, "")
-    assert f"`criterion.decode` must be max for {find_engine(engine).title}" in err, err
-    assert "--phase prefill" in err
-
-
-def test_an_engine_without_decode_does_not_mind_its_criterion() -> None:
-    seeded = TOKENSPEED.model_copy(update={"decode": SEEDED.decode})
-    file = thresholds(geometry=seeded, criterion=Criteria(decode="mass"))
-    assert export(file, "tokenspeed", at_length=9000).sidecar["scale_factor"] == {"prefill": 587.18}
-
-
-def test_prefill_of_a_file_whose_decode_is_judged_by_mass_can_be_exported(
-    run: Callable[..., Any],
-) -> None:
-    file = thresholds(geometry=SEEDED, criterion=Criteria(decode="mass"))
-    arguments = ("--engine", "trtllm", "--gpu", "sm90", "--served-min-len", 8192)
-    code, out, err = run(file, *arguments, "--phase", "prefill")
-    assert code == 0 and "prefill" in out, err
-    code, out, _ = run(file, "--engine", "native")
-    assert code == 0 and "criterion: {prefill: max, decode: mass}" in out
 
 
 @pytest.mark.parametrize("engine", sorted(set(ENGINES) - {"native"}))

@@ -10,7 +10,7 @@ from fresh_process import loaded_by
 
 from calibrate.schema import CostConfig, GeometryConfig
 from calibrate.search.cost import load_curves
-from skip_softmax.thresholds.types import Criteria, PrefillGeometry
+from skip_softmax.thresholds.types import PrefillGeometry
 
 TILES = GeometryConfig()
 WIDE = GeometryConfig(prefill=PrefillGeometry(tile_q=64, tile_kv=256))
@@ -50,19 +50,6 @@ def test_prefill_costs_what_the_kernel_takes_that_auto_would_run(
     assert found.source["backend"] == {"prefill": backend, "decode": "triton"}
     assert found.curves["prefill"].at(0.0) == pytest.approx(at_zero)
     assert found.curves["decode"].at(0.0) == pytest.approx(1.0)
-
-
-def test_each_criterion_has_its_own_curve_once_it_is_measured(rows: Path) -> None:
-    config, mass = CostConfig(curves=str(rows), device="Abacus"), Criteria(decode="mass")
-
-    def decode(criterion: Criteria) -> float:
-        return load_curves(config, 4096, 128, TILES, criterion).curves["decode"].at(0.0)
-
-    assert decode(mass) == decode(Criteria()) == pytest.approx(1.0)
-    lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    lines += [row | {"criterion": "mass", "ms": 2.4} for row in lines if row["phase"] == "decode"]
-    rows.write_text("\n".join(json.dumps(line) for line in lines))
-    assert (decode(mass), decode(Criteria())) == pytest.approx((1.2, 1.0))
 
 
 def test_another_architecture_takes_another_kernel(rows: Path) -> None:

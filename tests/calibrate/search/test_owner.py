@@ -62,10 +62,9 @@ def url(tmp_path: Path) -> str:
         (
             {
                 "geometry": {"decode": {"tile_kv": 64, "running_max": "seeded"}},
-                "criterion": {"decode": "mass"},
+                "search": {"groups": 2},
             },
-            "geometry.decode.running_max (ascending there, seeded here), criterion.decode (max there, "
-            "mass here)",
+            "geometry.decode.running_max (ascending there, seeded here), search.groups (3 there, 2 here)",
         ),
         ({"budget": {"kl": 0.5}}, "budget.kl (0.01 there, 0.5 here)"),
         ({"budget": {"kl_text": 0.5}}, "budget.kl_text (None there, 0.5 here)"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from planting import graded
 
 import skip_softmax as ss
 from calibrate.errors import UserError
-from calibrate.statistics.counts import Statistics, criterion_identity, scale_factor_at
+from calibrate.statistics.counts import Statistics, scale_factor_at
 from skip_softmax.meaning.histogram import BINS, NEVER, edges
-from skip_softmax.thresholds.types import Criteria
 
 
 def statistics_of(heads: int, kv_heads: int) -> Statistics:
@@ -115,29 +113,20 @@ def test_statistics_of_two_runs_add_up_to_one_run(tmp_path) -> None:
 def test_statistics_that_do_not_belong_together_are_refused(tmp_path) -> None:
     ours = statistics_of(4, 2)
     theirs = Statistics.empty({"model": "another"}, 1, 4, 2, [1000])
-    judged = Statistics.empty({**ours.identity, "criterion": {"decode": "mass"}}, 1, 4, 2, [1000])
-    for one, other in ((ours, judged), (judged, ours)):
-        with pytest.raises(UserError, match=r"but \['criterion'\] differ"):
-            one.merge(other)
     with pytest.raises(
-        UserError, match=r"share model, geometry, criterion and lengths, but \['model'\] differ"
+        UserError, match=r"share model, geometry and lengths, but \['model'\] differ"
     ):
         ours.merge(theirs)
+    named = Statistics.empty({**ours.identity, "origin": "elsewhere"}, 1, 4, 2, [1000])
+    for one, other in ((ours, named), (named, ours)):
+        with pytest.raises(UserError, match=r"but \['origin'\] differ"):
+            one.merge(other)
     ours.prompts.append("same")
     with pytest.raises(UserError, match="no prompt is in both, but 1 are"):
         ours.merge(ours)
     (tmp_path / "broken.safetensors").write_bytes(b"no statistics")
     with pytest.raises(UserError, match="cannot be read as tile statistics"):
         Statistics.load(tmp_path / "broken.safetensors")
-
-
-def test_the_criterion_is_named_where_it_is_not_max_and_old_files_are_of_max(tmp_path) -> None:
-    old = Path(__file__).parents[2] / "data/run-211ca9d/stats.safetensors"
-    assert Statistics.load(old).criterion == Criteria() and criterion_identity(Criteria()) == {}
-    mass = Criteria(decode="mass")
-    ours = Statistics.empty(criterion_identity(mass), 1, 4, 2, [1000])
-    ours.save(tmp_path / "mass.safetensors")
-    assert Statistics.load(tmp_path / "mass.safetensors").criterion == ours.like().criterion == mass
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

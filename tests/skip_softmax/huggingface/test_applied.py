@@ -21,7 +21,6 @@ from calibrate.statistics import capture
 from skip_softmax import Thresholds, applied
 from skip_softmax.huggingface.layers import Layer, inspect_layers
 from skip_softmax.thresholds.types import (
-    Criteria,
     Geometry,
     LayerOverride,
     MinKvLen,
@@ -35,13 +34,7 @@ SHARPNESS = 400.0  # so sharp that tiles can be skipped in a random model
 
 
 def thresholds(
-    found: list[Layer],
-    factor: float,
-    *,
-    floor: int = 60,
-    dense_last: int = 0,
-    running_max: str = "ascending",
-    **changes: Any,
+    found: list[Layer], factor: float, *, floor: int = 60, dense_last: int = 0, **changes: Any
 ) -> Thresholds:
     first = found[0]
     prefill = {"tile_q": 16, "tile_kv": 16, "dense_last": dense_last}
@@ -55,7 +48,7 @@ def thresholds(
             head_dim=first.head_dim,
             dtype="float32",
         ),
-        geometry=Geometry(prefill=prefill, decode={"tile_kv": 16, "running_max": running_max}),
+        geometry=Geometry(prefill=prefill, decode={"tile_kv": 16}),
         min_kv_len=MinKvLen(prefill=floor, decode=floor),
         scale_factor=ScaleFactors(prefill=factor, decode=factor),
         **changes,
@@ -141,28 +134,6 @@ def test_the_last_rows_of_a_prompt_are_dense_and_statistics_know() -> None:
         assert torch.equal(statistics.visited("prefill")[:, :, 0], counts["prefill"].visited)
         assert int(counts["decode"].skipped.sum()) > 0
     assert skipped[0] > skipped[6] > skipped[7] == skipped[20] > skipped[150] == 0
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_model_judged_by_mass_skips_what_its_statistics_say(family: str) -> None:
-    one = loaded(family)
-    ids = tuple(tiny.tokens(150)[0].tolist())
-    prompt = Prompt("text", "calibration", 150, ids, tuple(tiny.tokens(9, 1)[0].tolist()), False)
-    decode = {"tile_kv": 16, "running_max": "seeded"}
-    geometry = GeometryConfig(prefill={"tile_q": 16, "tile_kv": 16}, decode=decode)
-    factor, counted = 2.0**5.75, {}  # an edge of the histogram, where its answer is exact
-    for criterion in (Criteria(), Criteria(decode="mass")):
-        statistics = capture.empty_statistics(one, geometry, [150], criterion)
-        [(_, statistics)] = capture.capture(one, [prompt], statistics, geometry)
-        settings = thresholds(one.layers, factor, running_max="seeded", criterion=criterion)
-        with applied(one.model, settings, decode_from=150) as counts:
-            capture.forward(one, prompt)
-        for phase in ("prefill", "decode"):  # the first layer sees what capture saw
-            exact = statistics.skipped(phase, factor)[0, :, 0]
-            assert torch.equal(counts[phase].skipped[0].double(), exact)
-        assert statistics.skipped("decode", factor).sum() > 0
-        counted[criterion.decode] = statistics.counts["decode"]
-    assert not torch.equal(counted["max"], counted["mass"])
 
 
 def test_batches_with_padding_equal_single_requests() -> None:

@@ -36,13 +36,6 @@ def test_it_knows_no_dense_rows() -> None:
         literal.attend(q[0], k[0], v[0], call(q, k, 32, dense_last=64), torch.ones(4).double())
 
 
-def test_another_criterion_is_not_in_the_published_algorithm() -> None:
-    q, k, v = graded(2, 1, 1, 50)
-    one = call(q, k, None, running_max="seeded", criterion="mass")
-    with pytest.raises(ValueError, match=r"`criterion` must be max, .* but got 'mass'"):
-        literal.attend(q[0], k[0], v[0], one, torch.ones(1, dtype=torch.float64))
-
-
 def test_above_one_only_what_exceeds_all_kept_tiles_is_kept() -> None:
     """Tile maxima of 0, 1, 3, 2.5 and 6 nats; a threshold of e^2.2 keeps the first, third and last."""
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)

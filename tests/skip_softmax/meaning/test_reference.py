@@ -10,7 +10,7 @@ import torch
 from planting import graded
 
 import skip_softmax as ss
-from skip_softmax.meaning import histogram, reference
+from skip_softmax.meaning import reference
 from skip_softmax.meaning.call import Call
 
 
@@ -27,7 +27,6 @@ def loop(
     decode: bool = False,
     seeded: bool = False,
     dense_last: int = 0,
-    mass: bool = False,
 ) -> tuple[torch.Tensor, int, int, list[float]]:
     """Section by section what the thresholds mean, one request, written without tensors' help.
 
@@ -69,20 +68,15 @@ def loop(
         ]
         threshold = scale_factor / length if scale_factor < length else 0.0
         running = dict.fromkeys(rows, -math.inf)
-        level = weight_of if mass else max
         if seeded and tiles:
-            ends = sorted({tiles[0], tiles[-1]})
+            ends = [tiles[0], tiles[-1]]
             running = {
-                row: level(
-                    [float(s) for j in ends for s in scores[row][j * tile_kv : (j + 1) * tile_kv]]
-                )
+                row: max(float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for j in ends)
                 for row in rows
             }
         kept = []
         for j in tiles:
-            top = {
-                row: level(scores[row][j * tile_kv : (j + 1) * tile_kv].tolist()) for row in rows
-            }
+            top = {row: float(scores[row][j * tile_kv : (j + 1) * tile_kv].max()) for row in rows}
             never = j == tiles[0] or (seeded and j == tiles[-1])
             gap = max(
                 -math.inf if top[row] == -math.inf else top[row] - running[row] for row in rows
@@ -104,12 +98,6 @@ def loop(
             if s.max() > -math.inf:
                 out[h, r] = torch.softmax(s, -1) @ v[kv_head].double()
     return out, visited, skipped, critical
-
-
-def weight_of(scores: list[float]) -> float:
-    """Log of the summed exponentials of scores that are not large, nats."""
-    total = math.fsum(math.exp(s) for s in scores)
-    return math.log(total) if total else -math.inf
 
 
 @pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
@@ -230,22 +218,15 @@ def test_prefill_with_queries_shorter_than_keys(shape: tuple[int, int], causal: 
     assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
 
 
-@pytest.mark.parametrize(
-    ("running_max", "criterion"), [("ascending", "max"), ("seeded", "max"), ("seeded", "mass")]
-)
+@pytest.mark.parametrize("running_max", ["ascending", "seeded"])
 @pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1)], ids=["mha", "gqa3", "gqa8"])
 @pytest.mark.parametrize(("tokens", "length"), [(1, 1), (1, 127), (3, 200), (4, 129)])
 def test_decode_equals_the_loop(
-    tokens: int,
-    length: int,
-    heads: tuple[int, int],
-    window: int | None,
-    running_max: str,
-    criterion: str,
+    tokens: int, length: int, heads: tuple[int, int], window: int | None, running_max: str
 ) -> None:
     q, k, v = graded(*heads, tokens, length)
-    factor = min(100.0 if criterion == "mass" else 20.0, 0.9 * (length - tokens + 1))
+    factor = min(20.0, 0.9 * (length - tokens + 1))
     expected, visited, skipped, _ = loop(
         q[0],
         k[0],
@@ -257,7 +238,6 @@ def test_decode_equals_the_loop(
         tile_kv=16,
         decode=True,
         seeded=running_max == "seeded",
-        mass=criterion == "mass",
     )
     out, stats = ss.decode_attention(
         q,
@@ -267,86 +247,12 @@ def test_decode_equals_the_loop(
         window=window,
         tile_kv=16,
         running_max=running_max,
-        criterion=criterion,
         return_stats=True,
     )
     torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
     assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
     if length >= 127 and window is None:
         assert skipped > 0, "the planted input must skip something, or this test shows nothing"
-
-
-def test_mass_keeps_many_small_keys_and_skips_a_lone_spike() -> None:
-    """First and last tile weigh 1 each, so ln 2 together. Beside them, of 64 keys:
-
-    tile 1, 16 keys at -4 nats: critical scale factor 64 exp(-4) = 1.17 by max, 64 (16 exp(-4) / 2) = 9.4 by
-    mass; tile 2, one key at -2: 64 exp(-2) = 8.7 by max, 64 (exp(-2) / 2) = 4.3 by mass.
-    """
-    scores = torch.full((4, 16), -1e3, dtype=torch.float64)
-    scores[0, 3] = scores[3, 9] = 0.0
-    scores[1], scores[2, 5] = -4.0, -2.0
-    q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), scores.view(1, 1, 64, 1)
-    v = torch.arange(4.0, dtype=torch.float64).repeat_interleave(16).view(1, 1, 64, 1)
-    many, spike = 16 * math.exp(-4), math.exp(-2)
-    for criterion, kept, critical in (
-        ("max", spike * 2 / (2 + spike), [64 * math.exp(-4), 64 * spike]),
-        ("mass", many * 1 / (2 + many), [64 * many / 2, 64 * spike / 2]),
-    ):
-        call = Call(
-            1, 64, 1, 1, 1, 1, q.dtype, 1.0, None, 16, running_max="seeded",
-            criterion=criterion,  # type: ignore[arg-type]
-        )  # fmt: skip
-        gaps = reference.gaps(q[0], k[0], call)[0, 0]
-        assert (64 * gaps[1:3].exp()).tolist() == pytest.approx(critical)
-        assert gaps[[0, 3]].tolist() == [math.inf, math.inf]
-        out, stats = ss.decode_attention(
-            q, k, v, scale_factor=6.0, scale=1.0, tile_kv=16, running_max="seeded",
-            criterion=criterion, return_stats=True,
-        )  # fmt: skip
-        assert stats.skipped.tolist() == [[1]]
-        kept_weight = spike if criterion == "max" else many
-        assert out.item() == pytest.approx(kept + 3 / (2 + kept_weight))
-
-
-@pytest.mark.parametrize("window", [None, 200], ids=["full", "window"])
-def test_the_histogram_of_masses_is_the_loops(window: int | None) -> None:
-    q, k, v = graded(6, 2, 5, 300)
-    *_, critical = loop(
-        q[0], k[0], v[0], 0.0, causal=True, window=window, tile_q=1, tile_kv=16, decode=True, seeded=True,
-        mass=True,
-    )  # fmt: skip
-    _, found = ss.tile_statistics(
-        q, k, v, decode=True, window=window, tile_kv=16, running_max="seeded", criterion="mass"
-    )
-    bins = histogram.bin_index(torch.tensor(critical, dtype=torch.float64).log2())
-    assert found.counts.sum(0).tolist() == torch.bincount(bins, minlength=histogram.BINS).tolist()
-    assert (found.counts.sum(0) > 0).sum() >= 5
-    for edge in (60, 90, 110):
-        factor = histogram.edges()[edge].item()
-        _, stats = ss.decode_attention(
-            q, k, v, scale_factor=factor, window=window, tile_kv=16, running_max="seeded",
-            criterion="mass", return_stats=True,
-        )  # fmt: skip
-        assert stats.skipped[0].tolist() == found.counts[:, : edge + 1].sum(1).tolist()
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"criterion": "mas"}, "`criterion` must be max or mass, but got 'mas'"),
-        (
-            {"criterion": "mass"},
-            "must be max unless `running_max` is seeded, but got 'mass' with running_max='ascending'; pass "
-            'running_max="seeded"',
-        ),
-    ],
-)
-def test_a_criterion_that_does_not_fit_is_named(keywords: dict[str, str], message: str) -> None:
-    q, k, v = graded(2, 1, 1, 50)
-    with pytest.raises(ValueError, match=message):
-        ss.decode_attention(q, k, v, **keywords)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match=r"must be max in prefill, but got 'mass': .*; pass crit"):
-        ss.tile_statistics(q, k, v, criterion="mass", running_max="seeded")
 
 
 def test_a_run_of_tokens_equals_one_token_at_a_time() -> None:

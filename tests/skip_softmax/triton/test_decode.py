@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from planting import (
-    DEVICE,
-    DTYPES,
-    Planted,
-    assert_accurate,
-    call_alone,
-    expected,
-    graded,
-    paged,
-    plant,
-)
+from planting import DEVICE, DTYPES, Planted, assert_accurate, call_alone, expected, paged, plant
 
 import skip_softmax as ss
-from skip_softmax.meaning import reference
 
 pytest.importorskip("triton")
 from skip_softmax.triton import decode, decode_kernel
 
 pytestmark = pytest.mark.slow
-
-# What a tile is compared with, and what it is judged by.
-rules = pytest.mark.parametrize(
-    "rule", [("seeded", "max"), ("ascending", "max"), ("seeded", "mass")], ids="-".join
-)
-criteria = pytest.mark.parametrize("criterion", ["max", "mass"])
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "ahead"])
@@ -54,7 +36,6 @@ def check(
     tile_kv: int = 32,
     window: int | None = None,
     running_max: str = "seeded",
-    criterion: str = "max",
     scale_factor: float | None = None,
     kv_lens: list[int] | None = None,
     page: int = 0,
@@ -66,14 +47,13 @@ def check(
         kv_lens = [p.k.shape[2]] * p.q.shape[0]
     out, stats = ss.decode_attention(
         p.q, k, v, kv_lens, scale_factor=factor, block_table=table, window=window, tile_kv=tile_kv,
-        running_max=running_max, criterion=criterion, backend="triton", return_stats=True,
+        running_max=running_max, backend="triton", return_stats=True,
     )  # fmt: skip
     for b in range(p.q.shape[0]):
         kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
         call = call_alone(
-            p, tokens, kv_len, tile_q=None, tile_kv=tile_kv, window=window, running_max=running_max,
-            criterion=criterion,
-        )  # fmt: skip
+            p, tokens, kv_len, tile_q=None, tile_kv=tile_kv, window=window, running_max=running_max
+        )
         _, visited, skipped = expected(p, call, b, factor)
         assert stats.visited[b].tolist() == visited.tolist()
         assert stats.skipped[b].tolist() == skipped.tolist()
@@ -84,13 +64,12 @@ def check(
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@rules
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("kv_len", [1, 63, 129, 500])
 def test_output_and_decisions_match_the_reference(
-    kv_len: int, rule: tuple[str, str], dtype: torch.dtype
+    kv_len: int, running_max: str, dtype: torch.dtype
 ) -> None:
-    p = planted(kv_len=kv_len, dtype=dtype)
-    _, stats = check(p, running_max=rule[0], criterion=rule[1])
+    _, stats = check(planted(kv_len=kv_len, dtype=dtype), running_max=running_max)
     assert kv_len < 129 or stats.skipped.sum() > 0
 
 
@@ -102,80 +81,15 @@ def test_skipped_tiles_are_the_planted_ones() -> None:
 
 
 @pytest.mark.usefixtures("both_ways")
-@rules
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("tokens, window", [(2, None), (4, None), (3, 100), (4, 33)])
-def test_runs_of_tokens_vote_one_by_one(
-    tokens: int, window: int | None, rule: tuple[str, str]
-) -> None:
-    p = planted(tokens=tokens, kv_len=330)
-    check(p, window=window, running_max=rule[0], criterion=rule[1])
+def test_runs_of_tokens_vote_one_by_one(tokens: int, window: int | None, running_max: str) -> None:
+    check(planted(tokens=tokens, kv_len=330), window=window, running_max=running_max)
 
 
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "tokens, kv_len, window",
-    [(1, 300, None), (3, 300, None), (3, 300, 100), (4, 35, 20), (4, 30, 9)],
-)
-def test_masses_of_every_size_are_judged_as_the_reference_judges_them(
-    tokens: int, kv_len: int, window: int | None, dtype: torch.dtype
-) -> None:
-    """Graded gaps; in the last cases a tile is some token's first and another's last."""
-    p = Planted(
-        *(x.to(DEVICE) for x in graded(6, 2, tokens, kv_len, dtype=dtype)), 0.0, torch.empty(0)
-    )
-    call = call_alone(
-        p,
-        tokens,
-        kv_len,
-        tile_q=None,
-        tile_kv=16,
-        window=window,
-        running_max="seeded",
-        criterion="mass",
-    )
-    gaps = reference.gaps(p.q[0].double(), p.k[0].double(), call)
-    levels = (gaps[torch.isfinite(gaps)].exp() * kv_len).sort().values.tolist() or [kv_len / 2]
-    skipped = set()
-    for share in (0.1, 0.3, 0.5, 0.8):
-        # Between two tiles' critical scale factors, so that rounding decides nothing.
-        at = int(share * (len(levels) - 1))
-        factor = min(
-            (levels[at] * levels[min(at + 1, len(levels) - 1)]) ** 0.5, 0.9 * kv_len - tokens
-        )
-        _, stats = check(p, tile_kv=16, window=window, criterion="mass", scale_factor=factor)
-        skipped.add(int(stats.skipped.sum()))
-    assert kv_len < 100 or len(skipped) == 4
-
-
-def test_a_spike_and_many_small_keys() -> None:
-    """The input of the reference's own test, whose answer is computed by hand."""
-    scores = torch.full((4, 16), -1e3)
-    scores[0, 3] = scores[3, 9] = 0.0
-    scores[1], scores[2, 5] = -4.0, -2.0
-    k = torch.zeros(1, 1, 64, 16)
-    k[..., 0] = scores.flatten()
-    q = torch.zeros(1, 1, 1, 16)
-    q[..., 0] = 1.0
-    v = torch.arange(4.0).repeat_interleave(16)[None, None, :, None].expand(1, 1, 64, 16)
-    kept = {}
-    for criterion in ("max", "mass"):
-        out, stats = ss.decode_attention(
-            *(x.to(DEVICE) for x in (q, k, v)), scale_factor=6.0, scale=1.0, tile_kv=16, running_max="seeded",
-            criterion=criterion, backend="triton", return_stats=True,
-        )  # fmt: skip
-        assert stats.skipped.tolist() == [[1]]
-        kept[criterion] = out[0, 0, 0, 0].item()
-    many, spike = 16 * math.exp(-4), math.exp(-2)
-    assert kept["max"] == pytest.approx((2 * spike + 3) / (2 + spike), rel=1e-5)
-    assert kept["mass"] == pytest.approx((many + 3) / (2 + many), rel=1e-5)
-
-
-@criteria
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (6, 2)])
-def test_groups_of_heads(heads: int, kv_heads: int, criterion: str) -> None:
-    p = planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2)
-    check(p, criterion=criterion)
+def test_groups_of_heads(heads: int, kv_heads: int) -> None:
+    check(planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2))
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -184,10 +98,9 @@ def test_head_dims(head_dim: int) -> None:
     check(planted(head_dim=head_dim, kv_len=200))
 
 
-@criteria
 @pytest.mark.parametrize("tile_kv", [16, 64, 128, 256])
-def test_tiles(tile_kv: int, criterion: str) -> None:
-    check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv, criterion=criterion)
+def test_tiles(tile_kv: int) -> None:
+    check(planted(tile_kv=tile_kv, kv_len=700), tile_kv=tile_kv)
 
 
 @pytest.mark.parametrize("armed", [True, False])
@@ -211,12 +124,11 @@ def test_the_largest_tiles_fit_shared_memory(
 
 
 @pytest.mark.usefixtures("both_ways")
-@criteria
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
-def test_pages_equal_a_contiguous_cache(page: int, criterion: str) -> None:
+def test_pages_equal_a_contiguous_cache(page: int) -> None:
     p = planted(batch=2, heads=4, kv_heads=2, kv_len=300, tokens=2)
-    out, stats = check(p, page=page, kv_lens=[300, 77], criterion=criterion)
-    flat, counted = check(p, kv_lens=[300, 77], criterion=criterion)
+    out, stats = check(p, page=page, kv_lens=[300, 77])
+    flat, counted = check(p, kv_lens=[300, 77])
     torch.testing.assert_close(out, flat)  # the splits may differ
     assert torch.equal(stats.skipped, counted.skipped) and stats.skipped.sum() > 0
 
@@ -242,15 +154,13 @@ def test_ragged_requests_equal_each_one_alone() -> None:
 
 
 @pytest.mark.usefixtures("both_ways")
-@criteria
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
-def test_decisions_do_not_depend_on_the_number_of_splits(splits: int, criterion: str) -> None:
+def test_decisions_do_not_depend_on_the_number_of_splits(splits: int) -> None:
     p = planted(kv_len=500, tokens=2)
     out, counts = decode.decode(
-        p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, criterion == "mass",
-        splits, True,
-    )  # fmt: skip
-    call = call_alone(p, 2, 500, tile_q=None, tile_kv=32, running_max="seeded", criterion=criterion)
+        p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, splits, True
+    )
+    call = call_alone(p, 2, 500, tile_q=None, tile_kv=32, running_max="seeded")
     _, visited, skipped = expected(p, call)
     assert counts[0, :, 0].tolist() == visited.tolist()
     assert counts[0, :, 1].tolist() == skipped.tolist()
@@ -258,27 +168,22 @@ def test_decisions_do_not_depend_on_the_number_of_splits(splits: int, criterion:
 
 
 @pytest.mark.usefixtures("both_ways")
-@criteria
-def test_zero_is_bit_identical_to_the_kernel_without_skipping(criterion: str) -> None:
+def test_zero_is_bit_identical_to_the_kernel_without_skipping() -> None:
     p = planted(kv_len=500, heads=4, kv_heads=2)
-    keywords = {
-        "tile_kv": 32, "running_max": "seeded", "criterion": criterion, "backend": "triton",
-    }  # fmt: skip
+    keywords = {"tile_kv": 32, "running_max": "seeded", "backend": "triton"}
     dense = ss.decode_attention(p.q, p.k, p.v, **keywords)
     zeros = torch.zeros(2, device=DEVICE)  # not known on the host: the kernel that may skip runs
     assert torch.equal(dense, ss.decode_attention(p.q, p.k, p.v, scale_factor=zeros, **keywords))
 
 
-@criteria
-def test_loading_ahead_changes_no_bit(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     p = planted(batch=2, heads=4, kv_heads=2, kv_len=500, tokens=2)
     found = []
-    mass = criterion == "mass"
     for ahead in (False, True):
         monkeypatch.setattr(decode, "AHEAD", decode.AHEAD._replace(ahead=ahead))
         found.append(
             decode.decode(
-                p.q, p.k, p.v, None, None, p.scale_factor, None, 0.2, None, 32, True, mass, 5, True
+                p.q, p.k, p.v, None, None, p.scale_factor, None, 0.2, None, 32, True, 5, True
             )
         )
     (out, counts), (other, others) = found
@@ -361,7 +266,7 @@ def test_torch_compile_sees_one_graph() -> None:
     assert torch.equal(compiled(p.q, kv_lens), call(p.q, kv_lens))
     torch.library.opcheck(
         torch.ops.skip_softmax.decode.default,
-        (p.q, k, v, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, True, 2, True),
+        (p.q, k, v, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 2, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -391,18 +296,15 @@ def test_long_caches(page: int, dtype: torch.dtype) -> None:
         batch=3, heads=16, kv_heads=2, kv_len=9001, head_dim=128, tile_kv=64, dtype=dtype, tokens=2
     )
     check(p, tile_kv=64, page=page, kv_lens=[9001, 5000, 64])
-    check(p, tile_kv=64, page=page, kv_lens=[9001, 5000, 64], criterion="mass")
     check(p, tile_kv=64, page=page, window=2000, running_max="ascending")
-    check(p, tile_kv=64, page=page, window=2000, criterion="mass")
 
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.gpu
 def test_128k_tokens() -> None:
     p = planted(heads=16, kv_heads=1, kv_len=131072, head_dim=128, tile_kv=64, dtype=torch.bfloat16)
-    for criterion in ("max", "mass"):
-        _, stats = check(p, tile_kv=64, criterion=criterion)
-        assert 0.5 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
+    _, stats = check(p, tile_kv=64)
+    assert 0.5 < (stats.skipped.sum() / stats.visited.sum()).item() < 0.7
 
 
 @pytest.mark.usefixtures("both_ways")

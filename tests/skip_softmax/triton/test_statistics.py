@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planting import DEVICE, Planted, graded, plant
+from planting import DEVICE, Planted, plant
 
 import skip_softmax as ss
 from skip_softmax.meaning import histogram
@@ -15,8 +15,6 @@ from skip_softmax.meaning import histogram
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow
-
-criteria = pytest.mark.parametrize("criterion", ["max", "mass"])
 
 
 def compare(p: Planted, moved: float = 0.0, **keywords: Any) -> ss.TileHistogram:
@@ -66,16 +64,6 @@ def test_large_heads_fit_shared_memory(head_dim: int, dtype: torch.dtype) -> Non
 def test_windows(window: int | None, decode: bool) -> None:
     p = plant(q_len=130, kv_len=200)
     compare(p, window=window, decode=decode, tile_kv=32, running_max="seeded", moved=0.02)
-    if decode:
-        compare(
-            p,
-            window=window,
-            decode=True,
-            tile_kv=32,
-            running_max="seeded",
-            criterion="mass",
-            moved=0.02,
-        )
 
 
 @pytest.mark.parametrize("window", [None, 150])
@@ -99,57 +87,23 @@ def test_not_causal() -> None:
     compare(plant(q_len=100, kv_len=130), causal=False, tile_kv=32, moved=0.02)
 
 
-@pytest.mark.parametrize(
-    "running_max, criterion", [("seeded", "max"), ("ascending", "max"), ("seeded", "mass")]
-)
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
 @pytest.mark.parametrize("heads, kv_heads, tokens", [(4, 2, 1), (3, 1, 5), (6, 2, 130), (2, 2, 70)])
 def test_every_tile_of_decode_is_counted_as_the_reference_counts_it(
-    heads: int, kv_heads: int, tokens: int, running_max: str, criterion: str
+    heads: int, kv_heads: int, tokens: int, running_max: str
 ) -> None:
     p = plant(heads=heads, kv_heads=kv_heads, q_len=tokens, kv_len=300, tile_q=1)
-    compare(p, decode=True, tile_kv=32, running_max=running_max, criterion=criterion, moved=0.02)
+    compare(p, decode=True, tile_kv=32, running_max=running_max, moved=0.02)
 
 
-@criteria
-def test_decode_tiles_wider_than_a_block(criterion: str) -> None:
+def test_decode_tiles_wider_than_a_block() -> None:
     compare(
         plant(q_len=20, kv_len=700, tile_q=1),
         decode=True,
         tile_kv=256,
         running_max="seeded",
-        criterion=criterion,
         moved=0.05,
     )
-
-
-@pytest.mark.parametrize("window", [None, 500])
-@pytest.mark.parametrize("tile_kv", [16, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_masses_of_every_size(dtype: torch.dtype, tile_kv: int, window: int | None) -> None:
-    tensors = (x.to(DEVICE) for x in graded(6, 2, 40, 700, dtype=dtype))
-    p = Planted(*tensors, 0.0, torch.empty(0))
-    keywords = {
-        "decode": True, "tile_kv": tile_kv, "window": window, "running_max": "seeded", "moved": 0.02,
-    }  # fmt: skip
-    found, other = (compare(p, criterion=name, **keywords) for name in ("mass", "max"))
-    assert (found.counts.sum(0) > 0).sum() > 5 and not torch.equal(found.counts, other.counts)
-
-
-def test_a_loud_tile_before_it_hides_no_mass() -> None:
-    """Beside the running maximum, 200 nats above the ends, the weights of the tiles behind it round to 0."""
-    q, k = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 160, 16)
-    k[:, :, 32:48] = 200 / 16
-    k[:, :, 48:64] = -1 / 16
-    k[:, :, 64:80] = -5 / 16
-    p = Planted(q.to(DEVICE), k.to(DEVICE), k.to(DEVICE), 0.0, torch.empty(0))
-    keywords = {
-        "decode": True, "tile_kv": 16, "running_max": "seeded", "criterion": "mass", "scale": 1.0,
-    }  # fmt: skip
-    counts = compare(p, **keywords).counts[0]
-    # Both ends and the loud tile; the others at 0, -1 and -5 nats beside ends that weigh twice as much.
-    level = torch.tensor([0.0, -1.0, -5.0], dtype=torch.float64).exp() * 160 / 2
-    bins = histogram.bin_index(level.log2()).tolist()
-    assert counts[-1] == 3 and [counts[b].item() for b in bins] == [5, 1, 1]
 
 
 def test_batches_add() -> None:
@@ -203,8 +157,6 @@ def test_long_prompts(decode: bool, head_dim: int) -> None:
         tile_q=1 if decode else 64, tile_kv=128,
     )  # fmt: skip
     compare(p, decode=decode, tile_kv=128, running_max="seeded", moved=0.01)
-    if decode:
-        compare(p, decode=True, tile_kv=128, running_max="seeded", criterion="mass", moved=0.01)
 
 
 @pytest.mark.gpu

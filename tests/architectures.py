@@ -15,11 +15,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 TASKS = (
+    "CAUSAL_IMAGE_MODELING",
     "CAUSAL_LM",
     "IMAGE_TEXT_TO_TEXT",
     "MULTIMODAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
+    "TEXT_TO_WAVEFORM",
 )
 VOCABULARY = 320  # its last tokens stand for images and the like
 HEADS = 4
@@ -125,6 +127,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "CohereCompassForConditionalGeneration": {
         "text_config": {"rope_parameters": {"full_attention": _SECTIONS}}
     },
+    "CsmForConditionalGeneration": {"codec_config": {"upsample_groups": 64}},
     "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "DeepseekOcr2ForConditionalGeneration": {
         "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
@@ -174,6 +177,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "Glm5NextForConditionalGeneration": {"text_config": {"index_kpool": 4}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "GradiumPhononTTSForConditionalGeneration": {"flow_head_config": {"condition_dim": 64}},
     "Granite4VisionForConditionalGeneration": {
         "deepstack_layer_map": [[0, 0]],
         "spatial_target_layers": [0, 1],
@@ -199,6 +203,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
+    "PocketTTSForConditionalGeneration": {"flow_head_config": {"condition_dim": 64}},
     "Qwen2_5OmniThinkerForConditionalGeneration": {
         "vision_start_token_id": 310,
         "text_config": {"rope_parameters": _SECTIONS},
@@ -239,8 +244,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 _TIMM = "its image tower is timm's, which is not installed"
 _NO_FORWARD = "it has no forward pass of its own; its thinker stands in this table"
-_IMAGE = "it cannot be fed text alone"
-_ACTION = "it predicts the actions of a robot, not tokens"
 _DRAFT = "a draft model that reads the keys and values of another model"
 NOT_RUN = {
     "FastVlmForConditionalGeneration": _TIMM,
@@ -249,19 +252,8 @@ NOT_RUN = {
     "Qwen2_5OmniForConditionalGeneration": _NO_FORWARD,
     "Qwen3OmniMoeForConditionalGeneration": _NO_FORWARD,
     "Gemma4AssistantForCausalLM": _DRAFT,
-    "PI0ForConditionalGeneration": _ACTION,
-    "BlipForConditionalGeneration": _IMAGE,
-    "Blip2ForConditionalGeneration": _IMAGE,
-    "IdeficsForVisionText2Text": _IMAGE,
-    "InstructBlipForConditionalGeneration": _IMAGE,
-    "InstructBlipVideoForConditionalGeneration": _IMAGE,
-    "Kosmos2ForConditionalGeneration": _IMAGE,
-    "VoxtralRealtimeForConditionalGeneration": _IMAGE,
     "Gemma4UnifiedAssistantForCausalLM": _DRAFT,
 }
-
-# Tokens of several streams at once, [batch, tokens, streams].
-STREAMS = {"DiaForConditionalGeneration": 9, "KyutaiSpeechToTextForConditionalGeneration": 33}
 
 # No calls with a cache: CpmAnt wants all tokens again, ProphetNet one at a time, the thinkers positions
 # that only `generate` prepares.
@@ -281,7 +273,9 @@ def architectures() -> dict[str, str]:
         mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
         for model_type, names in mapping.items():
             for name in names if isinstance(names, (tuple, list)) else (names,):
-                found.setdefault(name, model_type)
+                # Those that speak in one pass generate no tokens.
+                if task != "TEXT_TO_WAVEFORM" or name.endswith("ForConditionalGeneration"):
+                    found.setdefault(name, model_type)
     return found
 
 

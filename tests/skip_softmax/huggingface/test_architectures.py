@@ -7,11 +7,6 @@ import transformers
 from architectures import architectures
 from sweep import PAGE, Row, page, sweep
 
-# Known to be wrong. Strict: a mark that is no longer needed fails.
-WRONG = {
-    "BltForCausalLM": "its number of layers stands in no config of its own",
-}
-
 
 @pytest.fixture(autouse=True)
 def quiet_transformers() -> None:
@@ -27,22 +22,13 @@ def committed() -> dict[str, Row]:
     return {row.name: row for row in rows if row.name in architectures()}
 
 
-def parameters() -> list[object]:
-    return [
-        pytest.param(
-            name, marks=pytest.mark.xfail(strict=True, reason=WRONG[name]) if name in WRONG else ()
-        )
-        for name in sorted(architectures())
-    ]
-
-
 needs_the_page_s_version = pytest.mark.skipif(
     f"transformers {transformers.__version__}'s mappings" not in PAGE.read_text(encoding="utf-8"),
     reason="the page is of another version of transformers",
 )
 
 
-@pytest.mark.parametrize("name", parameters())
+@pytest.mark.parametrize("name", sorted(architectures()))
 def test_nothing_changes_and_the_page_says_so(name: str) -> None:
     found = sweep(name)
     if not needs_the_page_s_version.args[0]:

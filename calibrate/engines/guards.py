@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calibrate.engines.catalogue import ENGINES, Objection, objections, servers_for
@@ -228,7 +228,18 @@ def valid_servers(
     refused = [reason for reasons in against.values() for reason in reasons]
     wanted = {reason.cure for reason in refused}
     cures = []
-    if "phase" in wanted and len(phases) > 1:
+    prefill = replace(
+        numbers, scale_factor={p: f for p, f in numbers.scale_factor.items() if p == "prefill"}
+    )
+    alone = [
+        {reason.cure for reason in against_numbers(thresholds, server, prefill)}
+        for server in servers_for(engine, gpu)
+    ]
+    if (
+        "phase" in wanted
+        and len(phases) > 1
+        and any(left <= {"measure", "compare"} for left in alone)
+    ):
         cures.append("`--phase prefill` exports the prefill number only")
     if "measure" in wanted:
         cache = f" --kv-dtype {kv_dtype}" if kv_dtype is not None else ""

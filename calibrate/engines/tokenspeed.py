@@ -57,11 +57,7 @@ ENGINE = Engine(
             "gfx950",
             Votes(((128, (64,)),), tile_q=128, head_dims=(64, 128)),
             Ignored("only its prefill kernel has the threshold"),
-            fp8={
-                "prefill": Ignored(
-                    "with an FP8 or MXFP8 KV cache no batch reaches the kernel that skips"
-                )
-            },
+            fp8={"prefill": Ignored("no batch with such a KV cache reaches the kernel that skips")},
             notes=(
                 "a batch skips only if none of its requests has a cached prefix: one prefix-cache hit, or "
                 "the second chunk of one prompt, makes the whole batch dense without a word",

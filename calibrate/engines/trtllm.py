@@ -52,9 +52,12 @@ def _formulas(request: Request) -> Iterator[str]:
         if phase in found:
             fit = found[phase]["fit"]
             lowered = found[phase]["scale_factor"] < found[phase]["asked"]
+            # A mapping: one number for both phases ends in a TypeError where one of them has no curve.
+            target = f"{{{phase}: {found[phase]['target']!r}}}"
+            floor = ", lowered to what min_kv_len allows" if lowered else ""
             yield (
                 f"# {phase}: {fit['a']!r} * exp({fit['b']!r} * target_sparsity) at target_sparsity: "
-                f"{found[phase]['target']!r}{', lowered to what min_kv_len allows' if lowered else ''}\n"
+                f"{target}{floor}\n"
             )
 
 

@@ -117,8 +117,8 @@ def test_the_curve_and_the_target_are_exported(
     made = calibrate.export(file, "trtllm", gpu="sm100", model=model)
     for phase, target in (("prefill", 0.11), ("decode", 0.5)):
         fit = kept.thresholds.fit[phase]
-        formula = f"# {phase}: {fit['a']} * exp({fit['b']} * target_sparsity) at target_sparsity: {target}"
-        assert formula in made.text
+        curve = f"{fit['a']} * exp({fit['b']} * target_sparsity)"
+        assert f"# {phase}: {curve} at target_sparsity: {{{phase}: {target}}}\n" in made.text
     assert made.patch is not None
     group = json.loads(made.patch.after)["sparse_attention_config"]["config_groups"]["group_0"]
     assert group["target_sparsity"] == {"prefill": 0.11, "decode": 0.5}

@@ -186,6 +186,8 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
     assert code == 2 and "ignores the decode number" in err and "--phase prefill" in err
     code, _, err = call("project", copied, "--engine", "tokenspeed", "--phase", "decode")
     assert code == 2 and "silently ignores the decode number" in err
+    code, _, err = call("project", copied, "--engine", "trtllm", "--kv-dtype", "int4")
+    assert code == 2 and "--kv-dtype must be one of" in err
     code, _, err = call("project", copied, "--engine", "native")
     assert code == 2 and "needs no projection" in err
     # At 64x256 tiles prefill of 384 tokens has nothing to skip: said, not exported; decode still has.

@@ -20,8 +20,8 @@ from engine_files import (
 )
 
 from calibrate import cli
-from calibrate.engines.catalogue import ENGINES, find_engine
-from calibrate.engines.export import export
+from calibrate.engines.catalogue import ENGINES, as_run, find_engine
+from calibrate.engines.export import export, needed_options
 from calibrate.engines.types import Votes
 from calibrate.errors import UserError
 from calibrate.model.config_json import read_model_config
@@ -273,7 +273,7 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
     "fp8-cache-tokenspeed": (
         thresholds(geometry=TOKENSPEED),
         ("--engine", "tokenspeed", "--at-length", 9000, "--kv-dtype", "fp8"),
-        "silently ignores the prefill number: with an FP8 or MXFP8 KV cache",
+        "silently ignores the prefill number: no batch with such a KV cache",
     ),
     "kv-dtype-unknown": (
         thresholds(),
@@ -451,6 +451,26 @@ def test_what_the_numbers_depend_on_is_asked_for() -> None:
     assert not any("speculative" in text for text in prefill)
     blackwell = export(thresholds(geometry=BLACKWELL), "trtllm", gpu="sm100", kv_dtype="fp8")
     assert blackwell.sidecar["holds_for"] == [{"server": "TensorRT-LLM", "gpu": "sm100"}]
+
+
+def test_a_projection_for_an_fp8_cache_measures_at_its_tiles() -> None:
+    options: Any = ("sm90", HOPPER, ("prefill", "decode"), 128, 4)
+    for cache, keys in ((None, 128), ("bfloat16", 128), ("fp8", 256)):
+        engine = as_run(find_engine("trtllm"), cache, None)
+        found = tiles_for(engine, *options).prefill
+        assert found is not None and (found.tile_q, found.tile_kv) == (64, keys)
+    made = needed_options(wide(), "trtllm", "sm90", "fp8")
+    assert made == ["--gpu sm90", "--kv-dtype fp8"]
+
+
+def test_a_cure_is_named_only_where_it_cures(run: Callable[..., Any]) -> None:
+    """Prefill alone is no cure where prefill cannot have a number either."""
+    _, _, err = run(thresholds(geometry=BLACKWELL), "--engine", "flashinfer", "--gpu", "sm120")
+    assert "--phase prefill" not in err and "cure: choose another --gpu or engine" in err
+    _, _, err = run(thresholds(), "--engine", "flashinfer", "--gpu", "sm90")
+    assert "`--phase prefill` exports the prefill number only" in err
+    _, _, err = run(thresholds(geometry=BLACKWELL), "--engine", "flashinfer", "--gpu", "sm90")
+    assert "`--phase prefill`" in err and "calibrate project" in err
 
 
 def test_speculation_costs_hopper_its_decode_number_only() -> None:

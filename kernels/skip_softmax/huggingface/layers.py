@@ -96,13 +96,12 @@ _KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Inspected]] = (
 
 
 def _identity(model: PreTrainedModel) -> Any:
-    """Modules, and the attention that each of them names; references do not keep replaced ones alive."""
+    """Modules, and what their configs say of attention; references do not keep replaced modules alive."""
+    said = ("_attn_implementation", "output_attentions")
+    configs = {module: getattr(module, "config", None) for module in model.modules()}
     return [
-        (
-            weakref.ref(module),
-            getattr(getattr(module, "config", None), "_attn_implementation", None),
-        )
-        for module in model.modules()
+        (weakref.ref(module), *(getattr(config, key, None) for key in said))
+        for module, config in configs.items()
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import torch
 import transformers
 
 from skip_softmax.huggingface.layers import inspect_layers
@@ -31,3 +32,38 @@ def test_models_that_cannot_be_looked_into_are_refused_by_name() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="must be decoder-only, but BartModel also has an encoder"):
         inspect_layers(transformers.BartModel(both))
+
+
+def test_a_model_is_asked_again_once_it_changed() -> None:
+    model = tiny.model("llama")
+    asked = 0
+
+    def count(*given: object) -> None:
+        nonlocal asked
+        asked += 1
+
+    model.register_forward_pre_hook(count)
+    assert inspect_layers(model) == inspect_layers(model)
+    assert asked == 1
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert {layer.reason for layer in inspect_layers(model)} == {
+        "somebody asked for its attention weights"
+    }
+    model.config.output_attentions = False
+    model.model.layers[1] = tiny.model("llama").model.layers[0]  # it says that it is layer 0
+    reasons = [layer.reason for layer in inspect_layers(model)]
+    assert reasons == [
+        "two attention modules share this layer index",
+        "it did not ask for transformers' attention when it read four tokens",
+        None,
+    ]
+    assert asked == 3
+
+
+def test_a_model_in_training_is_inspected_without_dropout_and_stays_in_training() -> None:
+    model = tiny.model("llama", attention_dropout=0.5).train()
+    before = torch.random.get_rng_state()
+    assert [layer.reason for layer in inspect_layers(model)] == [None] * 3
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), before)

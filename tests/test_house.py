@@ -212,7 +212,7 @@ def test_law_2_each_room_has_its_own_foreign_packages(name: str) -> None:
 
 # What stands in `engines/` beside the engines' own rooms: what rooms may use, and what uses the catalogue.
 SHARED = {"engines.types", "engines.tiles", "engines.config_json"}
-USERS = {"engines.guards", "engines.export", "engines.read"}
+USERS = {"engines.numbers", "engines.guards", "engines.export", "engines.read"}
 ENGINE_ROOMS = {
     name
     for name in modules("calibrate")

@@ -23,7 +23,8 @@ from calibrate.engines.catalogue import (
     find_phases,
 )
 from calibrate.engines.config_json import ConfigPatch, config_group, patch_config
-from calibrate.engines.guards import Numbers, Served, expressible
+from calibrate.engines.guards import Served
+from calibrate.engines.numbers import Numbers, expressible
 from calibrate.engines.types import REUSED, Engine, Request, Server, to_json
 from calibrate.errors import UserError
 from calibrate.model.config_json import read_model_config

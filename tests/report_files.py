@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 
 PHASES = ("prefill", "decode")
 
@@ -15,6 +16,12 @@ PHASES = ("prefill", "decode")
 def chosen_of(validation: dict[str, Any]) -> dict[str, Any]:
     """The attempt that `validation.json` calls chosen."""
     return dict(validation["attempts"][validation["chosen"]])
+
+
+def disown(folder: Path) -> None:
+    """Makes a run's study nobody's, so that a test may edit the run's config."""
+    storage = f"sqlite:///{folder / 'study.db'}"
+    optuna.load_study(study_name="calibrate", storage=storage).set_user_attr("belongs_to", {})
 
 
 class Page(HTMLParser):

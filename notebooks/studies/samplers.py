@@ -482,7 +482,7 @@ def prepared(seed: int, arguments: argparse.Namespace) -> None:
     """Everything that methods share: statistics, sensitivity, dense logits."""
     from calibrations import config_of
 
-    config = config_of(seed, arguments)
+    config = config_of("version 1", seed, arguments)
     folder = arguments.output / str(seed)
     with locked(folder):
         write_config(folder, config)
@@ -610,7 +610,7 @@ def main() -> None:
     verb.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
     verb.add_argument("--fresh", dest="heldout", type=int, default=48, help="fresh prompts")
     verb.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    verb.set_defaults(trials=1, attempts=1)
+    verb.set_defaults(search=24, trials=1)
     verb = verbs.add_parser("run", help="search with what nobody has taken yet")
     verb.add_argument("seeds", type=int, nargs="+")
     verb.add_argument("--output", type=Path, default=Path("runs/samplers"))

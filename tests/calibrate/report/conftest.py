@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from report_files import PHASES, Page, read
+from report_files import PHASES, Page, disown, read
 
 import calibrate
 from calibrate.statistics.counts import Statistics
@@ -46,6 +46,7 @@ def large(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["prompts"]["lengths"] = lengths
     config["target"]["min_kv_len"] = {"prefill": 4096, "decode": 4096}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    disown(folder)
     statistics = Statistics.empty({}, layers, heads, heads, lengths)
     generator = torch.Generator().manual_seed(0)
     for phase in PHASES:

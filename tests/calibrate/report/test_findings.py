@@ -199,7 +199,7 @@ def test_a_folder_that_is_not_a_run_is_named(tmp_path: Path) -> None:
 
 def test_missing_statistics_are_named(copy: Path) -> None:
     (copy / "stats.safetensors").unlink()
-    with pytest.raises(UserError, match=r"stats\.safetensors: cannot be read as tile statistics"):
+    with pytest.raises(UserError, match=r"stats\.safetensors: is missing; run again"):
         calibrate.open_run(copy).report()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from report_files import Page, read
+from report_files import Page, disown, read
 
 import calibrate
 from calibrate.cli import main
@@ -83,6 +83,7 @@ def test_nothing_within_the_budget_is_reported_too(
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["budget"]["kl"] = 1e-12
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    disown(copy)
     monkeypatch.setattr(sys, "argv", ["calibrate", "validate", str(copy)])
     with pytest.raises(SystemExit) as stopped:
         main()

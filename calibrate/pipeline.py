@@ -26,7 +26,7 @@ from calibrate.model.section import Setting, attention_modules, thresholds_for
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
 from calibrate.proof import target as targeted
 from calibrate.proof.dense import left_dense, nothing_skipped
-from calibrate.proof.emit import emit
+from calibrate.proof.emit import emit, with_slopes, with_trust
 from calibrate.proof.plan import ASSUMED_SPREAD, foresight, provable, shares, spread_seen
 from calibrate.proof.validate import Attempt, Validation, validate
 from calibrate.proof.verdict import Law, require_provable
@@ -544,8 +544,11 @@ class Stages:
             self.provenance(self.config),
             dense,
         )
-        if found is not None:
+        if found is None:
+            thresholds = with_slopes(thresholds, result, self.statistics)
+        else:
             thresholds = targeted.with_target(thresholds, attempt, found, dense)
+            thresholds = with_trust(thresholds, result, self.statistics)
         thresholds.save(self.folder / "thresholds.yaml")
 
     def _sensitivity_rows(self) -> list[dict[str, Any]]:

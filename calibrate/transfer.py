@@ -16,7 +16,7 @@ from calibrate.pipeline import Stages
 from calibrate.prompts.build import Prompt
 from calibrate.proof.assess import Assessment, Evaluate, assess
 from calibrate.proof.dense import reach
-from calibrate.proof.emit import emit
+from calibrate.proof.emit import emit, with_slopes
 from calibrate.proof.project import Projection, describe, project, tiles_for
 from calibrate.proof.validate import Attempt
 from calibrate.proof.verdict import Law
@@ -195,6 +195,8 @@ def _emitted(
         run.provenance(ours),
         _left_dense(run, ours, attempt, source),
     )
+    if alike:
+        thresholds = with_slopes(thresholds, found.validation, run.statistics)
     direct = {**describe(found.direct.setting), "holds": found.refused is None}
     if found.refused is not None:
         direct["refused"] = found.refused

@@ -145,9 +145,15 @@ def _curve(request: Request, phase: Phase, factor: float) -> tuple[float, float,
 
 def _reliance(fit: dict[str, Any]) -> str:
     """How far other targets can be trusted."""
+    near = ", ".join(
+        f"{float(asked):.2f} skips {share:.3f}" for asked, share in fit.get("near", {}).items()
+    )
     if "good" in fit:
         low, high = fit["good"]
-        return f"other targets are right to 2 points from {low:.2f} to {high:.2f}, by the prompts counted"
+        return (
+            f"other targets are right to 2 points from {low:.3f} to {high:.3f}, by the prompts counted"
+            + (f" ({near})" if near else "")
+        )
     if "r2" not in fit:
         return (
             "every other target relies on the imported curve, which this model was not asked about"

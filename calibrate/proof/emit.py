@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,8 +11,12 @@ from calibrate.loss.losses import LOSSES
 from calibrate.proof.validate import Attempt, Validation
 from calibrate.schema import BudgetConfig
 from calibrate.search.cost import Cost
+from calibrate.statistics.counts import Statistics
+from calibrate.statistics.fit import local_curve, trusted
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import LayerOverride, Phase, ScaleFactors
+
+_OF_LENGTHS = ("kv_len_range", "length_exponent")  # what a fit says beyond its curve
 
 
 def emit(
@@ -71,6 +76,57 @@ def emit(
             "provenance": provenance,
         }
     )
+
+
+def with_slopes(
+    thresholds: Thresholds, validation: Validation, statistics: Statistics
+) -> Thresholds:
+    """The file, with each phase's curve as it is at the number that an engine would be given.
+
+    Args:
+        thresholds: from `emit`.
+        validation: the proof.
+        statistics: histograms at the file's tiles.
+
+    Returns:
+        The file; a phase without such a number keeps its curve.
+    """
+    fit = dict(thresholds.fit)
+    for phase, factors in _one_number(validation).items():
+        local = local_curve(statistics, phase, factors, _largest(thresholds, phase))
+        if local is not None:
+            spans = {key: fit[phase][key] for key in _OF_LENGTHS if key in fit.get(phase, {})}
+            fit[phase] = {key: rounded(value) for key, value in (local | spans).items()}
+    return thresholds.model_copy(update={"fit": fit})
+
+
+def with_trust(
+    thresholds: Thresholds, validation: Validation, statistics: Statistics
+) -> Thresholds:
+    """The file, with how far each phase's own curve can be trusted; arguments as of `with_slopes`."""
+    fit = dict(thresholds.fit)
+    for phase, factors in _one_number(validation).items():
+        if "a" in fit.get(phase, {}):
+            curve = fit[phase]
+            largest = _largest(thresholds, phase)
+            found = trusted(statistics, phase, factors, largest, curve["a"], curve["b"])
+            fit[phase] = curve | {key: rounded(value) for key, value in found.items()}
+    return thresholds.model_copy(update={"fit": fit})
+
+
+def _one_number(validation: Validation) -> dict[Phase, tuple[float, ...]]:
+    """What engines with one number per phase would get: the winner's setting, else the best of that kind."""
+    for attempt in (validation.chosen, validation.baseline):
+        if not validation.passed or attempt is None or not attempt.passed:
+            continue
+        if all(len(set(factors) - {0.0}) <= 1 for factors in attempt.served.values()):
+            return {phase: factors for phase, factors in attempt.served.items() if any(factors)}
+    return {}
+
+
+def _largest(thresholds: Thresholds, phase: Phase) -> float:
+    floor: int | None = getattr(thresholds.min_kv_len, phase)
+    return math.inf if floor is None else float(floor)
 
 
 def _evidence(

@@ -71,8 +71,9 @@ def _measured(thresholds: Thresholds, phase: Phase) -> dict[int, float]:
 def _from_curve(thresholds: Thresholds, phase: Phase, above: list[float]) -> float | None:
     """The fitted curve's answer for one number, inside the range it was fitted on."""
     fit = thresholds.fit.get(phase, {})
-    if not {"a", "b", "sparsity_range"} <= set(fit) or len(set(above)) > 1:
+    span = fit.get("good", fit.get("sparsity_range"))
+    if not {"a", "b"} <= set(fit) or span is None or len(set(above)) > 1:
         return None
-    low, high = fit["sparsity_range"]
+    low, high = span
     sparsity = (math.log(above[0]) - math.log(fit["a"])) / fit["b"]
     return sparsity if low <= sparsity <= high else None

@@ -150,8 +150,7 @@ def _require_two_objectives(study: optuna.Study, config: SearchConfig, folder: P
 def _claim(study: optuna.Study, config: SearchConfig, folder: Path, owner: dict[str, Any]) -> None:
     """Makes the study this run's, or refuses that of another run: its trials would be taken for ours."""
     shared, trials = config.storage is not None, study.get_trials(deepcopy=False)
-    if shared or trials:
-        _require_ours(study, config, folder, owner)
+    _require_ours(study, config, folder, owner)
     mark, searched = study.user_attrs.get(_OWNER), any((folder / f).exists() for f in _SEARCHED)
     if shared and trials and mark is None and not searched:
         raise UserError(
@@ -167,7 +166,8 @@ def _require_ours(
     study: optuna.Study, config: SearchConfig, folder: Path, owner: Mapping[str, Any]
 ) -> None:
     different = differences(study.user_attrs.get(_OWNER, {}), owner)
-    if different:
+    # A study in its own run folder belongs to whom the folder belongs to.
+    if different and config.storage is not None:
         raise UserError(
             f"{_study(config, folder)} belongs to another run (different: {', '.join(different)}); "
             f"{_own(config)}"

@@ -3,12 +3,16 @@
 This is the form that TensorRT-LLM and Model-Optimizer read. It is fitted in log space: a fit of the
 raw values would follow the largest scale factors only. The 1/length law behind a scale factor is
 tested, not assumed: a second fit frees the length exponent.
+
+An engine's user moves the target sparsity along the one curve that the engine reads. So what is exported
+is not the fit over all sparsities but the curve with the slope at the number that was proven
+(`local_curve`), and the range in which it tells what the histograms count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +23,10 @@ from scipy import stats as scipy_stats
 from calibrate.schema import FitConfig
 from calibrate.statistics.counts import Statistics
 from skip_softmax.thresholds.types import Phase
+
+_OCTAVES = 1.0  # over so much of the scale factor the slope is taken
+_POINTS = 0.02  # of sparsity, between what a curve says and what is counted
+_STEP = 0.005  # of the target, in search of where that ends
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,95 @@ def fit_points(
         _length_exponent(s, x, length),
         refused,
     )
+
+
+def local_curve(
+    statistics: Statistics, phase: Phase, factors: Sequence[float], largest: float
+) -> dict[str, Any] | None:
+    """The curve through a setting, with the slope that the histograms have there.
+
+    Args:
+        statistics: the histograms.
+        phase: `prefill` or `decode`.
+        factors: one per layer [tokens]; all that are above 0 are equal.
+        largest: scale factors stay below it [tokens].
+
+    Returns:
+        `a` and `b` as in `Curve`, and what `trusted` adds; None where the setting skips nothing, or where the
+        sparsity does not grow with the scale factor.
+    """
+    factor, sparsity = max(factors), _sparsity_of(statistics, phase, factors)
+    if factor == 0:
+        return None
+    half = 2 ** (_OCTAVES / 2)
+    rise = sparsity(factor * half) - sparsity(factor / half)
+    if rise <= 0:
+        return None
+    target, b = sparsity(factor), math.log(half**2) / rise
+    a = factor * math.exp(-b * target)
+    if target == 0 or a == 0.0:
+        return None
+    return {"a": a, "b": b, **trusted(statistics, phase, factors, largest, a, b)}
+
+
+def trusted(
+    statistics: Statistics,
+    phase: Phase,
+    factors: Sequence[float],
+    largest: float,
+    a: float,
+    b: float,
+) -> dict[str, Any]:
+    """How far a curve tells what the histograms count, of all lengths together.
+
+    Args:
+        statistics: the histograms.
+        phase: `prefill` or `decode`.
+        factors: one per layer [tokens]; all that are above 0 are equal.
+        largest: scale factors stay below it [tokens].
+        a: of the curve [tokens].
+        b: of the curve.
+
+    Returns:
+        `target`: the sparsity at which the curve gives the setting; `near`: for targets 0.1 away, the
+        sparsity that they have; `good`: the smallest and largest target around it with at most 2 points
+        between the two, absent where the setting itself has more. Nothing where no target gives the setting.
+    """
+    sparsity = _sparsity_of(statistics, phase, factors)
+    target = math.log(max(factors) / a) / b
+    if not 0 <= target <= 1:
+        return {}
+
+    def counted(asked: float) -> float | None:
+        factor = a * math.exp(b * asked) if 0 <= asked <= 1 else largest
+        return sparsity(factor) if factor < largest else None
+
+    def good(asked: float) -> bool:
+        found = counted(asked)
+        return found is not None and abs(found - asked) <= _POINTS
+
+    near = {f"{one:.4f}": counted(one) for one in (target - 0.1, target + 0.1)}
+    found: dict[str, Any] = {
+        "target": target,
+        "near": {asked: share for asked, share in near.items() if share is not None},
+    }
+    if good(target):
+        found["good"] = _end(good, target, -_STEP), _end(good, target, _STEP)
+    return found
+
+
+def _end(good: Callable[[float], bool], start: float, step: float) -> float:
+    while good(start + step):
+        start += step
+    return start
+
+
+def _sparsity_of(
+    statistics: Statistics, phase: Phase, factors: Sequence[float]
+) -> Callable[[float], float]:
+    """Sparsity at one number in the layers that skip."""
+    skips = torch.tensor([float(factor > 0) for factor in factors], dtype=torch.float64)
+    return lambda factor: statistics.sparsity(phase, skips * factor)
 
 
 def _fit(

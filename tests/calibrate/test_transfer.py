@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from calibrate.record.folder import open_run
 from calibrate.schema import load_config
 from calibrate.search.study import open_study, points
 from skip_softmax.thresholds.file import Thresholds
-from skip_softmax.thresholds.types import LayerOverride
+from skip_softmax.thresholds.types import PHASES, LayerOverride
 
 
 @pytest.fixture
@@ -76,6 +77,19 @@ def test_the_search_stays_in_what_the_engine_can_express(
     # Nothing has to be projected: the winner is the export.
     spaces = {key.split(".")[-1] for trial in run.study.trials for key in trial.params}
     assert spaces == {"log2_scale"} | ({"dense_layers"} if engine == "trtllm" else set())
+    # The curve that is exported goes through the number, at the sparsity that was counted there.
+    factors = {
+        phase: [max(run.thresholds.per_head(layer, phase)) for layer in range(4)]
+        for phase in PHASES
+    }
+    assert any(map(any, factors.values()))
+    for phase in (phase for phase in PHASES if any(factors[phase])):
+        curve = run.thresholds.fit[phase]
+        assert curve["target"] == pytest.approx(run.stats.sparsity(phase, factors[phase]), rel=1e-4)
+        number = curve["a"] * math.exp(curve["b"] * curve["target"])
+        assert number == pytest.approx(max(factors[phase]), rel=1e-2)
+        low, high = curve["good"]
+        assert low <= curve["target"] <= high
 
 
 @pytest.mark.slow
@@ -218,6 +232,7 @@ def test_the_next_command_that_is_printed_runs(
         for fit in fits.values():
             fit["model"] = {"refused": "planted", "points": 0}
         (copied / "fit.json").write_text(json.dumps(fits))
+        monkeypatch.setattr("calibrate.proof.emit.local_curve", lambda *_: None)
     gpu = ("--gpu", "sm90") if engine == "sglang" else ()
     code, _, err = call("project", copied, "--engine", engine, *gpu)
     assert code == 0, err

@@ -68,8 +68,9 @@ class FitSection(BaseModel):
         sparsity_range: theirs.
         kv_len_range: theirs [tokens].
         length_exponent: gamma of threshold ~ kv_len^-gamma.
-        target: sparsity at which it gives the file's number, if that is where its slope was taken.
-        good: from where to where a target is the sparsity that the counted prompts have, to 2 points.
+        target: sparsity at which it gives the number that an engine gets.
+        near: for targets near it, the sparsity that the counted prompts have there.
+        good: from where to where the two differ by 2 points at most, all lengths counted together.
         source: the file that an imported curve stood in.
         refused: why there is no curve.
     """
@@ -85,6 +86,7 @@ class FitSection(BaseModel):
     kv_len_range: Annotated[list[_Number], _Pair] = [0.0, 0.0]
     length_exponent: _Number = 1.0
     target: _Share = 0.0
+    near: dict[str, _Share] = {}
     good: Annotated[list[_Share], _Pair] = [0.0, 1.0]
     source: str = ""
     refused: str = ""

@@ -130,13 +130,12 @@ def test_a_study_that_does_not_say_whose_it_is_is_taken_up_by_who_has_searched_i
         opened(other, chosen)
 
 
-def test_a_study_in_its_own_folder_may_be_old_but_not_anothers(tmp_path: Path) -> None:
+def test_a_study_in_its_own_folder_belongs_to_the_folder(tmp_path: Path) -> None:
+    """The folder asks for one config itself, and says which key is another."""
     chosen = config(None)
     folder = begun(tmp_path / "run", chosen)
-    opened(folder, config(None, budget={"kl": 0.5}))  # led nowhere
     with_a_trial(opened(folder, chosen))
-    with pytest.raises(UserError, match=r"study\.db` belongs to another run .*delete the file"):
-        opened(folder, config(None, budget={"kl": 0.5}))
+    assert len(opened(folder, config(None, budget={"kl": 0.5})).trials) == 1
 
 
 def test_a_study_with_other_objectives_is_refused(tmp_path: Path) -> None:

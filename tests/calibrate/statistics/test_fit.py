@@ -10,7 +10,7 @@ import torch
 
 from calibrate.schema import FitConfig
 from calibrate.statistics.counts import Statistics
-from calibrate.statistics.fit import fit_phase, fit_points
+from calibrate.statistics.fit import fit_phase, fit_points, local_curve, trusted
 from skip_softmax.meaning.histogram import LOW, NEVER, PER_OCTAVE
 
 
@@ -78,6 +78,76 @@ def test_saturated_points_are_dropped() -> None:
     assert fit["model"]["refused"] is None
     # One octave per 1/16 of all tiles.
     assert fit["model"]["b"] == pytest.approx(math.log(2) * 16, rel=0.1)
+
+
+def planted(skipped_at: list[int], tiles: int, layers: int = 1) -> Statistics:
+    """Tiles that single octaves of the scale factor, from 2 on, begin to skip, of so many in each layer."""
+    statistics = Statistics.empty({}, layers, 1, 1, [8192])
+    statistics.kv_tokens["prefill"][0], statistics.calls["prefill"][0] = 8192, 1
+    for octave, count in enumerate(skipped_at, 1):
+        # Spread over the octave's bins, so that sparsity is linear in the logarithm within it.
+        first = (octave - LOW) * PER_OCTAVE + 1  # the bin above that edge
+        statistics.counts["prefill"][:, 0, 0, first : first + PER_OCTAVE] = count // PER_OCTAVE
+    rest = tiles - statistics.counts["prefill"].sum(-1)
+    statistics.counts["prefill"][..., NEVER] = rest
+    return statistics
+
+
+def test_the_exported_curve_has_the_slope_at_the_number_and_says_how_far_it_is_right() -> None:
+    # Sparsity grows by 0.16 in an octave up to 2^4, then by 0.016: no one curve fits both.
+    statistics = planted([160, 160, 160, 16, 16, 16, 16], tiles=1000)
+    curve = local_curve(statistics, "prefill", (2.0**2.5,), 4096.0)
+    assert curve is not None
+    assert curve["b"] == pytest.approx(math.log(2) / 0.16, rel=0.02)
+    assert curve["target"] == pytest.approx(statistics.sparsity("prefill", 2.0**2.5))
+    assert curve["a"] * math.exp(curve["b"] * curve["target"]) == pytest.approx(2.0**2.5)
+
+    low, high = curve["good"]
+    assert low == pytest.approx(curve["target"] - 0.24, abs=0.025)  # nothing is skipped below 2^1
+    # Above 2^4 one octave of the curve asks for 0.16 more, and 0.016 more is skipped.
+    bend = curve["target"] + 0.24
+    assert high == pytest.approx(bend + 0.02 / 0.9, abs=0.01)
+    for asked, right in ((high - 0.001, True), (high + 0.011, False)):
+        there = statistics.sparsity("prefill", curve["a"] * math.exp(curve["b"] * asked))
+        assert (abs(there - asked) <= 0.02) == right
+    assert [abs(float(asked) - share) < 0.01 for asked, share in curve["near"].items()] == [
+        True,
+        True,
+    ]
+
+    flat = local_curve(statistics, "prefill", (2.0**6,), 4096.0)
+    assert flat is not None and flat["b"] == pytest.approx(math.log(2) / 0.016, rel=0.05)
+    fitted = fit_phase(statistics, "prefill", FitConfig(min_r2=0.0))["model"]
+    assert curve["b"] < fitted["b"] < flat["b"]
+
+
+def test_layers_left_dense_count_and_a_number_must_stay_below_the_floor() -> None:
+    statistics = planted([160] * 6, tiles=1000, layers=2)
+    both = local_curve(statistics, "prefill", (8.0, 8.0), 4096.0)
+    one = local_curve(statistics, "prefill", (8.0, 0.0), 4096.0)
+    assert both is not None and one is not None
+    assert one["target"] == pytest.approx(both["target"] / 2)
+    assert one["b"] == pytest.approx(both["b"] * 2)
+    floored = local_curve(statistics, "prefill", (8.0, 8.0), 10.0)
+    assert floored is not None
+    assert floored["a"] * math.exp(floored["b"] * floored["good"][1]) < 10.0
+    assert len(floored["near"]) == 1
+
+
+@pytest.mark.parametrize("factors", [(0.0,), (1e-3,), (2.0**20,)])
+def test_where_nothing_changes_there_is_no_slope(factors: tuple[float, ...]) -> None:
+    assert local_curve(planted([160] * 6, tiles=1000), "prefill", factors, math.inf) is None
+
+
+def test_a_foreign_curve_is_trusted_as_far_as_it_tells_what_is_counted() -> None:
+    statistics = planted([160] * 6, tiles=1000)
+    own = local_curve(statistics, "prefill", (8.0,), 4096.0)
+    assert own is not None
+    a, b = own["a"], own["b"]
+    assert trusted(statistics, "prefill", (8.0,), 4096.0, a, b)["good"] == own["good"]
+    off = a * math.exp(0.03 * b)  # 3 points beside it everywhere
+    assert set(trusted(statistics, "prefill", (8.0,), 4096.0, off, b)) == {"target", "near"}
+    assert trusted(statistics, "prefill", (8.0,), 4096.0, 9.0, b) == {}
 
 
 def test_a_layer_without_tiles_has_no_curve() -> None:

@@ -195,7 +195,7 @@ def _emitted(
         run.provenance(ours),
         _left_dense(run, ours, attempt, source),
     )
-    if alike:
+    if same_tiles:
         thresholds = with_slopes(thresholds, found.validation, run.statistics)
     direct = {**describe(found.direct.setting), "holds": found.refused is None}
     if found.refused is not None:

@@ -241,7 +241,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
 }
 
-
 _TIMM = "its image tower is timm's, which is not installed"
 _NO_FORWARD = "it has no forward pass of its own; its thinker stands in this table"
 _DRAFT = "a draft model that reads the keys and values of another model"
@@ -255,12 +254,8 @@ NOT_RUN = {
     "Gemma4UnifiedAssistantForCausalLM": _DRAFT,
 }
 
-# No calls with a cache: CpmAnt wants all tokens again, ProphetNet one at a time, the thinkers positions
-# that only `generate` prepares.
+# No calls with a cache: they need positions that only `generate` prepares.
 NO_STEPS = {
-    "CpmAntForCausalLM",
-    "ProphetNetForCausalLM",
-    "ProphetNetForConditionalGeneration",
     "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen3OmniMoeThinkerForConditionalGeneration",
 }

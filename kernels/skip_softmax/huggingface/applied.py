@@ -81,7 +81,7 @@ def applied(
     """Runs a model with a thresholds file; undone on exit, also after an exception.
 
     Args:
-        model: a decoder-only transformers model.
+        model: a decoder-only transformers model; `architectures.md` lists those that were tried.
         thresholds: what to apply per layer and phase, or the path of its file.
         decode_from: absolute position from which tokens count as decode steps, however many arrive in
             one call (teacher forcing, a verification loop of your own). None: in `model.generate`, which

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from calibrate.errors import FileError
+import calibrate
+from calibrate.errors import FileError, UserError
+from calibrate.model.config_json import read_model_config
+from calibrate.record.files import write_output
 from calibrate.schema import RunConfig, load_config
+from calibrate.terminal import argument, write_path
 
 
 def written(folder: Path, text: str) -> Path:
@@ -134,6 +140,41 @@ def test_a_tilde_is_the_users_folder() -> None:
     assert config.cost.curves == f"{home}/c.jsonl"
     assert config.model.path == f"{home}/model"
     assert (config.model.tokenizer, config.output) == (f"{home}/tokenizer", f"{home}/runs/x")
+
+
+def test_a_tilde_is_the_users_folder_wherever_a_path_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").touch()
+    written(tmp_path, "model: {path: x}\nprompts: {sources: [{task: file, path: a.jsonl}]}\n")
+    source = load_config("~/run.yaml").prompts.sources[0]
+    assert source.path == str(tmp_path / "a.jsonl")
+    assert write_output(Path("~/out.json"), "{}") == tmp_path / "out.json"
+    assert (tmp_path / "out.json").read_text() == "{}"
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 1}')
+    assert read_model_config(Path("~")).data == {"num_hidden_layers": 1}
+    with pytest.raises(UserError, match=f"`{tmp_path}/none` is not a run folder"):
+        calibrate.open_run("~/none")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("run", "run"), ("a b", "'a b'"), ("-x", "./-x"), ("it's", "'it'\"'\"'s'"), ("#1", "'#1'"),
+        ("what?", "'what?'"), ("50%20", "50%20"), ("é", "'é'"),
+    ],
+)  # fmt: skip
+def test_a_path_in_a_command_that_a_message_names_is_one_argument(name: str, shown: str) -> None:
+    assert argument(Path(name)) == shown
+    assert shlex.split(shown)[0].removeprefix("./") == name
+
+
+def test_a_path_is_printed_in_the_bytes_of_its_name(capfdbinary: Any) -> None:
+    """Whatever the terminal's encoding is, a script that reads it finds the file."""
+    name = os.fsdecode("é'\"".encode() + b"\xff")
+    write_path(Path(name))
+    assert capfdbinary.readouterr().out == os.fsencode(name) + b"\n"
 
 
 def test_a_retired_key_of_an_old_run_folder_is_read_over_and_others_are_not(tmp_path: Path) -> None:

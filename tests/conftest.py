@@ -57,7 +57,9 @@ class Result(NamedTuple):
     @property
     def message(self) -> str:
         """Stderr without the lines of stages, which stand for bars on a terminal, and their notes."""
-        progress = r"^([a-z ]+: \d+ of \d+ done|note: with \d+ held-out prompts .*)\n"
+        progress = (
+            r"^([a-z ]+: \d+ of \d+ done|note: (with \d+ held-out prompts|rounding alone) .*)\n"
+        )
         return re.sub(progress, "", self.stderr, flags=re.MULTILINE)
 
 

@@ -89,20 +89,8 @@ ENGINE = Engine(
     "FlashInfer",
     "scalar",
     (
-        Server(
-            "FlashInfer",
-            "sm90",
-            tiles.HOPPER_PREFILL,
-            tiles.NO_XQA,
-            fp8={"prefill": tiles.HOPPER_PREFILL_FP8},
-        ),
-        Server(
-            "FlashInfer",
-            "sm100",
-            tiles.BLACKWELL_PREFILL,
-            tiles.BLACKWELL_DECODE,
-            notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
-        ),
+        tiles.by_flashinfer_on_hopper("FlashInfer"),
+        tiles.by_flashinfer_on_blackwell("FlashInfer"),
         Server("FlashInfer", "sm120", _SM120, tiles.NO_XQA),
     ),
     write,

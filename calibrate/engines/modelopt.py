@@ -5,6 +5,7 @@ from __future__ import annotations
 from calibrate.engines.config_json import config_group, read_curve, section_with
 from calibrate.engines.tiles import ANY_SIZE, TRTLLM_SERVERS
 from calibrate.engines.types import (
+    STORED,
     Engine,
     Foreign,
     Ignored,
@@ -60,5 +61,5 @@ ENGINE = Engine(
     options=("target",),
     config_json="all",
     prefix_cache="restart both kinds of server for a new number, which empties the cache in their memory; "
-    "no store outside the process can be relied on to know the number: empty it",
+    + STORED,
 )

@@ -77,20 +77,8 @@ ENGINE = Engine(
     "SGLang",
     "scalar",
     (
-        Server(
-            "SGLang",
-            "sm90",
-            tiles.HOPPER_PREFILL,
-            tiles.NO_XQA,
-            fp8={"prefill": tiles.HOPPER_PREFILL_FP8},
-        ),
-        Server(
-            "SGLang",
-            "sm100",
-            tiles.BLACKWELL_PREFILL,
-            tiles.BLACKWELL_DECODE,
-            notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
-        ),
+        tiles.by_flashinfer_on_hopper("SGLang"),
+        tiles.by_flashinfer_on_blackwell("SGLang"),
         Server("SGLang", "sm120", _NO_START, tiles.NO_XQA),
     ),
     write,

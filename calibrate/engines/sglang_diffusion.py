@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calibrate.engines import tiles
 from calibrate.engines.types import (
+    EACH_STEP,
     Engine,
     Foreign,
     Ignored,
@@ -69,5 +70,5 @@ ENGINE = Engine(
     read,
     numbers={"prefill": f"{_KEY}.{_FACTOR}"},
     kv_cache=False,
-    prefix_cache="every denoising step computes its own, and a new number is whole at once",
+    prefix_cache=EACH_STEP,
 )

@@ -51,6 +51,18 @@ BLACKWELL_TWO = (
     "the sparsity here is the softmax's"
 )
 
+
+def by_flashinfer_on_hopper(title: str) -> Server:
+    """An engine that calls FlashInfer's functions on Hopper."""
+    return Server(title, "sm90", HOPPER_PREFILL, NO_XQA, fp8={"prefill": HOPPER_PREFILL_FP8})
+
+
+def by_flashinfer_on_blackwell(title: str) -> Server:
+    """An engine that calls FlashInfer's functions on Blackwell."""
+    notes = (SPLITS, BLACKWELL_TWO)
+    return Server(title, "sm100", BLACKWELL_PREFILL, BLACKWELL_DECODE, notes=notes)
+
+
 TRTLLM_SERVERS = (
     Server(
         "TensorRT-LLM",

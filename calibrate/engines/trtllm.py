@@ -10,6 +10,7 @@ import yaml
 from calibrate.engines import tiles
 from calibrate.engines.config_json import read_curve, target_of
 from calibrate.engines.types import (
+    STORED,
     Engine,
     Foreign,
     Request,
@@ -124,7 +125,7 @@ ENGINE = Engine(
     },
     options=("coefficients",),
     config_json="layers",
-    prefix_cache="a new number needs a restart, which empties the blocks that are reused; no store outside "
-    "the process can be relied on to know the number: empty it",
+    prefix_cache="a new number needs a restart, which empties the blocks that are reused; "
+    + STORED,
     backends={"TRTLLM": ""},
 )

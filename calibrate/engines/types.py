@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ class Source:
     coefficients: Path | None = None
     at_length: int | None = None
 
-    @property
+    @cached_property
     def text(self) -> str:
         """The file's text.
 
@@ -235,6 +236,12 @@ REUSED = (
     "that it was computed with"
 )
 """What a prefix cache means for every number that changes."""
+
+STORED = "no store outside the process can be relied on to know the number: empty it"
+"""What becomes of a prefix cache outside an engine's process whose key is not known to have the number."""
+
+EACH_STEP = "every denoising step computes its own, and a new number is whole at once"
+"""Why diffusion models have nothing to empty when a number changes."""
 
 
 def to_json(data: Any) -> str:

@@ -6,6 +6,7 @@ import json
 
 from calibrate.engines import tiles
 from calibrate.engines.types import (
+    STORED,
     Engine,
     Foreign,
     Ignored,
@@ -54,20 +55,13 @@ ENGINE = Engine(
     "scalar",
     (
         Server("vLLM", "sm90", _NO_KERNEL, _NO_KERNEL),
-        Server(
-            "vLLM",
-            "sm100",
-            tiles.BLACKWELL_PREFILL,
-            tiles.BLACKWELL_DECODE,
-            notes=(tiles.SPLITS, tiles.BLACKWELL_TWO),
-        ),
+        tiles.by_flashinfer_on_blackwell("vLLM"),
         Server("vLLM", "sm120", _NO_KERNEL, _NO_KERNEL),
     ),
     write,
     read,
     numbers=_KEYS,
-    prefix_cache="a new number needs a restart, which empties the cache in memory; no store outside the "
-    "process can be relied on to know the number: empty it",
+    prefix_cache="a new number needs a restart, which empties the cache in memory; " + STORED,
     experimental="vLLM 0.33.0 refuses these names at start and has no skip-softmax at all (its pull requests "
     "42989 and 39297 are open); use Model-Optimizer's vLLM server (--engine modelopt)",
 )

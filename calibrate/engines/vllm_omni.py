@@ -9,6 +9,7 @@ from typing import Any
 from calibrate.engines.config_json import config_group, read_curve, section_with
 from calibrate.engines.tiles import BLACKWELL_PREFILL, BLACKWELL_TWO, with_sizes
 from calibrate.engines.types import (
+    EACH_STEP,
     Engine,
     Foreign,
     Ignored,
@@ -106,5 +107,5 @@ ENGINE = Engine(
     absolute=True,
     config_json="curve",
     kv_cache=False,
-    prefix_cache="every denoising step computes its own, and a new number is whole at once",
+    prefix_cache=EACH_STEP,
 )

@@ -27,7 +27,8 @@ from calibrate.schema import GeometryConfig
 from calibrate.statistics import capture
 from skip_softmax import Thresholds, applied
 from skip_softmax.api import attention
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.huggingface.layers import Layer, inspect_layers
 from skip_softmax.thresholds.types import Geometry, ModelSection, UncalibratedLayer
 

@@ -15,7 +15,8 @@ from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from skip_softmax.huggingface.applied import applied
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.meaning import literal
 from skip_softmax.meaning.call import call_of
 from skip_softmax.thresholds.file import Thresholds

@@ -309,13 +309,13 @@ def targets(found: Mapping[str, Any]) -> Table:
 def cure(evidence: Mapping[str, Any]) -> str:
     """What helps a result that failed."""
     found = evidence.get("target_sparsity")
-    if not found and _within(evidence):
+    if not found:
+        if not _within(evidence):
+            return "Raise the budget, or give the search more trials"
         return (
             f"What {evidence['loss'][FINEST]['prompts']} held-out prompts lose is within the budget, but "
             "they are too few to prove it: give `prompts.heldout` more, or raise the budget"
         )
-    if not found:
-        return "Raise the budget, or give the search more trials"
     allowed = " and ".join(
         f"{percent_text(entry['affordable'])} in {phase}"
         for phase, entry in found.items()

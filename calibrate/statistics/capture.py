@@ -14,7 +14,8 @@ from calibrate.schema import GeometryConfig
 from calibrate.statistics import nvidia
 from calibrate.statistics.counts import Statistics
 from skip_softmax.api import tile_statistics
-from skip_softmax.huggingface.intercept import LayerCall, intercepted, joined
+from skip_softmax.huggingface.calls import LayerCall, joined
+from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.meaning.histogram import TileHistogram
 from skip_softmax.thresholds.types import PHASES, Phase
 

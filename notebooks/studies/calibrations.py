@@ -20,6 +20,7 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from calibrate.loss.measure import Outcome, compare, sparsity
 from calibrate.model.forward import dense_logits
 from calibrate.model.load import LoadedModel, load
 from calibrate.model.section import Setting, thresholds_for
-from calibrate.prompts.build import build
+from calibrate.prompts.build import Prompt, build
 from calibrate.schema import RunConfig, load_config
 from skip_softmax.thresholds.types import PHASES
 
@@ -112,16 +113,28 @@ def calibrated(
     }
 
 
+def fresh_prompts(
+    seed: int, loaded: LoadedModel, arguments: argparse.Namespace
+) -> Sequence[Prompt]:
+    """Prompts that nothing in a seed's runs has seen, the same for all ways."""
+    prompts = config_of(arguments.ways[0], seed, arguments).prompts
+    prompts = prompts.model_copy(update={"heldout": arguments.fresh})
+    made = build(prompts, loaded.tokenizer, seed=FRESH_SEED + seed, max_context=loaded.max_context)
+    return made["heldout"]
+
+
 def scored(
-    way: str, setting: Setting, seed: int, loaded: LoadedModel, arguments: argparse.Namespace
+    way: str,
+    setting: Setting,
+    prompts: Sequence[Prompt],
+    seed: int,
+    loaded: LoadedModel,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """What a setting that passed does to fresh prompts."""
-    config = config_of(way, seed, arguments)
-    prompts = config.prompts.model_copy(update={"heldout": arguments.fresh})
-    sets = build(prompts, loaded.tokenizer, seed=FRESH_SEED + seed, max_context=loaded.max_context)
-    thresholds = thresholds_for(loaded, config, setting)
+    thresholds = thresholds_for(loaded, config_of(way, seed, arguments), setting)
     each: list[Outcome] = []
-    for prompt in sets["heldout"]:
+    for prompt in prompts:
         dense = dense_logits(loaded, prompt, arguments.output / str(seed) / "fresh")
         each.append(compare(loaded, thresholds, prompt, dense))
     kl = [outcome.losses[FINEST] for outcome in each]
@@ -219,10 +232,11 @@ def main() -> None:
         for seed in arguments.seeds:
             file = arguments.output / f"{seed}.json"
             found: dict[str, dict[str, Any]] = {}
+            fresh = fresh_prompts(seed, loaded, arguments)
             for way in arguments.ways:
                 row = calibrated(way, seed, loaded, arguments)
                 if "setting" in row:
-                    row["fresh"] = scored(way, row["setting"], seed, loaded, arguments)
+                    row["fresh"] = scored(way, row["setting"], fresh, seed, loaded, arguments)
                 found[way] = row
                 # What is done is kept: the machine may not outlast the other ways.
                 file.write_text(json.dumps({"seed": seed, **found}) + "\n")

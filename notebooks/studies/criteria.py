@@ -55,7 +55,8 @@ from calibrate.model.load import LoadedModel, load
 from calibrate.prompts.build import Prompt, Split, build
 from calibrate.schema import RunConfig, load_config
 from calibrate.search.cost import Cost, load_curves
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.thresholds.types import PHASES, Phase
 
 TILE_Q, TILE_KV = 64, {"prefill": 128, "decode": 64}

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from skip_softmax.api import attention, decode_attention
 from skip_softmax.choose import Backend
-from skip_softmax.huggingface.intercept import LayerCall, intercepted, joined
+from skip_softmax.huggingface.calls import LayerCall, joined
+from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.huggingface.layers import inspected
 from skip_softmax.meaning.counts import TileCounts
 from skip_softmax.thresholds.file import Thresholds

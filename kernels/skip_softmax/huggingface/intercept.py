@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skip_softmax.huggingface.calls import Handler as Handler
-from skip_softmax.huggingface.calls import LayerCall as LayerCall
-from skip_softmax.huggingface.calls import Steps, understood
-from skip_softmax.huggingface.calls import joined as joined
+from skip_softmax.huggingface.calls import Handler, Steps, understood
 from skip_softmax.huggingface.layers import Inspected, inspected
 from skip_softmax.huggingface.route import Given, length_of_prompt, routed
 

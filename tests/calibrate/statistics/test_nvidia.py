@@ -17,7 +17,8 @@ from calibrate.schema import FitConfig, GeometryConfig
 from calibrate.statistics import capture, nvidia
 from calibrate.statistics.counts import Statistics
 from calibrate.statistics.fit import fit_phase
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.huggingface.layers import inspect_layers
 from skip_softmax.meaning.histogram import BINS, NEVER, edges
 

@@ -6,7 +6,8 @@ import tiny
 import torch
 
 import skip_softmax as ss
-from skip_softmax.huggingface.intercept import LayerCall, intercepted
+from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.intercept import intercepted
 
 
 def call(rows: int, kv_start: int = 0) -> LayerCall:

@@ -18,6 +18,8 @@ from skip_softmax.meaning.call import (
     RunningMax,
     ScaleFactor,
     call_of,
+    check_counts,
+    check_out,
     check_packed,
     check_pages,
     check_table,
@@ -228,7 +230,8 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
+    running_max: RunningMax = ..., min_kv_len: int = ..., backend: Backend = ..., kv_start: int = ...,
+    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
@@ -238,7 +241,8 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., backend: Backend = ..., kv_start: int = ...,
+    running_max: RunningMax = ..., min_kv_len: int = ..., backend: Backend = ..., kv_start: int = ...,
+    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
@@ -255,8 +259,11 @@ def decode_attention(
     window: int | None = None,
     tile_kv: int = 64,
     running_max: RunningMax = "ascending",
+    min_kv_len: int = 0,
     backend: Backend = "auto",
     kv_start: int = 0,
+    out: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Decode attention: one or a few new tokens per request against its cache, skipping KV tiles.
@@ -264,6 +271,8 @@ def decode_attention(
     The query heads of one KV head vote together, separately for each query token. Token t of T sees
     kv_len - T + t + 1 keys, and that is the length in its threshold, so sending tokens one by one or in a
     short run gives the same result.
+
+    A request of length 0 gives zeros, counts no tile, and its row of the block table is not read.
 
     Args:
         q: queries [B, Hq, D], or [B, Hq, T, D] for runs of T tokens.
@@ -277,8 +286,12 @@ def decode_attention(
         window: a token sees its own position and the `window - 1` before it; None: no window.
         tile_kv: keys per tile [tokens], a power of two.
         running_max: what a tile is compared with, see `DecodeGeometry`.
+        min_kv_len: a token that sees fewer keys skips nothing [tokens].
         backend: `auto`, or one by name.
         kv_start: absolute position of the first key in `k_cache` (contiguous caches only).
+        out: takes the output, in q's shape (the last dimension Dv) and dtype, and is returned; without
+            gradients.
+        counts: visited and skipped tiles are added to it, summed over requests, int64 [Hkv, 2] on q's device.
         return_stats: also return tile counts.
 
     Returns:
@@ -287,20 +300,75 @@ def decode_attention(
     Raises:
         ValueError: shapes, lengths, geometry or scale factors are invalid.
         NotImplementedError: the named backend cannot run this call.
+        RuntimeError: `out` is given where a gradient is wanted.
     """
     run = q if q.dim() == 4 else q[:, :, None]
     if block_table is not None:
         check_table(block_table, kv_lens, q.shape[0], kv_start)
     call = call_of(
         run, k_cache, v_cache, tile_q=None, tile_kv=tile_kv, scale=scale, window=window, kv_start=kv_start,
-        running_max=running_max, table=block_table,
+        running_max=running_max, min_kv_len=min_kv_len, table=block_table,
     )  # fmt: skip
+    if out is not None:
+        check_out(out, q, call.value_dim)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+            raise RuntimeError(
+                "`out` takes no gradients, but an input requires one; run under torch.no_grad()"
+            )
+    if counts is not None:
+        check_counts(counts, call, q.device)
     requests = Requests(kv_lens=kv_lens, table=block_table)
-    out, stats = _attend(
-        "decode", backend, call, run, k_cache, v_cache, scale_factor, requests, return_stats
-    )
-    out = _forward_only(out if q.dim() == 4 else out[:, :, 0], q, k_cache, v_cache)
-    return (out, stats) if return_stats else out
+    result, per_request = _decode(
+        backend, call, run, k_cache, v_cache, scale_factor, requests,
+        out if out is None or q.dim() == 4 else out[:, :, None], counts, return_stats,
+    )  # fmt: skip
+    if out is None:
+        out = _forward_only(result if q.dim() == 4 else result[:, :, 0], q, k_cache, v_cache)
+    if per_request is None:
+        return out
+    return out, TileCounts(per_request[..., 0], per_request[..., 1])
+
+
+def _decode(
+    backend: Backend,
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_factor: ScaleFactor,
+    requests: Requests,
+    out: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    return_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Runs a decode call; the output, and with `return_stats` the tiles of each request [B, Hkv, 2]."""
+    room = choose("decode", backend, call, q.device)
+    per_request = None
+    if room is None:
+        result, per_request = _by_reference(call, q, k, v, scale_factor, requests)
+        out = result if out is None else out.copy_(result)
+    else:
+        factor, factors = _checked_factors(scale_factor, call, requests, q)
+        if out is None:
+            out = q.new_empty((*q.shape[:3], v.shape[3]))
+        if return_stats:
+            shape = q.shape[0], call.kv_heads, 2
+            per_request = torch.zeros(shape, dtype=torch.int64, device=q.device)
+        there = requests.as_kernels_read(call, q)
+        room.run(
+            call,
+            q,
+            k,
+            v,
+            factor,
+            factors,
+            there,
+            out,
+            counts if per_request is None else per_request,
+        )
+    if counts is not None and per_request is not None:
+        counts += per_request.sum(0)
+    return out, per_request if return_stats else None
 
 
 def _attend(
@@ -316,17 +384,38 @@ def _attend(
 ) -> tuple[torch.Tensor, TileCounts]:
     """Chooses who runs the call, and runs it; a kernel counts tiles only if `return_stats` is set."""
     room = choose(operation, backend, call, q.device)
-    if room is not None:
-        factor, factors = kernel_factors(scale_factor, call, q.device)
-        if factor and requests.q_starts is None and not torch.compiler.is_compiling():
-            # Lengths on the device are not read: that would synchronise with it.
-            if requests.kv_lens is None:
-                warn_if_dense(factor, call, [call.kv_len])
-            elif not isinstance(requests.kv_lens, torch.Tensor):
-                warn_if_dense(factor, call, requests.kv_lens)
+    if room is None:
+        out, counts = _by_reference(call, q, k, v, scale_factor, requests)
+    else:
+        factor, factors = _checked_factors(scale_factor, call, requests, q)
         there = requests.as_kernels_read(call, q)
         out, counts = room.run(call, q, k, v, factor, factors, there, return_stats)
-        return out, TileCounts(counts[..., 0], counts[..., 1])
+    return out, TileCounts(counts[..., 0], counts[..., 1])
+
+
+def _checked_factors(
+    scale_factor: ScaleFactor, call: Call, requests: Requests, q: torch.Tensor
+) -> tuple[float, torch.Tensor | None]:
+    """The scale factors as kernels read them; warns of requests that they make dense."""
+    factor, factors = kernel_factors(scale_factor, call, q.device)
+    if factor and requests.q_starts is None and not torch.compiler.is_compiling():
+        # Lengths on the device are not read: that would synchronise with it.
+        if requests.kv_lens is None:
+            warn_if_dense(factor, call, [call.kv_len])
+        elif not isinstance(requests.kv_lens, torch.Tensor):
+            warn_if_dense(factor, call, requests.kv_lens)
+    return factor, factors
+
+
+def _by_reference(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_factor: ScaleFactor,
+    requests: Requests,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and tile counts [requests, heads that vote, 2] of the reference."""
     per_head = scale_factors(scale_factor, call, q.device)
     if requests.table is not None:
         pages = k.shape[0]
@@ -336,8 +425,7 @@ def _attend(
     if requests.table is not None:
         check_pages(requests.table, calls, pages)
     warn_if_dense(per_head.max().item(), call, [alone.kv_len for alone in calls])
-    out, counts = reference.run(q, k, v, each, per_head)
-    return out, TileCounts(counts[..., 0], counts[..., 1])
+    return reference.run(q, k, v, each, per_head)
 
 
 def tile_gaps(

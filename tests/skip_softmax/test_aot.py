@@ -105,7 +105,7 @@ def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
-def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False):
+def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
     config, _, stages = decode.choose(
@@ -116,15 +116,17 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
     number = "*fp32" if single else "*bf16"
     types = {"q": number, "k": number, "v": number, "out": "*fp32", "lse": "*fp32", "stats": "*i64",
              "kv_lens": "*i32", "table": "*i32", "factor": "fp32", "scale": "fp32", "kv_len": "i32",
-             "window": "i32"}
+             "window": "i32", "min_kv_len": "i32", "factors": "*fp32"}
     constants = dict(
-        factors=None, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
+        TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
-        SPLIT=True, EARLY=arch >= 90, STATS=False, PRECISION="bf16x6" if single else "tf32", AHEAD=ahead,
-        STAGES=stages,
+        SPLIT=True, EARLY=arch >= 90, STATS=served, SUMMED=served,
+        PRECISION="bf16x6" if single else "tf32", AHEAD=ahead, STAGES=stages,
     )
     if not page:
         constants["table"] = None
+    if not served:
+        constants |= dict(factors=None, min_kv_len=None)
     return compile(_decode, types, constants, arch, config.warps)
 
 
@@ -191,6 +193,8 @@ cases = {
     "decode few": lambda: decode_case(arch, 0, True, batch=1),
     "decode paged 16": lambda: decode_case(arch, 16, True, tokens=2),
     "decode paged 128": lambda: decode_case(arch, 128, True),
+    "decode paged 64, served": lambda: decode_case(arch, 64, True, served=True),
+    "decode 64 paged 64, served": lambda: decode_case(arch, 64, True, head_dim=64, served=True),
     "decode 256 dense": lambda: decode_case(arch, 0, False, batch=1, head_dim=256, tile=128),
     "decode fp32": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True),
     "combine": lambda: combine_case(arch),

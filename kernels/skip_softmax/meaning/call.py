@@ -44,6 +44,8 @@ class Call:
         dense_last: prefill only: a vote that holds one of the last `dense_last` query rows of its request
             skips nothing [tokens]; 0: every vote may skip. These rows give the next token; all others reach
             the output only through the keys and values of later layers.
+        min_kv_len: a request whose KV length is below it skips nothing [tokens]; in decode, a token that
+            sees fewer keys.
         page: rows of a page of the cache; 0: keys and values are contiguous.
         places: shape and strides of q, k and v; empty: dense tensors.
     """
@@ -64,6 +66,7 @@ class Call:
     running_max: RunningMax = "ascending"
     criterion: Criterion = "max"
     dense_last: int = 0
+    min_kv_len: int = 0
     page: int = 0
     places: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
 
@@ -78,6 +81,10 @@ class Call:
         if self.dense_last < 0 or (self.decode and self.dense_last):
             law = "0 in decode, which has no query tiles" if self.decode else "at least 0"
             raise ValueError(f"`dense_last` must be {law}, but got {self.dense_last}; pass 0")
+        if self.min_kv_len < 0:
+            raise ValueError(
+                f"`min_kv_len` must be at least 0, but got {self.min_kv_len}; pass 0 for no lower limit"
+            )
         if self.running_max not in get_args(RunningMax):
             raise ValueError(
                 f"`running_max` must be ascending or seeded, but got {self.running_max!r}"
@@ -117,6 +124,7 @@ def call_of(
     kv_start: int = 0,
     running_max: RunningMax = "ascending",
     dense_last: int = 0,
+    min_kv_len: int = 0,
     table: torch.Tensor | None = None,
     q_len: int | None = None,
     kv_len: int | None = None,
@@ -152,7 +160,7 @@ def call_of(
     return Call(
         q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
-        kv_start, running_max, dense_last=dense_last, page=page,
+        kv_start, running_max, dense_last=dense_last, min_kv_len=min_kv_len, page=page,
         places=tuple((x.shape, x.stride()) for x in (q, k, v)),
     )  # fmt: skip
 
@@ -226,6 +234,28 @@ def check_table(table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int
         )
     if kv_lens is None or kv_start:
         raise ValueError("a paged cache needs `kv_lens`, and `kv_start=0`")
+
+
+def check_out(out: torch.Tensor, q: torch.Tensor, columns: int) -> None:
+    """Checks that `out` can take the output of queries q, `columns` wide."""
+    shape = (*q.shape[:-1], columns)
+    alike = out.shape == shape and out.dtype == q.dtype and out.device == q.device
+    if not alike or (out.stride(-1) != 1 and columns > 1):
+        raise ValueError(
+            f"`out` must be {q.dtype} {tuple(shape)} on {q.device} with a last stride of 1, but got "
+            f"{out.dtype} {tuple(out.shape)} on {out.device} with strides {out.stride()}"
+        )
+
+
+def check_counts(counts: torch.Tensor, call: Call, device: torch.device) -> None:
+    """Checks that `counts` can take the tiles of each head that votes, visited and skipped."""
+    shape = (call.vote_heads, 2)
+    alike = counts.shape == shape and counts.dtype == torch.int64 and counts.device == device
+    if not alike or not counts.is_contiguous():
+        raise ValueError(
+            f"`counts` must be contiguous int64 {shape} on {device}, zero before the first call, but got "
+            f"{counts.dtype} {tuple(counts.shape)} on {counts.device}"
+        )
 
 
 def gathered(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -334,15 +364,17 @@ def warn_if_dense(largest: float, call: Call, kv_lens: Iterable[int]) -> None:
     Args:
         largest: scale factor of any head [tokens].
         call: what runs; in decode, the first token of a run sees the fewest keys.
-        kv_lens: KV length of each request; one without keys is empty, not dense.
+        kv_lens: KV length of each request; one without keys is empty, not dense, and one below `min_kv_len`
+            is dense because it should be.
     """
     before = call.q_len - 1 if call.decode else 0
-    shortest = min((n - before for n in kv_lens if n > before), default=math.inf)
+    least = before + max(call.min_kv_len, 1)
+    shortest = min((n - before for n in kv_lens if n >= least), default=math.inf)
     if largest > 0 and not has_threshold(largest, shortest):
         warnings.warn(
             f"`scale_factor` must be below `kv_len`, but got scale_factor={largest:g} with "
             f"kv_len={shortest}; these calls run dense. Lower the scale factor, or send short requests to "
             "dense attention",
             DenseCallWarning,
-            stacklevel=4,
+            stacklevel=5,  # whoever called the operation
         )

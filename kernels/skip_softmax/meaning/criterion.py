@@ -20,13 +20,13 @@ import torch
 Criterion = Literal["max"]
 
 
-def has_threshold(scale_factor: Any, kv_len: Any) -> Any:
+def has_threshold(scale_factor: Any, kv_len: Any, min_kv_len: int = 0) -> Any:
     """Whether anything may be skipped; for numbers or tensors.
 
     0 is dense; a threshold of 1 or more has no meaning, and is dense too; so is NaN, which fails both
-    comparisons.
+    comparisons; so is a KV length below `min_kv_len`.
     """
-    return (scale_factor > 0) & (scale_factor < kv_len)
+    return (scale_factor > 0) & (scale_factor < kv_len) & (kv_len >= min_kv_len)
 
 
 def critical_log2(gap: torch.Tensor, kv_len: torch.Tensor | int) -> torch.Tensor:
@@ -44,16 +44,19 @@ def critical_log2(gap: torch.Tensor, kv_len: torch.Tensor | int) -> torch.Tensor
     return torch.where(gap >= 0, torch.inf, critical)
 
 
-def skips(gap: torch.Tensor, scale_factor: torch.Tensor, kv_len: torch.Tensor) -> torch.Tensor:
+def skips(
+    gap: torch.Tensor, scale_factor: torch.Tensor, kv_len: torch.Tensor, min_kv_len: int = 0
+) -> torch.Tensor:
     """Which tiles are skipped.
 
     Args:
         gap: tile gaps [nats]; +inf at tiles that no threshold may skip.
         scale_factor: float64 [tokens], broadcast against `gap`.
         kv_len: KV length of the call [tokens], broadcast likewise.
+        min_kv_len: what is shorter skips nothing [tokens].
 
     Returns:
         bool, in the shape of `gap`; a tile that is not visited (-inf) counts as skipped.
     """
     below: torch.Tensor = critical_log2(gap, kv_len) < torch.log2(scale_factor)
-    return below.logical_and(has_threshold(scale_factor, kv_len))
+    return below.logical_and(has_threshold(scale_factor, kv_len, min_kv_len))

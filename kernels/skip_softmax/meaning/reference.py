@@ -239,9 +239,9 @@ def largest_gap(tile_max: torch.Tensor, before: torch.Tensor, call: Call) -> tor
 def _skips(block: Block, call: Call, scale_factor: torch.Tensor) -> torch.Tensor | None:
     """Which tiles are skipped, bool [vote_heads, votes, tiles]; None when the whole call is dense."""
     lengths = vote_kv_lens(block, call)
-    if not bool(has_threshold(scale_factor[:, None], lengths).any()):
+    if not bool(has_threshold(scale_factor[:, None], lengths, call.min_kv_len).any()):
         return None
-    skip = skips(block.gaps, scale_factor[:, None, None], lengths[None, :, None])
+    skip = skips(block.gaps, scale_factor[:, None, None], lengths[None, :, None], call.min_kv_len)
     return skip & block.visited
 
 

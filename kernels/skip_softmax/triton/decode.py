@@ -90,12 +90,15 @@ def run(
     factor: float,
     factors: torch.Tensor | None,
     requests: Requests,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a call that `why_not` accepts; see `decode`."""
-    return decode(
-        q, k, v, requests.kv_lens, requests.table, factor, factors, call.scale, call.window, call.tile_kv,
-        call.seeded, 0, stats,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
+) -> None:
+    """Runs a call that `why_not` accepts; see `launch`."""
+    # An operator costs more of the host's time than both launches; only what traces the call needs one.
+    traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor
+    (decode if traced else launch)(
+        q, k, v, out, counts, requests.kv_lens, requests.table, factor, factors, call.scale, call.window,
+        call.tile_kv, call.seeded, call.min_kv_len,
     )  # fmt: skip
 
 
@@ -153,11 +156,12 @@ def stages_that_fit(
     return max(1, min(stages, tiles + (not many)))
 
 
-@torch.library.custom_op("skip_softmax::decode", mutates_args=())
-def decode(
+def launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
     table: torch.Tensor | None,
     factor: float,
@@ -166,15 +170,18 @@ def decode(
     window: int | None,
     tile_kv: int,
     seeded: bool,
-    splits: int,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    min_kv_len: int,
+    splits: int = 0,
+) -> None:
     """Skip-softmax decode attention; never synchronises with the device.
 
     Args:
         q: queries [B, Hq, T, D].
         k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
         v: as `k`.
+        out: takes the output [B, Hq, T, Dv].
+        counts: visited and skipped tiles are added to it, int64 [B, Hkv, 2], or [Hkv, 2] for their sum over
+            requests; None counts nothing.
         kv_lens: KV length per request, int32 [B]; None: Skv.
         table: page numbers, int32 [B, pages per request], or None.
         factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
@@ -183,22 +190,17 @@ def decode(
         window: sliding window [tokens], or None.
         tile_kv: keys per tile.
         seeded: what a tile is compared with (see `decode_kernel.py`).
+        min_kv_len: a token that sees fewer keys skips nothing.
         splits: programs per KV head and request; 0 chooses.
-        stats: whether to count tiles.
-
-    Returns:
-        Output [B, Hq, T, Dv]; visited and skipped tiles, int64 [B, Hkv, 2], empty without `stats`.
     """
     from skip_softmax.triton.decode_kernel import _combine, _decode
 
+    if not out.numel():
+        return
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, tokens, _ = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
     armed = factors is not None or factor > 0
-    out = torch.empty(batch, heads, tokens, v.shape[-1], dtype=q.dtype, device=q.device)
-    counts = torch.zeros(batch if stats else 0, kv_heads, 2, dtype=torch.int64, device=q.device)
-    if not out.numel():
-        return out, counts
     capacity = k.shape[2] if table is None else table.shape[1] * k.shape[2]
     on = device_of(q.device)
     rows = max(16, next_power_of_2(tokens * group))
@@ -224,15 +226,16 @@ def decode(
     with launching_on(q):
         _decode[(splits, kv_heads, batch)](
             q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,
-            factor, scale * LOG2E, capacity, window or 0,
+            factor, scale * LOG2E, capacity, window or 0, (min_kv_len or None) if armed else None,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if table is None else table.stride(0),
             TOKENS=tokens, GROUP=group, ROWS=rows,
             HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
             WIDTH_V=width(v.shape[-1]), TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2],
             WINDOWED=window is not None, ARMED=armed, SEEDED=seeded, SPLIT=splits > 1,
-            EARLY=early, STATS=stats, PRECISION=precision(q.dtype, tile_kv), AHEAD=config.ahead,
-            STAGES=stages, num_warps=config.warps,
+            EARLY=early, STATS=counts is not None, SUMMED=counts is not None and counts.dim() == 2,
+            PRECISION=precision(q.dtype, tile_kv), AHEAD=config.ahead, STAGES=stages,
+            num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:
             columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
@@ -242,10 +245,12 @@ def decode(
                 BLOCK=min(config.join, next_power_of_2(splits)), num_warps=config.join_warps,
                 **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
-    return out, counts
+
+
+# For torch.compile and other tracers; what they see must not allocate the output, which may be the caller's.
+decode = torch.library.custom_op("skip_softmax::decode", launch, mutates_args=("out", "counts"))
 
 
 @decode.register_fake
-def _(q, k, v, kv_lens, table, factor, factors, scale, window, tile_kv, seeded, splits, stats):
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    return out, q.new_empty((q.shape[0] if stats else 0, k.shape[1], 2), dtype=torch.int64)
+def _(*arguments: object) -> None:
+    pass

@@ -84,15 +84,16 @@ def _load_keys(
     return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
 
 
-@triton.jit(do_not_specialize=["kv_len", "window"])
+@triton.jit(do_not_specialize=["kv_len", "window", "min_kv_len"])
 def _decode(
-    q, k, v, out, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, stride_qb,
-    stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob,
-    stride_oh, stride_ot, stride_table, TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    q, k, v, out, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, min_kv_len,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_ot, stride_table,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
     SEEDED: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    SUMMED: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         # `_combine` may start before these programs end; it waits for them in `gdc_wait`.
@@ -152,7 +153,7 @@ def _decode(
     if ARMED:
         if factors is not None:
             factor = tl.load(factors + kv_head)
-        threshold = log2_threshold(factor, length)
+        threshold = log2_threshold(factor, length, min_kv_len)
         if SEEDED:
             # The tiles that are some token's first, then those that are some token's last.
             high_first = tl.maximum(kv_len - TOKENS, 0) // TILE_KV
@@ -301,7 +302,7 @@ def _decode(
     if STATS:
         seen_tiles = tl.where(valid & (row % GROUP == 0), last_tile - first_tile + 1, 0)
         visited = tl.where(split == 0, tl.sum(seen_tiles, 0), 0)
-        slot = stats + (batch * tl.num_programs(1) + kv_head) * 2
+        slot = stats + (kv_head if SUMMED else batch * tl.num_programs(1) + kv_head) * 2
         tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
         if ARMED:
             tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")

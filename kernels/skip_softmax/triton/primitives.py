@@ -9,12 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
-def log2_threshold(scale_factor, kv_len):
+def log2_threshold(scale_factor, kv_len, min_kv_len=None):
     """log2 of the threshold scale_factor / kv_len; -inf (nothing is below it) where the call is dense."""
     length = kv_len.to(tl.float32)
     scale_factor += length * 0.0  # broadcast to one number per length
     # 0 and a threshold of 1 or more are dense; so is NaN, which fails both comparisons.
     active = (scale_factor > 0.0) & (scale_factor < length)
+    if min_kv_len is not None:
+        active = active & (kv_len >= min_kv_len)
     return tl.where(active, tl.log2(tl.where(active, scale_factor, 1.0) / length), float("-inf"))
 
 

@@ -157,8 +157,23 @@ def test_ragged_requests_equal_each_one_alone() -> None:
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
 def test_decisions_do_not_depend_on_the_number_of_splits(splits: int) -> None:
     p = planted(kv_len=500, tokens=2)
-    out, counts = decode.decode(
-        p.q, p.k, p.v, None, None, p.scale_factor, None, 32**-0.5, None, 32, True, splits, True
+    out, counts = torch.empty_like(p.q), torch.zeros(1, 1, 2, dtype=torch.int64, device=DEVICE)
+    decode.launch(
+        p.q,
+        p.k,
+        p.v,
+        out,
+        counts,
+        None,
+        None,
+        p.scale_factor,
+        None,
+        32**-0.5,
+        None,
+        32,
+        True,
+        0,
+        splits,
     )
     call = call_alone(p, 2, 500, tile_q=None, tile_kv=32, running_max="seeded")
     _, visited, skipped = expected(p, call)
@@ -181,11 +196,11 @@ def test_loading_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for ahead in (False, True):
         monkeypatch.setattr(decode, "AHEAD", decode.AHEAD._replace(ahead=ahead))
-        found.append(
-            decode.decode(
-                p.q, p.k, p.v, None, None, p.scale_factor, None, 0.2, None, 32, True, 5, True
-            )
+        out, counts = torch.empty_like(p.q), torch.zeros(2, 2, 2, dtype=torch.int64, device=DEVICE)
+        decode.launch(
+            p.q, p.k, p.v, out, counts, None, None, p.scale_factor, None, 0.2, None, 32, True, 0, 5
         )
+        found.append((out, counts))
     (out, counts), (other, others) = found
     assert torch.equal(counts, others) and counts[..., 1].sum() > 0
     assert torch.equal(out, other)
@@ -245,6 +260,113 @@ def test_one_number_per_kv_head() -> None:
     assert stats.skipped[0, 0] == 0 < stats.skipped[0, 1]
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+def test_a_token_that_sees_fewer_keys_than_min_kv_len_skips_nothing(
+    running_max: str, backend: str
+) -> None:
+    p = planted(batch=3, heads=4, kv_heads=2, kv_len=500, tokens=3)
+    call = {
+        "scale_factor": p.scale_factor,
+        "tile_kv": 32,
+        "running_max": running_max,
+        "backend": backend,
+    }
+    lengths, kept = [500, 400, 399], {"kv_lens": [500, 400, 399], **call, "return_stats": True}
+    dense = ss.decode_attention(
+        p.q, p.k, p.v, **{**kept, "scale_factor": torch.zeros(2, device=DEVICE)}
+    )
+    armed = ss.decode_attention(p.q, p.k, p.v, **kept)
+    # The tokens of the requests see 498 to 500, 398 to 400 and 397 to 399 keys.
+    found = ss.decode_attention(p.q, p.k, p.v, min_kv_len=400, **kept)
+    assert torch.equal(found[0][0], armed[0][0]) and torch.equal(found[0][2], dense[0][2])
+    assert torch.equal(found[0][1, :, :2], dense[0][1, :, :2])
+    assert torch.equal(found[0][1, :, 2], armed[0][1, :, 2])
+    assert not torch.equal(found[0][1, :, 2], dense[0][1, :, 2])
+    assert torch.equal(found[1].visited, dense[1].visited)
+    assert torch.equal(found[1].skipped[0], armed[1].skipped[0]) and not found[1].skipped[2].any()
+    last = ss.decode_attention(
+        p.q[1:2, :, 2:], p.k[1:2], p.v[1:2], **{**kept, "kv_lens": lengths[1:2]}
+    )
+    assert torch.equal(found[1].skipped[1], last[1].skipped[0]) and last[1].skipped.all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_out_is_written_and_counts_grow(backend: str) -> None:
+    p = planted(batch=3, heads=4, kv_heads=2, kv_len=300)
+    call = {
+        "scale_factor": p.scale_factor,
+        "tile_kv": 32,
+        "running_max": "seeded",
+        "backend": backend,
+    }
+    true, stats = ss.decode_attention(p.q, p.k, p.v, [300, 0, 150], return_stats=True, **call)
+    total = torch.stack([stats.visited.sum(0), stats.skipped.sum(0)], 1)
+    assert (total > 0).all() and (stats.visited[1] == 0).all()
+    counts = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    held = torch.full((3, 2, 4, 40), 7.0, device=DEVICE)  # a slice of a layer's wider output
+    out = held[:, 1, :, 4:36]
+    for calls in (1, 2):
+        found = ss.decode_attention(
+            p.q[:, :, 0], p.k, p.v, [300, 0, 150], out=out, counts=counts, **call
+        )
+        assert found is out and torch.equal(out, true[:, :, 0])
+        assert torch.equal(counts, calls * total)
+    out.fill_(7.0)
+    assert (held == 7.0).all()  # nothing beside it was written
+    both = ss.decode_attention(
+        p.q, p.k, p.v, [300, 0, 150], counts=counts, return_stats=True, **call
+    )
+    assert torch.equal(both[1].skipped, stats.skipped) and torch.equal(counts, 3 * total)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+def test_padding_requests_give_zeros_and_read_nothing(running_max: str, backend: str) -> None:
+    p = planted(batch=3, heads=4, kv_heads=2, kv_len=200, tokens=2)
+    k, v, table = paged(p, 16)
+    k[table[1]], v[table[1]] = torch.nan, torch.nan
+    table[0], table[1] = 10**9, -5
+    counts = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    call = {
+        "block_table": table, "tile_kv": 32, "running_max": running_max, "backend": backend,
+        "scale_factor": torch.full((2,), p.scale_factor, device=DEVICE),
+    }  # fmt: skip
+    lengths = torch.tensor([0, 0, 200], device=DEVICE)
+    out = ss.decode_attention(p.q, k, v, lengths, counts=counts, **call)
+    assert (out[:2] == 0).all()
+    alone = {**call, "block_table": table[2:], "return_stats": True}
+    true, stats = ss.decode_attention(p.q[2:], k, v, lengths[2:], **alone)
+    torch.testing.assert_close(out[2:], true)
+    assert torch.equal(counts, torch.stack([stats.visited[0], stats.skipped[0]], 1))
+
+
+@pytest.mark.parametrize(
+    "keyword, wrong, law",
+    [
+        ("out", torch.zeros(1, 4, 1, 16), r"`out` must be torch.float32 \(1, 4, 1, 32\)"),
+        ("out", torch.zeros(1, 4, 1, 32).half(), "`out` must be torch.float32"),
+        ("out", torch.zeros(1, 4, 1, 64)[..., ::2], "last stride of 1"),
+        ("counts", torch.zeros(1, 2, 2).long(), r"`counts` must be contiguous int64 \(2, 2\)"),
+        ("counts", torch.zeros(2, 2), "but got torch.float32"),
+        ("min_kv_len", -1, "`min_kv_len` must be at least 0, but got -1"),
+    ],
+)
+def test_what_cannot_take_the_result_is_refused(keyword: str, wrong: Any, law: str) -> None:
+    p = planted(heads=4, kv_heads=2, kv_len=40, device="cpu")
+    with pytest.raises(ValueError, match=law):
+        ss.decode_attention(p.q, p.k, p.v, backend="reference", **{keyword: wrong})
+
+
+def test_out_takes_no_gradients() -> None:
+    p = planted(kv_len=40)
+    q = p.q.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="takes no gradients"):
+        ss.decode_attention(q, p.k, p.v, out=torch.empty_like(p.q))
+    with torch.no_grad():
+        ss.decode_attention(q, p.k, p.v, out=torch.empty_like(p.q))
+
+
 def test_queries_without_a_token_dimension() -> None:
     p = planted(kv_len=200)
     keywords = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
@@ -257,18 +379,32 @@ def test_torch_compile_sees_one_graph() -> None:
     k, v, table = paged(p, 32)
     kv_lens = torch.tensor([200, 100], dtype=torch.int32, device=DEVICE)
 
-    def call(q: torch.Tensor, lengths: torch.Tensor):
+    def call(q: torch.Tensor, lengths: torch.Tensor, **more: Any):
         return ss.decode_attention(
-            q, k, v, lengths, scale_factor=0.05, block_table=table, tile_kv=32, backend="triton"
+            q,
+            k,
+            v,
+            lengths,
+            scale_factor=0.05,
+            block_table=table,
+            tile_kv=32,
+            backend="triton",
+            **more,
         )
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(p.q, kv_lens), call(p.q, kv_lens))
-    torch.library.opcheck(
-        torch.ops.skip_softmax.decode.default,
-        (p.q, k, v, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 2, True),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    true = call(p.q, kv_lens)
+    assert torch.equal(compiled(p.q, kv_lens), true)
+    out = torch.zeros_like(p.q)
+    counts = torch.full((1, 2), 10, dtype=torch.int64, device=DEVICE)
+    compiled(p.q, kv_lens, out=out, counts=counts)
+    assert torch.equal(out, true) and counts[0, 0] == 10 + 7 + 4
+    for tally in (None, counts):
+        torch.library.opcheck(
+            torch.ops.skip_softmax.decode.default,
+            (p.q, k, v, out, tally, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 100, 2),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.parametrize(

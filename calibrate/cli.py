@@ -332,6 +332,52 @@ def import_numbers(
     )
 
 
+@app.command()
+def probe(
+    url: Annotated[str, typer.Argument(help="A running server with the OpenAI interface.")],
+    prompt: Annotated[
+        Path | None, typer.Option(help="A prompt to send: a text file; unset: nothing is sent.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer to it [tokens].")] = 32,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="The thresholds file that it should serve, to be checked.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A dense server of the same model, to compare with.")
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=2, help="With --against: how many times both answer.")
+    ] = 5,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="VLLM_API_KEY", help="The API key that the servers want.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a running server whether it skips, which file it serves, and what it skips on a prompt."""
+    from calibrate.serving.client import Server
+    from calibrate.serving.probe import check_file, probe, read_prompt
+
+    found = probe(
+        Server(url, api_key),
+        None if prompt is None else read_prompt(prompt),
+        tokens=tokens,
+        against=None if against is None else Server(against, api_key),
+        repeats=repeats,
+    )
+    if as_json:
+        terminal.write_json(found.to_json())
+    else:
+        terminal.show(*found.to_terminal())
+    for text in found.notes:
+        terminal.say(f"note: {text}")
+    if thresholds is not None:
+        check_file(found, thresholds)
+    if found.skipping == "unknown" and found.against is None:
+        raise WorkFailed(f"whether {found.url} skips is unknown; the note above says what it takes")
+    if found.exact is False:
+        raise WorkFailed("what this request skipped is not known exactly; the note above says why")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

@@ -124,6 +124,7 @@ ORDER = [
     "loss",
     "search",
     "proof",
+    "serving",
     "report",
     "pipeline",
     "transfer",

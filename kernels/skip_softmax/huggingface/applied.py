@@ -3,7 +3,7 @@
 Attention is replaced where the model's code looks it up, so that code is not touched (`route.py`). Masks are
 not built: each call learns from the mask's recipe which keys a row may see (`masks.py`). Layers are those
 that a pass of four tokens found (`layers.py`). Anything but plain causal, windowed or full attention is left
-to the model (`calls.py`).
+to the model (`calls.py`). Continuous batching tells which rows belong to which request (`continuous.py`).
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ class PhaseCounts(Mapping[Phase, TileCounts]):
     def __getitem__(self, phase: Phase) -> TileCounts:
         """Counts up to now, on the CPU. Waits for the GPU."""
         total = torch.zeros(2, self._layers, self._heads[phase], dtype=torch.int64)
-        for device in {device for _, _, device in self._counted}:
-            there = {key[1]: x for key, x in self._counted.items() if key[::2] == (phase, device)}
+        counted = list(self._counted.items())  # another thread may be adding
+        for device in {key[2] for key, _ in counted}:
+            there = {key[1]: x for key, x in counted if key[::2] == (phase, device)}
             if there:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # continuous batching counts on its own stream
                 total[:, list(there)] += torch.stack(list(there.values()), 1).cpu()
         return TileCounts(*total)
 
@@ -81,6 +84,13 @@ def applied(
 ) -> Iterator[PhaseCounts]:
     """Runs a model with a thresholds file; undone on exit, also after an exception.
 
+    Continuous batching (`model.generate_batch` and managers that are made inside the block, as transformers
+    5.23 has them) gives each request the numbers and the counts that `generate` gives it alone. Where a
+    prompt is read in chunks (longer than what is left of `max_batch_tokens`, or behind a prefix that is in
+    the cache), a chunk's threshold is that of its end, as in any call with a cache. CUDA graphs,
+    `torch.compile` and flash attention's fast path for decode are refused there. Managers end with the
+    block, and finish their requests first.
+
     Args:
         model: a decoder-only transformers model; `architectures.md` lists those that were tried.
         thresholds: what to apply per layer and phase, or the path of its file.
@@ -88,8 +98,9 @@ def applied(
             one call (teacher forcing, a verification loop of your own). None: in `model.generate`, which
             knows where the prompt ends, every token behind the prompt is a decode step: drafts that are
             verified several in one call are, while all chunks of the prompt are prefill, however short
-            the last one is. In any other call one query token behind a non-empty cache is a decode step,
-            and everything else is prefill, because nothing tells a draft from a chunk there.
+            the last one is; continuous batching knows it for each of its requests. In any other call one
+            query token behind a non-empty cache is a decode step, and everything else is prefill, because
+            nothing tells a draft from a chunk there.
         backend: attention backend, see `attention`.
         count: whether to count tiles, which costs a little time in every call.
 
@@ -99,7 +110,8 @@ def applied(
     Raises:
         FileError: the path does not lead to a valid thresholds file.
         ValueError: the thresholds are for a model of another shape, `inspect_layers` refuses the model, or
-            it (or one that shares its config) already runs inside such a block.
+            it (or one that shares its config) already runs inside such a block. Inside the block: continuous
+            batching with settings that are refused, or with a manager that was made outside.
     """
     if not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.load(thresholds)

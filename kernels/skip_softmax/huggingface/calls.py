@@ -21,9 +21,9 @@ _NAMED = {
     "cu_seq_lens_q": "packed requests",
     "cache": "a paged cache",
 }
-_UNDERSTOOD = frozenset(
+UNDERSTOOD = frozenset(
     {
-        # What `understood` and `read` know.
+        # What `arguments` and `read` know.
         "scaling",
         "dropout",
         "is_causal",
@@ -102,6 +102,22 @@ class LayerCall:
         keys = slice(0, self.position + stop - self.kv_start)
         return self.part(slice(None), slice(start, stop), keys, self.kv_start)
 
+    def in_phases(self, handler: Handler, steps: Steps, padding: int = 0) -> torch.Tensor:
+        """The output of `handler`, which is given the rows of either phase, as `steps` tells them apart.
+
+        Args:
+            handler: computes the output of one phase.
+            steps: which tokens are decode steps.
+            padding: tokens before the requests.
+        """
+        rows = self.q.shape[2]
+        split = steps.split(self.position, rows, padding)
+        if split in (0, rows):
+            return handler(replace(self, phase="prefill" if split else "decode"))
+        prefill = replace(self.rows(0, split), phase="prefill")
+        decode = replace(self.rows(split, rows), phase="decode")
+        return joined([handler(prefill), handler(decode)])
+
 
 Handler = Callable[[LayerCall], torch.Tensor]
 
@@ -164,7 +180,18 @@ class Understood:
             k, v = self.k, self.v
             if not whole or keys != slice(0, k.shape[2]):
                 k, v = k[requests, :, keys], v[requests, :, keys]
-            computed = self._by_phase(q, k, v, kv_start, padding, handler, steps)
+            call = LayerCall(
+                self.layer,
+                "prefill",
+                q,
+                k,
+                v,
+                self.scale,
+                self.seen.causal,
+                self.seen.window,
+                kv_start,
+            )
+            computed = call.in_phases(handler, steps, padding)
             if whole:
                 return computed  # no copies
             if out is None:
@@ -175,26 +202,6 @@ class Understood:
     def _zeros(self) -> torch.Tensor:
         return self.q.new_zeros(*self.q.shape[:3], self.v.shape[-1])
 
-    def _by_phase(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_start: int,
-        padding: int,
-        handler: Handler,
-        steps: Steps,
-    ) -> torch.Tensor:
-        rows = q.shape[2]
-        split = steps.split(kv_start + k.shape[2] - rows, rows, padding)
-        phase: Phase = "prefill" if split else "decode"
-        seen = self.seen
-        call = LayerCall(self.layer, phase, q, k, v, self.scale, seen.causal, seen.window, kv_start)
-        if split in (0, rows):
-            return handler(call)
-        decode = replace(call.rows(split, rows), phase="decode")
-        return joined([handler(call.rows(0, split)), handler(decode)])
-
 
 def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
     """What a layer asks of its attention function, or why it must keep the model's own.
@@ -204,9 +211,30 @@ def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
         layer: its index.
         steps: which tokens are decode steps.
     """
+    plain = arguments(given, UNDERSTOOD)
+    if isinstance(plain, str):
+        return plain
+    q, k, v, scale = plain
+    seen = read(given.attention, given.module, q, k, given.mask, given.keywords)
+    if isinstance(seen, str):
+        return seen
+    if not seen.causal and steps.split(seen.q_offset, q.shape[2]) < q.shape[2]:
+        return "attention that sees later tokens"
+    return Understood(layer, q, k, v, scale, seen)
+
+
+def arguments(
+    given: Given, known: frozenset[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float] | str:
+    """Queries, keys, values and the scale of plain softmax attention, or why a call asks for another kind.
+
+    Args:
+        given: what the layer gave.
+        known: arguments whose meaning the caller knows.
+    """
     keywords = given.keywords
     for key, value in keywords.items():
-        if value is not None and key not in _UNDERSTOOD:
+        if value is not None and key not in known:
             return _NAMED.get(key, f"the argument `{key}`, whose meaning is not known here")
     if given.extra:
         return "arguments without a name"
@@ -216,7 +244,7 @@ def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
     if weights or (weights is None and _asks_for_weights(given.module)):
         return "somebody asked for its attention weights"
     q, k, v = given.q, given.k, given.v
-    (batch, q_heads, rows, head_dim), (_, kv_heads, _, k_dim) = q.shape, k.shape
+    (batch, q_heads, _, head_dim), (_, kv_heads, _, k_dim) = q.shape, k.shape
     if k.shape[:3] != v.shape[:3] or batch != k.shape[0]:
         return "queries, keys and values that differ in batch, heads or tokens"
     if not kv_heads or q_heads % kv_heads or head_dim != k_dim:
@@ -230,12 +258,7 @@ def understood(given: Given, layer: int, steps: Steps) -> Understood | str:
         scale = head_dim**-0.5
     elif not isinstance(scale, int | float):
         return "a scale that is not one number"
-    seen = read(given.attention, given.module, q, k, given.mask, keywords)
-    if isinstance(seen, str):
-        return seen
-    if not seen.causal and steps.split(seen.q_offset, rows) < rows:
-        return "attention that sees later tokens"
-    return Understood(layer, q, k, v, float(scale), seen)
+    return q, k, v, float(scale)
 
 
 def _asks_for_weights(module: torch.nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skip_softmax.huggingface.calls import Handler, Steps, understood
+from skip_softmax.huggingface.continuous import batched, is_packed, packed
 from skip_softmax.huggingface.layers import Inspected, inspected
 from skip_softmax.huggingface.route import Given, length_of_prompt, routed
 
@@ -45,7 +46,8 @@ def intercepted(
             inside such a block.
     """
     interceptor = _Interceptor(handler, inspected(model), decode_from, left_alone or {})
-    with routed(model, interceptor.take):
+    take = interceptor.take
+    with routed(model, take), batched(model, take):
         yield
 
 
@@ -61,12 +63,26 @@ class _Interceptor:
         index = self.model.modules.get(given.module)
         if index is None or index in self.left_alone:
             return given.by_itself()
-        steps = Steps(self.decode_from, length_of_prompt())
-        call = self.model.layers[index].reason or understood(given, index, steps)
-        if isinstance(call, str):
-            # The layer is not given up: its next call may be one that we understand.
-            if index not in self.named:
-                self.named.add(index)
-                _log.warning("layer %d keeps the model's own attention: %s", index, call)
-            return given.by_itself()
-        return call.run(self.handler, steps).transpose(1, 2).contiguous(), None
+        reason = self.model.layers[index].reason
+        if reason is not None:
+            return self._left(given, index, reason)
+        if is_packed(given):
+            batch = packed(given, index, self.decode_from)
+            if isinstance(batch, str):
+                return self._left(given, index, batch)
+            out = batch.run(self.handler)
+        else:
+            steps = Steps(self.decode_from, length_of_prompt())
+            call = understood(given, index, steps)
+            if isinstance(call, str):
+                return self._left(given, index, call)
+            out = call.run(self.handler, steps)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _left(self, given: Given, index: int, reason: str) -> tuple[torch.Tensor, Any]:
+        """What the model's own attention computes; a layer's first reason is named."""
+        # The layer is not given up: its next call may be one that we understand.
+        if index not in self.named:
+            self.named.add(index)
+            _log.warning("layer %d keeps the model's own attention: %s", index, reason)
+        return given.by_itself()

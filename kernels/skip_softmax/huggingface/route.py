@@ -144,11 +144,15 @@ def routed(model: PreTrainedModel, take: Taker) -> Iterator[None]:
                 config._attn_implementation_internal = name
 
 
-class _Patches:
-    """What transformers looks up or calls by way of a class, replaced while at least one block is open."""
+class Patches:
+    """What transformers looks up or calls by way of a class, replaced while at least one block is open.
 
-    def __init__(self) -> None:
-        self.open, self.lock = 0, threading.Lock()
+    Args:
+        made: class, name of its method, and what makes the replacement of that method.
+    """
+
+    def __init__(self, *made: tuple[type, str, Callable[[Any], Any]]) -> None:
+        self.open, self.lock, self.made = 0, threading.Lock(), made
         self.before: list[tuple[type, str, Any]] = []
 
     def __enter__(self) -> None:
@@ -156,14 +160,9 @@ class _Patches:
             self.open += 1
             if self.open > 1:
                 return
-            for owner, name, wrapped in (
-                (AttentionInterface, "get_interface", _get_interface),
-                (AttentionInterface, "__getitem__", _attention),
-                (AttentionMaskInterface, "__getitem__", _mask),
-                (GenerationMixin, "generate", _generate),
-            ):
+            for owner, name, make in self.made:
                 self.before.append((owner, name, vars(owner).get(name)))
-                setattr(owner, name, wrapped(getattr(owner, name)))
+                setattr(owner, name, make(getattr(owner, name)))
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
@@ -174,9 +173,6 @@ class _Patches:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, value)
-
-
-_PATCHES = _Patches()
 
 
 def _get_interface(before: Any) -> Any:
@@ -206,6 +202,31 @@ def _mask(before: Any) -> Any:
     return method
 
 
+def _set_attention(before: Any) -> Any:
+    @wraps(before)
+    def method(self: Any, attn_implementation: Any, *arguments: Any, **keywords: Any) -> Any:
+        configs: list[Any] = [getattr(module, "config", None) for module in self.modules()]
+        ours = [
+            (config, config._attn_implementation.take)
+            for config in configs
+            if isinstance(getattr(config, "_attn_implementation", None), RoutedName)
+        ]
+        done = before(self, _plain(attn_implementation), *arguments, **keywords)
+        for config, take in ours:
+            name = config._attn_implementation
+            if not isinstance(name, RoutedName):
+                config._attn_implementation_internal = RoutedName(name, take)
+        return done
+
+    return method
+
+
+def _plain(name: Any) -> Any:
+    if isinstance(name, dict):
+        return {key: _plain(value) for key, value in name.items()}
+    return name.plain if isinstance(name, RoutedName) else name
+
+
 def _generate(before: Any) -> Any:
     @wraps(before)
     def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -219,6 +240,14 @@ def _generate(before: Any) -> Any:
 
     return method
 
+
+_PATCHES = Patches(
+    (AttentionInterface, "get_interface", _get_interface),
+    (AttentionInterface, "__getitem__", _attention),
+    (AttentionMaskInterface, "__getitem__", _mask),
+    (PreTrainedModel, "set_attn_implementation", _set_attention),
+    (GenerationMixin, "generate", _generate),
+)
 
 _PROMPT: ContextVar[int | None] = ContextVar(
     "length of the prompt that is being continued", default=None

@@ -1,0 +1,310 @@
+"""Attention calls of transformers' continuous batching, `generate_batch` and the managers behind it.
+
+Its scheduler packs the next rows of many requests, prompts and generated tokens alike, into one row of
+tokens; a layer's keys go through a paged cache. What a call's tensors do not say, or only on the device, the
+scheduler knows on the host: where each request's rows stand, and how long its prompt is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from transformers import GenerationMixin
+
+from skip_softmax.huggingface.calls import UNDERSTOOD, Handler, LayerCall, Steps, arguments
+from skip_softmax.huggingface.masks import MaskRecipe, is_flash
+from skip_softmax.huggingface.route import Given, Patches, RoutedName, Taker
+
+try:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.model_runner import ModelRunner
+
+    # Older releases take other arguments, and give keys in another shape.
+    _KNOWN = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
+except ImportError:
+    _KNOWN = False
+
+_OF_A_STEP = frozenset(
+    {
+        "block_table",
+        "cache",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "logits_indices",
+        "logits_processor_args",
+        "max_length_k",
+        "max_length_q",
+        "read_index",
+        "write_index",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which rows of a request a step computes.
+
+    Attributes:
+        rows: how many.
+        position: where the first of them stands.
+        prompt: tokens of its prompt; whatever stands behind them was generated, also where the scheduler
+            drops a request's cache and reads its own tokens back as if they were a prompt.
+    """
+
+    rows: int
+    position: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of continuous batching.
+
+    Attributes:
+        requests: in the order of their rows; rows behind them are padding.
+        masks: what the model was given as its masks, by the kind of its layers.
+    """
+
+    requests: tuple[Request, ...]
+    masks: dict[str, Any]
+
+
+_STEP: ContextVar[Step | None] = ContextVar("step of continuous batching", default=None)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer's attention call of which all is known that decides its output.
+
+    Attributes:
+        layer: its index.
+        q: queries of all requests one after another [1, Hq, rows, D].
+        scale: factor of the scores.
+        window: sliding window [tokens] or None.
+        requests: rows of a request and its number of keys in what `stored` returns.
+        stored: stores this step's keys and values, and returns those that its rows see, of all requests one
+            after another [1, Hkv, keys, D]. It may be called once.
+        decode_from: see `Steps`.
+    """
+
+    layer: int
+    q: torch.Tensor
+    scale: float
+    window: int | None
+    requests: tuple[tuple[Request, int], ...]
+    stored: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    decode_from: int | None
+
+    def run(self, handler: Handler) -> torch.Tensor:
+        """The output [1, Hq, rows, Dv], computed by `handler` for each request alone.
+
+        Rows that belong to no request are zero.
+        """
+        k, v = self.stored()
+        out = self.q.new_zeros(*self.q.shape[:3], v.shape[-1])
+        row = key = 0
+        for request, count in self.requests:
+            rows, keys = slice(row, row + request.rows), slice(key, key + count)
+            call = LayerCall(
+                self.layer, "prefill", self.q[:, :, rows], k[:, :, keys], v[:, :, keys], self.scale, True,
+                self.window, request.position + request.rows - count,
+            )  # fmt: skip
+            steps = Steps(self.decode_from, request.prompt)
+            out[:, :, rows] = call.in_phases(handler, steps)
+            row, key = rows.stop, keys.stop
+        return out
+
+
+def is_packed(given: Given) -> bool:
+    """Whether an attention call is one of continuous batching."""
+    return given.keywords.get("cache") is not None
+
+
+def packed(given: Given, layer: int, decode_from: int | None) -> Packed | str:
+    """What a layer asks of its attention function, or why it must keep the model's own.
+
+    Args:
+        given: what the layer gave, in a step of continuous batching.
+        layer: its index.
+        decode_from: see `Steps`.
+    """
+    cache, step = given.keywords["cache"], _STEP.get()
+    if not _KNOWN or not isinstance(cache, PagedAttentionCache):
+        return "a paged cache of a kind that is not known here (transformers 5.23's is)"
+    if step is None:
+        return "a paged cache outside a step of continuous batching"
+    if given.keywords.get("block_table") is not None:
+        return "a block table, whose keys flash attention alone stores"
+    plain = arguments(given, UNDERSTOOD | _OF_A_STEP)
+    if isinstance(plain, str):
+        return plain
+    q, k, _, scale = plain
+    if q.shape[0] != 1 or q.shape[2] < sum(request.rows for request in step.requests):
+        return "rows that its step does not speak of"
+    if not q.dtype == cache.dtype == k.dtype:
+        return f"a cache of another dtype ({cache.dtype}) than its queries ({q.dtype})"
+    at = getattr(given.module, "layer_idx", None)  # as the cache is asked
+    allocator = cache.layer_to_allocator.get(at)
+    if allocator is None:
+        return "a layer that the paged cache does not know"
+    kind = allocator.layer_type
+    if kind not in ("full_attention", "sliding_attention"):
+        return f"a paged cache for {kind}"
+    window = allocator.sliding_window if kind == "sliding_attention" else None
+    if not _as_batched(given, step.masks.get(kind), window):
+        return "a mask that was built outside continuous batching, or another one than the layer's"
+    keywords = dict(given.keywords)  # which the cache changes
+
+    def stored() -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = cache.update(key_states=given.k, value_states=given.v, layer_idx=at, kwargs=keywords)
+        return k, v
+
+    lengths = tuple(
+        (request, allocator.get_seqlen_k(request.position, request.rows))
+        for request in step.requests
+    )
+    return Packed(layer, q, scale, window, lengths, stored, decode_from)
+
+
+def _as_batched(given: Given, batched: Any, window: int | None) -> bool:
+    """Whether rows see all keys of their request up to themselves, within the window."""
+    said, mask = given.keywords.get("sliding_window"), given.mask
+    if not is_flash(given.attention):
+        return batched is not None and mask is batched and said in (None, window)
+    # Flash attention is given no mask, and takes the pattern from the layer.
+    mask = mask.own() if isinstance(mask, MaskRecipe) else mask
+    return mask is None and bool(given.keywords.get("is_causal")) and said == window
+
+
+@contextmanager
+def batched(model: Any, take: Taker) -> Iterator[None]:
+    """Learns of each step of a routed model's continuous batching, for the duration of a `with` block.
+
+    Managers that are made inside end with the block, because their caches hold keys of its attention.
+
+    Args:
+        model: a transformers model.
+        take: computes its attention calls.
+
+    Yields:
+        Nothing.
+    """
+    with _PATCHES:
+        managers = _MADE[take] = WeakSet()
+        try:
+            yield
+        finally:
+            for manager in list(managers):
+                if getattr(model, _KEPT, None) is manager:
+                    model.destroy_cached_continuous_batching_manager()
+                manager.destroy()
+            del _MADE[take]
+
+
+_KEPT = "_cached_continuous_batching_manager"  # where transformers keeps a persistent manager
+_MADE: dict[Taker, WeakSet[Any]] = {}  # managers that were made in each open block
+
+
+def _init(before: Any) -> Any:
+    @wraps(before)
+    def method(self: Any, *positional: Any, **keywords: Any) -> Any:
+        name = self.config._attn_implementation
+        if not isinstance(name, RoutedName) or name.take not in _MADE:
+            return before(self, *positional, **keywords)
+        made, kept = _MADE[name.take], getattr(self, _KEPT, None)
+        if kept is not None and kept not in made:
+            raise ValueError(
+                "a manager of continuous batching must be made in the `applied` block in which it runs, "
+                "because its cache holds keys of other attention, but this model keeps one from before; call "
+                "model.destroy_cached_continuous_batching_manager() first"
+            )
+        manager = before(self, *positional, **keywords)
+        refusal = _why_not(manager.continuous_batching_config)
+        if refusal is not None:
+            self.set_attn_implementation(name.plain)
+            raise ValueError(refusal)
+        made.add(manager)
+        return manager
+
+    return method
+
+
+def _why_not(config: Any) -> str | None:
+    """Why steps with this configuration would not be what they seem."""
+    law = "continuous batching inside `applied` must"
+    if any(config.cuda_graph_booleans):
+        return (
+            f"{law} run without CUDA graphs, because a replayed graph keeps the requests and phases with "
+            f"which it was captured, but use_cuda_graph is {config.use_cuda_graph}; pass "
+            "ContinuousBatchingConfig(use_cuda_graph=False)"
+        )
+    for key in ("varlen_compile_config", "decode_compile_config"):
+        if getattr(config, key) is not None:
+            return (
+                f"{law} run without torch.compile, because compiled steps outlive the block, but `{key}` "
+                "is set (by itself, by default_compile_level or by the model's compile_config); leave them "
+                "unset"
+            )
+    if config.max_blocks_per_request:
+        return (
+            f"{law} run without flash attention's fast path for decode, which stores keys inside its "
+            f"kernel, but max_blocks_per_request is {config.max_blocks_per_request}; pass "
+            "ContinuousBatchingConfig(max_blocks_per_request=0)"
+        )
+    return None
+
+
+def _compute_batch(before: Any) -> Any:
+    @wraps(before)
+    def method(self: Any, model: Any, batch_data: dict[str, Any]) -> Any:
+        name = model.config._attn_implementation
+        if not isinstance(name, RoutedName) or name.take not in _MADE:
+            return before(self, model, batch_data)
+        known = (manager.continuous_batching_config for manager in _MADE[name.take])
+        if not any(config is self.cb_config for config in known):
+            raise RuntimeError(
+                "a manager of continuous batching must be made in the `applied` block in which it runs, but "
+                "this one was made outside; stop it, and make another inside"
+            )
+        token = _STEP.set(_step(self.inputs_and_outputs, batch_data))
+        try:
+            return before(self, model, batch_data)
+        finally:
+            _STEP.reset(token)
+
+    return method
+
+
+def _step(buffers: Any, batch_data: dict[str, Any]) -> Step:
+    pairs = getattr(buffers, "io_pairs", None)  # asynchronous batching prepares one while one runs
+    if pairs is not None:
+        buffers = pairs[buffers.current_pair].host_io
+    requests = []
+    for planned in buffers.requests_in_batch:
+        state, rows = planned.state, planned.query_length
+        prompt = state._true_initial_tokens or len(state.initial_tokens)
+        requests.append(Request(rows, state.position_offset - rows, prompt))
+    masks = batch_data["attention_mask"]
+    if not isinstance(masks, dict):  # one kind of layers, or no mask
+        masks = dict.fromkeys(batch_data["cu_seq_lens_k"], masks)
+    return Step(tuple(requests), masks)
+
+
+_PATCHES = Patches(
+    *(
+        (
+            (GenerationMixin, "init_continuous_batching", _init),
+            (ModelRunner, "compute_batch", _compute_batch),
+        )
+        if _KNOWN
+        else ()
+    )
+)

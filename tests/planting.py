@@ -105,7 +105,7 @@ def assert_accurate(
     active = (factor > 0) & (factor < lengths)[None, :, None]
     skipped = active & (gaps < (math.log(factor or 1.0) - lengths.log())[None, :, None])
     per_row = skipped.repeat_interleave(q.shape[0] // skipped.shape[0], 0)
-    per_row = per_row.repeat_interleave(call.tile_q or 1, 1)[:, : call.q_len]
+    per_row = per_row.repeat_interleave(call.tile_q or 1, 1)[:, call.lead : call.lead + call.q_len]
     hidden = per_row.repeat_interleave(call.tile_kv, 2)[:, :, : call.kv_len]
     position = torch.arange(call.q_len, device=q.device)[:, None] + call.kv_len - call.q_len
     key = torch.arange(call.kv_len, device=q.device)

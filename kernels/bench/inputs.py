@@ -55,7 +55,7 @@ def planted(
         device: where they are made.
         seed: of the random numbers.
         groups: how many groups of rows, each with its own quiet tiles and planted channel (`blocks` only).
-        tile_q: adjacent rows of one group; row r belongs to group r // tile_q % groups.
+        tile_q: rows of a query tile, cut as in attention; those of the call's tile i are of group i % groups.
 
     Returns:
         q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D], scale factor [tokens].
@@ -76,7 +76,8 @@ def planted(
         level = torch.where(shuffled < sparsity, QUIET, LOUD)
         level[..., 0] = 0.0
         keys = level.repeat_interleave(tile_kv, -1)[..., :kv_len].transpose(2, 3)
-        group = torch.arange(q_len, device=device) // tile_q % groups
+        lead = max(kv_len - q_len, 0) % tile_q
+        group = (torch.arange(q_len, device=device) + lead) // tile_q % groups
         q[..., :groups] = STRENGTH * torch.nn.functional.one_hot(group, groups)
     else:
         keys = torch.zeros(batch, kv_heads, kv_len, 1, device=device)

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 
 from skip_softmax.choose import Backend, Operation, choose
+from skip_softmax.launch import empty_output
 from skip_softmax.meaning import reference
 from skip_softmax.meaning.call import (
     Call,
@@ -23,7 +24,6 @@ from skip_softmax.meaning.call import (
     check_packed,
     check_pages,
     check_table,
-    gathered,
     kernel_factors,
     scale_factors,
     warn_if_dense,
@@ -56,18 +56,22 @@ def _forward_only(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
 @overload
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: ScaleFactor = ...,
-    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
-    tile_kv: int = ..., dense_last: int = ..., backend: Backend = ..., q_lens: Lengths = ...,
-    kv_lens: Lengths = ..., kv_start: int = ..., return_stats: Literal[False] = ...,
+    block_table: torch.Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
+    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
+    min_kv_len: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
+    kv_start: int = ..., out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
+    return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale_factor: ScaleFactor = ...,
-    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
-    tile_kv: int = ..., dense_last: int = ..., backend: Backend = ..., q_lens: Lengths = ...,
-    kv_lens: Lengths = ..., kv_start: int = ..., return_stats: Literal[True],
+    block_table: torch.Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
+    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
+    min_kv_len: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
+    kv_start: int = ..., out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
+    return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -77,26 +81,36 @@ def attention(
     v: torch.Tensor,
     *,
     scale_factor: ScaleFactor = 0.0,
+    block_table: torch.Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
     dense_last: int = 0,
+    min_kv_len: int = 0,
     backend: Backend = "auto",
     q_lens: Lengths = None,
     kv_lens: Lengths = None,
     kv_start: int = 0,
+    out: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Prefill attention that skips KV tiles whose softmax weight cannot matter (arXiv 2512.12087).
 
+    Query tiles begin at multiples of `tile_q` of the request's positions, as KV tiles do: the first tile of a
+    chunk that begins inside one holds only the rows from there on.
+
     Args:
         q: queries [B, Hq, Sq, D], fp16, bf16, fp32 or fp64. The last query is at position
             kv_len - 1.
-        k: keys [B, Hkv, Skv, D]; Hq is a multiple of Hkv.
-        v: values [B, Hkv, Skv, Dv].
+        k: keys [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `block_table`; Hq is a
+            multiple of Hkv.
+        v: values [B, Hkv, Skv, Dv], or pages as `k`.
         scale_factor: threshold times KV length [tokens], a number or a tensor [Hq]; 0 is dense.
+        block_table: page numbers [B, pages per request], integer; None: keys and values are contiguous.
+            Entries that no key of the request needs may be anything.
         causal: whether a query sees no key after its own position.
         scale: factor of the scores; None: 1 / sqrt(D).
         window: a query sees its own position and the `window - 1` before it; None: no window.
@@ -104,48 +118,66 @@ def attention(
         tile_kv: keys per tile [tokens], a power of two.
         dense_last: a vote that holds one of the last `dense_last` valid query rows of its request skips
             nothing [tokens]; its tiles count as visited and kept. 0: every vote may skip.
+        min_kv_len: a request with a shorter KV length skips nothing [tokens]; 0: every request may skip.
         backend: `auto` takes hopper on sm_90 if it can run the call, else triton, and the reference on a CPU;
             a backend by name runs the call or raises.
         q_lens: valid queries per request [B], right-padded; None: Sq. Padding rows of the
             output are zero.
-        kv_lens: KV length per request, counted from position 0 [B]; None: kv_start + Skv.
+        kv_lens: KV length per request, counted from position 0 [B]; None: kv_start + Skv. Needed with
+            `block_table`.
         kv_start: absolute position of the first key in `k` (sliding caches drop old keys).
+        out: takes the output, in its shape and q's dtype with a last stride of 1, and is returned; without
+            gradients. None: a new tensor.
+        counts: visited and skipped tiles are added to it, summed over requests, int64 [Hq, 2] on q's device.
         return_stats: also return tile counts.
 
     Returns:
-        Output [B, Hq, Sq, Dv] in q's dtype, and with `return_stats` the tile counts [B, Hq].
+        Output [B, Hq, Sq, Dv] in q's dtype (`out`, if given), and with `return_stats` the tile counts
+        [B, Hq].
 
     Raises:
         ValueError: shapes, lengths, geometry or scale factors are invalid.
         NotImplementedError: the named backend cannot run this call.
+        RuntimeError: `out` is given where a gradient is wanted.
     """
+    if block_table is not None:
+        check_table(block_table, kv_lens, q.shape[0], kv_start)
     call = call_of(
         q, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal, kv_start=kv_start,
-        dense_last=dense_last,
+        dense_last=dense_last, min_kv_len=min_kv_len, table=block_table,
+        ragged=q_lens is not None or kv_lens is not None,
     )  # fmt: skip
-    requests = Requests(q_lens, kv_lens)
-    out, stats = _attend("prefill", backend, call, q, k, v, scale_factor, requests, return_stats)
-    out = _forward_only(out, q, k, v)
-    return (out, stats) if return_stats else out
+    requests = Requests(q_lens, kv_lens, table=block_table)
+    if out is not None:
+        check_out(out, q, call.value_dim)
+    written, stats = _attend(
+        "prefill", backend, call, q, k, v, scale_factor, requests, out, counts, return_stats
+    )
+    if out is None:
+        out = _forward_only(written, q, k, v)
+    return out if stats is None else (out, stats)
 
 
 @overload
 def attention_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
-    scale_factor: ScaleFactor = ..., causal: bool = ..., scale: float | None = ...,
-    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
-    backend: Backend = ..., return_stats: Literal[False] = ...,
+    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int, *,
+    scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ..., kv_lens: Lengths = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
+    tile_kv: int = ..., dense_last: int = ..., min_kv_len: int = ..., backend: Backend = ...,
+    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
+    return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def attention_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
-    scale_factor: ScaleFactor = ..., causal: bool = ..., scale: float | None = ...,
-    window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
-    backend: Backend = ..., return_stats: Literal[True],
+    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int, *,
+    scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ..., kv_lens: Lengths = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
+    tile_kv: int = ..., dense_last: int = ..., min_kv_len: int = ..., backend: Backend = ...,
+    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -154,75 +186,118 @@ def attention_varlen(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
     scale_factor: ScaleFactor = 0.0,
+    block_table: torch.Tensor | None = None,
+    kv_lens: Lengths = None,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
     tile_q: int = 64,
     tile_kv: int = 128,
     dense_last: int = 0,
+    min_kv_len: int = 0,
     backend: Backend = "auto",
+    out: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Prefill attention of packed requests, each as `attention` would run it alone.
 
     Args:
         q: queries of all requests, one after another [total_q, Hq, D].
-        k: keys [total_k, Hkv, D].
-        v: values [total_k, Hkv, Dv].
+        k: keys [total_k, Hkv, D], or pages [pages, Hkv, page_size, D] with `block_table`.
+        v: values [total_k, Hkv, Dv], or pages as `k`.
         cu_seqlens_q: where each request's queries start, and the end, int32 [requests + 1].
-        cu_seqlens_k: the same for keys.
-        max_seqlen_q: queries of the longest request.
-        max_seqlen_k: keys of the longest request.
+        cu_seqlens_k: the same for keys; None with `block_table`.
+        max_seqlen_q: queries of the longest request, or more.
+        max_seqlen_k: keys of the longest request, or more.
         scale_factor: as in `attention`, like the rest; each request has its own threshold.
+        block_table: page numbers [requests, pages per request], integer, or None.
+        kv_lens: KV length of each request, its cached prefix and its new tokens [requests]; with
+            `block_table` only.
         causal: whether a query sees no key after its own position.
         scale: factor of the scores; None: 1 / sqrt(D).
         window: sliding window [tokens], or None.
         tile_q: query rows that vote together [tokens].
         tile_kv: keys per tile [tokens].
         dense_last: last rows of each request whose votes skip nothing [tokens].
+        min_kv_len: KV length below which a request skips nothing [tokens].
         backend: `auto`, or one by name.
+        out: takes the output [total_q, Hq, Dv], or None.
+        counts: tiles are added to it, int64 [Hq, 2], or None.
         return_stats: also return tile counts.
 
     Returns:
-        Output [total_q, Hq, Dv], and with `return_stats` the tile counts [requests, Hq]. A kernel leaves
-        rows that belong to no request uninitialised.
+        Output [total_q, Hq, Dv] (`out`, if given), and with `return_stats` the tile counts [requests, Hq].
+        Rows that belong to no request are left as they are in `out`, and uninitialised without it.
 
     Raises:
         ValueError: shapes, lengths (of `cu_seqlens` on the CPU), geometry or scale factors are invalid.
         NotImplementedError: the named backend cannot run this call.
+        RuntimeError: `out` is given where a gradient is wanted.
     """
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+    paged, kv_dims = block_table is not None, 3 if block_table is None else 4
+    if q.dim() != 3 or k.dim() != kv_dims or v.dim() != kv_dims:
+        law = "q [tokens, heads, head_dim], k and v pages [pages, heads, page_size, head_dim]"
         raise ValueError(
-            "packed q, k and v must be [tokens, heads, head_dim], but got "
+            f"{law if paged else 'packed q, k and v'} must be "
+            f"{'so with `block_table`' if paged else '[tokens, heads, head_dim]'}, but got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if (
-        cu_seqlens_q.dim() != 1
-        or cu_seqlens_q.shape != cu_seqlens_k.shape
-        or not cu_seqlens_q.shape[0]
-    ):
+    if cu_seqlens_q.dim() != 1 or not cu_seqlens_q.shape[0]:
         raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must be [requests + 1] alike, but got "
-            f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+            f"cu_seqlens_q must be [requests + 1], but got {tuple(cu_seqlens_q.shape)}"
         )
     check_packed(cu_seqlens_q, q.shape[0], max_seqlen_q, "q")
-    check_packed(cu_seqlens_k, k.shape[0], max_seqlen_k, "k")
-    heads_first = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    if block_table is not None:
+        if cu_seqlens_k is not None:
+            raise ValueError(
+                "with `block_table`, `kv_lens` gives the KV lengths; pass cu_seqlens_k=None"
+            )
+        check_table(block_table, kv_lens, cu_seqlens_q.shape[0] - 1)
+    elif cu_seqlens_k is None or kv_lens is not None or cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            "without `block_table`, cu_seqlens_q and cu_seqlens_k must be [requests + 1] alike and `kv_lens` "
+            f"None, but got {tuple(cu_seqlens_q.shape)}, "
+            f"{None if cu_seqlens_k is None else tuple(cu_seqlens_k.shape)} and kv_lens={kv_lens}"
+        )
+    else:
+        check_packed(cu_seqlens_k, k.shape[0], max_seqlen_k, "k")
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    queries = q.transpose(0, 1)[None]
     call = call_of(
-        *heads_first, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
-        dense_last=dense_last, q_len=max_seqlen_q, kv_len=max_seqlen_k,
+        queries, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
+        dense_last=dense_last, min_kv_len=min_kv_len, table=block_table, q_len=max_seqlen_q,
+        kv_len=max_seqlen_k,
+        # The same tensor twice: no request has a prefix.
+        ragged=cu_seqlens_k is not cu_seqlens_q,
     )  # fmt: skip
-    requests = Requests(q_starts=cu_seqlens_q, kv_starts=cu_seqlens_k)
-    out, stats = _attend(
-        "prefill", backend, call, *heads_first, scale_factor, requests, return_stats
+    requests = Requests(
+        kv_lens=kv_lens, q_starts=cu_seqlens_q, kv_starts=cu_seqlens_k, table=block_table
     )
-    out = _forward_only(out[0].transpose(0, 1), q, k, v)
-    return (out, stats) if return_stats else out
+    if out is not None:
+        check_out(out, q, call.value_dim)
+    heads_first = None if out is None else out.transpose(0, 1)[None]
+    written, stats = _attend(
+        "prefill",
+        backend,
+        call,
+        queries,
+        k,
+        v,
+        scale_factor,
+        requests,
+        heads_first,
+        counts,
+        return_stats,
+    )
+    if out is None:
+        out = _forward_only(written[0].transpose(0, 1), q, k, v)
+    return out if stats is None else (out, stats)
 
 
 @overload
@@ -311,64 +386,14 @@ def decode_attention(
     )  # fmt: skip
     if out is not None:
         check_out(out, q, call.value_dim)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-            raise RuntimeError(
-                "`out` takes no gradients, but an input requires one; run under torch.no_grad()"
-            )
-    if counts is not None:
-        check_counts(counts, call, q.device)
     requests = Requests(kv_lens=kv_lens, table=block_table)
-    result, per_request = _decode(
-        backend, call, run, k_cache, v_cache, scale_factor, requests,
+    written, stats = _attend(
+        "decode", backend, call, run, k_cache, v_cache, scale_factor, requests,
         out if out is None or q.dim() == 4 else out[:, :, None], counts, return_stats,
     )  # fmt: skip
     if out is None:
-        out = _forward_only(result if q.dim() == 4 else result[:, :, 0], q, k_cache, v_cache)
-    if per_request is None:
-        return out
-    return out, TileCounts(per_request[..., 0], per_request[..., 1])
-
-
-def _decode(
-    backend: Backend,
-    call: Call,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale_factor: ScaleFactor,
-    requests: Requests,
-    out: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    return_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs a decode call; the output, and with `return_stats` the tiles of each request [B, Hkv, 2]."""
-    room = choose("decode", backend, call, q.device)
-    per_request = None
-    if room is None:
-        result, per_request = _by_reference(call, q, k, v, scale_factor, requests)
-        out = result if out is None else out.copy_(result)
-    else:
-        factor, factors = _checked_factors(scale_factor, call, requests, q)
-        if out is None:
-            out = q.new_empty((*q.shape[:3], v.shape[3]))
-        if return_stats:
-            shape = q.shape[0], call.kv_heads, 2
-            per_request = torch.zeros(shape, dtype=torch.int64, device=q.device)
-        there = requests.as_kernels_read(call, q)
-        room.run(
-            call,
-            q,
-            k,
-            v,
-            factor,
-            factors,
-            there,
-            out,
-            counts if per_request is None else per_request,
-        )
-    if counts is not None and per_request is not None:
-        counts += per_request.sum(0)
-    return out, per_request if return_stats else None
+        out = _forward_only(written if q.dim() == 4 else written[:, :, 0], q, k_cache, v_cache)
+    return out if stats is None else (out, stats)
 
 
 def _attend(
@@ -380,52 +405,54 @@ def _attend(
     v: torch.Tensor,
     scale_factor: ScaleFactor,
     requests: Requests,
+    out: torch.Tensor | None,
+    counts: torch.Tensor | None,
     return_stats: bool,
-) -> tuple[torch.Tensor, TileCounts]:
-    """Chooses who runs the call, and runs it; a kernel counts tiles only if `return_stats` is set."""
+) -> tuple[torch.Tensor, TileCounts | None]:
+    """Chooses who runs the call, and runs it.
+
+    Tiles are counted per request if `return_stats` is set, and added to `counts` if it is given; without
+    either, a kernel counts none.
+    """
+    if counts is not None:
+        check_counts(counts, call, q.device)
+    if out is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError(
+            "`out` takes no gradients, but an input requires one; run under torch.no_grad()"
+        )
     room = choose(operation, backend, call, q.device)
-    if room is None:
-        out, counts = _by_reference(call, q, k, v, scale_factor, requests)
-    else:
-        factor, factors = _checked_factors(scale_factor, call, requests, q)
+    shape = (requests.count(q), call.vote_heads, 2)
+    stats = torch.zeros(shape, dtype=torch.int64, device=q.device) if return_stats else None
+    if room is not None:
+        factor, factors = kernel_factors(scale_factor, call, q.device)
+        if call.kv_len < call.min_kv_len:
+            factor, factors = 0.0, None  # known here: the kernel without skipping
+        if factor and requests.q_starts is None and not torch.compiler.is_compiling():
+            # Lengths on the device are not read: that would synchronise with it.
+            if requests.kv_lens is None:
+                warn_if_dense(factor, call, [call.kv_len])
+            elif not isinstance(requests.kv_lens, torch.Tensor):
+                warn_if_dense(factor, call, requests.kv_lens)
+        if out is None:
+            out = empty_output(q, v.shape[-1])
         there = requests.as_kernels_read(call, q)
-        out, counts = room.run(call, q, k, v, factor, factors, there, return_stats)
-    return out, TileCounts(counts[..., 0], counts[..., 1])
-
-
-def _checked_factors(
-    scale_factor: ScaleFactor, call: Call, requests: Requests, q: torch.Tensor
-) -> tuple[float, torch.Tensor | None]:
-    """The scale factors as kernels read them; warns of requests that they make dense."""
-    factor, factors = kernel_factors(scale_factor, call, q.device)
-    if factor and requests.q_starts is None and not torch.compiler.is_compiling():
-        # Lengths on the device are not read: that would synchronise with it.
-        if requests.kv_lens is None:
-            warn_if_dense(factor, call, [call.kv_len])
-        elif not isinstance(requests.kv_lens, torch.Tensor):
-            warn_if_dense(factor, call, requests.kv_lens)
-    return factor, factors
-
-
-def _by_reference(
-    call: Call,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale_factor: ScaleFactor,
-    requests: Requests,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and tile counts [requests, heads that vote, 2] of the reference."""
-    per_head = scale_factors(scale_factor, call, q.device)
-    if requests.table is not None:
-        pages = k.shape[0]
-        k, v = gathered(k, requests.table), gathered(v, requests.table)
-    each = list(requests.each(call, q.shape[0]))
-    calls = [alone for *_, alone in each]
-    if requests.table is not None:
-        check_pages(requests.table, calls, pages)
-    warn_if_dense(per_head.max().item(), call, [alone.kv_len for alone in calls])
-    return reference.run(q, k, v, each, per_head)
+        # Only the sum of the requests is wanted: the kernel adds to it itself.
+        tally = counts if stats is None else stats
+        room.run(call, q, k, v, factor, factors, there, out, tally)
+    else:
+        per_head = scale_factors(scale_factor, call, q.device)
+        each = list(requests.each(call, q))
+        if requests.table is not None:
+            check_pages(each, k.shape[0])
+        warn_if_dense(per_head.max().item(), call, [alone.call.kv_len for alone in each])
+        if out is None:
+            out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        elif requests.q_starts is None:
+            out.zero_()  # padding rows
+        stats = reference.run(q, k, v, each, per_head, out)
+    if counts is not None and stats is not None:
+        counts += stats.sum(0)
+    return out, TileCounts(*stats.unbind(-1)) if return_stats and stats is not None else None
 
 
 def tile_gaps(
@@ -461,7 +488,8 @@ def tile_gaps(
 
     Returns:
         [B, Hq, Tq, Tkv] nats; -inf where the tile is not visited, +inf at the first visited tile and
-        wherever `dense_last` keeps every tile.
+        wherever `dense_last` keeps every tile. Query tiles are cut as in `attention`, so that the first may
+        hold fewer rows than `tile_q`.
 
     Raises:
         ValueError: shapes, lengths or geometry are invalid.
@@ -471,12 +499,15 @@ def tile_gaps(
         dense_last=dense_last,
     )  # fmt: skip
     choose("gaps", backend, call, q.device, stacklevel=3)
-    tiles = (-(-call.q_len // tile_q), -(-call.kv_len // tile_kv))
+    each = list(Requests(q_lens, kv_lens).each(call, q))
+    found = [reference.gaps(q[alone.entry], alone.held(k), alone.call) for alone in each]
+    # Of the request with most query tiles: those of two can differ by where their first rows lie.
+    most = max([call.q_len // tile_q, *(alone.call.query_tiles for alone in each)])
+    tiles = (most, -(-call.kv_len // tile_kv))
     result = torch.full((*q.shape[:2], *tiles), -torch.inf, device=q.device, dtype=torch.float32)
     result = result.double() if q.dtype == torch.float64 else result
-    for b, _, _, alone in Requests(q_lens, kv_lens).each(call, q.shape[0]):
-        gaps = reference.gaps(q[b], k[b], alone)
-        result[b, :, : gaps.shape[1], : gaps.shape[2]] = gaps
+    for alone, gaps in zip(each, found, strict=True):
+        result[alone.entry, :, : gaps.shape[1], : gaps.shape[2]] = gaps
     return result
 
 

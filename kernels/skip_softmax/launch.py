@@ -190,12 +190,3 @@ def empty_output(q: torch.Tensor, columns: int) -> torch.Tensor:
     else:
         strides = heads * rows * columns, rows * columns, columns, 1
     return q.new_empty_strided((*q.shape[:3], columns), strides)
-
-
-def empty_results(
-    q: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor | None, stats: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised output and tile counts of `prefill`."""
-    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    counts = q.new_empty((requests if stats else 0, q.shape[1], 2), dtype=torch.int64)
-    return empty_output(q, v.shape[-1]), counts

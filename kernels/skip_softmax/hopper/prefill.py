@@ -15,7 +15,6 @@ from skip_softmax.launch import (
     Device,
     cdiv,
     device_of,
-    empty_results,
     launching_on,
     why_not_here,
 )
@@ -48,10 +47,17 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"votes of {call.tile_q} x {call.tile_kv} are not {ROWS} x {TILE_KV}"
     if call.window is not None:
         return "a sliding window is not supported"
+    if call.page:
+        return "keys and values in pages (a block table) are not supported"
+    if call.min_kv_len:
+        return f"min_kv_len {call.min_kv_len} is not 0"
     for name, (shape, strides) in zip("qkv", call.places, strict=False):
         if not _has_descriptor(shape, strides):
             return f"{name} has strides {tuple(strides)}, which TMA cannot follow"
-    return why_not_here(call, device)
+    reason = why_not_here(call, device)
+    if reason is None and call.most_lead:
+        reason = f"the first row of a request may lie inside a query tile of {ROWS} rows"
+    return reason
 
 
 def run(
@@ -62,12 +68,13 @@ def run(
     factor: float,
     factors: torch.Tensor | None,
     requests: Requests,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
+) -> None:
     """Runs a call that `why_not` accepts; see `hopper`."""
-    return hopper(
-        q, k, v, factor, factors, call.causal, call.scale, call.dense_last, requests.q_lens,
-        requests.kv_lens, requests.q_starts, requests.kv_starts, call.q_len, stats,
+    hopper(
+        q, k, v, out, counts, factor, factors, call.causal, call.scale, call.dense_last, requests.q_lens,
+        requests.kv_lens, requests.q_starts, requests.kv_starts, call.q_len,
     )  # fmt: skip
 
 
@@ -102,11 +109,13 @@ def _descriptor(x: torch.Tensor, rows: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]], layout)
 
 
-@torch.library.custom_op("skip_softmax::hopper", mutates_args=())
+@torch.library.custom_op("skip_softmax::hopper", mutates_args=("out", "counts"))
 def hopper(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
     factor: float,
     factors: torch.Tensor | None,
     causal: bool,
@@ -117,11 +126,10 @@ def hopper(
     q_starts: torch.Tensor | None,
     kv_starts: torch.Tensor | None,
     most_q: int,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> None:
     """Skip-softmax prefill attention on Hopper with votes of 64 x 128; never synchronises with the device.
 
-    Arguments and results are those of the Triton kernel's `prefill`, without window and geometry.
+    Arguments are those of the Triton kernel's `prefill`, without window and geometry.
     """
     from skip_softmax.hopper.prefill_kernel import _hopper
 
@@ -129,15 +137,14 @@ def hopper(
     requests = batch if q_starts is None else q_starts.shape[0] - 1
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
-    out, counts = empty_results(q, v, q_starts, stats)
-    counts.zero_()
     groups = GROUPS[head_dim]
     blocks = cdiv(most_q, ROWS * groups)
     items = requests * heads * blocks
     if not items:
-        return out, counts
+        return
     if not k.shape[2]:
-        return out.zero_(), counts
+        out.zero_()
+        return
     processors = device_of(q.device).processors
     # Counts the items handed out after each program's first.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
@@ -146,9 +153,12 @@ def hopper(
     near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size()) if few else 1
     # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
     ragged = any(x is not None for x in (q_lens, kv_lens, q_starts))
+    stats = counts
+    if counts is not None and counts.dim() == 2:
+        stats = counts.new_zeros(requests, *counts.shape)
     with launching_on(q):
         _hopper[(min(items, processors),)](
-            _descriptor(q, ROWS), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, counts,
+            _descriptor(q, ROWS), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, stats,
             counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * LOG2E,
             most_q, k.shape[2],
             # None compiles the kernel without the rule.
@@ -158,12 +168,7 @@ def hopper(
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
             ARMED=armed,
             EMPTY=ragged or (causal and k.shape[2] < most_q),
-            STATS=stats, HEAVY=heavy, LIGHT=light, num_warps=4,
+            STATS=stats is not None, HEAVY=heavy, LIGHT=light, num_warps=4,
         )  # fmt: skip
-    return out, counts
-
-
-@hopper.register_fake
-def _(q, k, v, *others):
-    *_, q_starts, _, _, stats = others
-    return empty_results(q, v, q_starts, stats)
+    if counts is not None and stats is not None and stats is not counts:
+        counts += stats.sum(0)

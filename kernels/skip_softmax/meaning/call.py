@@ -46,6 +46,7 @@ class Call:
             the output only through the keys and values of later layers.
         min_kv_len: a request whose KV length is below it skips nothing [tokens]; in decode, a token that
             sees fewer keys.
+        ragged: whether each request has lengths of its own, which only the device may know.
         page: rows of a page of the cache; 0: keys and values are contiguous.
         places: shape and strides of q, k and v; empty: dense tensors.
     """
@@ -67,6 +68,7 @@ class Call:
     criterion: Criterion = "max"
     dense_last: int = 0
     min_kv_len: int = 0
+    ragged: bool = False
     page: int = 0
     places: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
 
@@ -101,6 +103,28 @@ class Call:
         return self.decode and self.running_max == "seeded"
 
     @property
+    def lead(self) -> int:
+        """Rows of the first query tile that lie before the call's first row, which has a position inside it.
+
+        Query tiles begin at multiples of `tile_q` of the request's positions, so that a prompt that comes
+        in chunks is cut as if it came whole, whatever the chunks are. Rows before the call neither vote nor
+        are computed.
+        """
+        if self.tile_q is None or not self.q_len:
+            return 0
+        return max(self.kv_len - self.q_len, 0) % self.tile_q
+
+    @property
+    def most_lead(self) -> int:
+        """The most that `lead` may be for any of its requests."""
+        return self.lead if self.tile_q is None or not self.ragged else self.tile_q - 1
+
+    @property
+    def query_tiles(self) -> int:
+        """Query tiles of a request, in decode its tokens."""
+        return -(-(self.lead + self.q_len) // (self.tile_q or 1))
+
+    @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.q_heads // self.kv_heads
@@ -125,13 +149,14 @@ def call_of(
     running_max: RunningMax = "ascending",
     dense_last: int = 0,
     min_kv_len: int = 0,
+    ragged: bool = False,
     table: torch.Tensor | None = None,
     q_len: int | None = None,
     kv_len: int | None = None,
 ) -> Call:
     """The call of tensors [batch, heads, tokens, head_dim]; with a `table`, k and v are pages.
 
-    The lengths are those of the tensors, unless packed requests give them.
+    The lengths are those of the tensors and of the table, unless packed requests give them.
 
     Raises:
         ValueError: the tensors do not fit together, or the geometry is invalid.
@@ -155,12 +180,13 @@ def call_of(
             f"q, k and v must share one floating dtype, but got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     page = 0 if table is None else k.shape[2]
-    if kv_len is None:
-        kv_len = kv_start + k.shape[2] if table is None else page * table.shape[1]
+    held = kv_start + k.shape[2] if table is None else page * table.shape[1]
+    if kv_len is None or table is not None:
+        kv_len = held if kv_len is None else min(kv_len, held)
     return Call(
         q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
-        kv_start, running_max, dense_last=dense_last, min_kv_len=min_kv_len, page=page,
+        kv_start, running_max, dense_last=dense_last, min_kv_len=min_kv_len, ragged=ragged, page=page,
         places=tuple((x.shape, x.stride()) for x in (q, k, v)),
     )  # fmt: skip
 
@@ -177,7 +203,7 @@ class Requests:
         q_lens: valid query rows of each [requests], right-padded; None: all.
         kv_lens: KV length of each [requests]; None: all.
         q_starts: where the queries of each packed request start, and the end [requests + 1]; or None.
-        kv_starts: the same for keys.
+        kv_starts: the same for keys; None where a `table` says where they are.
         table: page numbers [requests, pages], or None.
     """
 
@@ -187,29 +213,74 @@ class Requests:
     kv_starts: torch.Tensor | None = None
     table: torch.Tensor | None = None
 
+    def count(self, q: torch.Tensor) -> int:
+        """How many requests there are."""
+        return q.shape[0] if self.q_starts is None else self.q_starts.shape[0] - 1
+
     def as_kernels_read(self, call: Call, q: torch.Tensor) -> Requests:
         """The same, contiguous int32 on q's device; numbers on the host are checked."""
+        requests = self.count(q)
         return Requests(
-            _kernel_lengths("q_lens", self.q_lens, q, call.q_len),
-            _kernel_lengths("kv_lens", self.kv_lens, q, call.kv_len),
+            _kernel_lengths("q_lens", self.q_lens, q.device, requests, call.q_len),
+            _kernel_lengths("kv_lens", self.kv_lens, q.device, requests, call.kv_len),
             *(
                 None if x is None else x.to(q.device, torch.int32).contiguous()
                 for x in (self.q_starts, self.kv_starts, self.table)
             ),
         )
 
-    def each(self, call: Call, batch: int) -> Iterator[tuple[int, slice, slice, Call]]:
-        """Of every request: its batch entry, its query rows and keys in the tensors, and its own call."""
-        if self.q_starts is not None and self.kv_starts is not None:
-            starts = zip(self.q_starts.tolist(), self.kv_starts.tolist(), strict=True)
-            for (q0, k0), (q1, k1) in pairwise(starts):
-                alone = replace(call, q_len=q1 - q0, kv_len=k1 - k0)
-                yield 0, slice(q0, q1), slice(k0, k1), alone
-            return
-        queries = _on_the_host("q_lens", self.q_lens, batch, call.q_len)
-        keys = _on_the_host("kv_lens", self.kv_lens, batch, call.kv_len)
-        for b, (q_len, kv_len) in enumerate(zip(queries, keys, strict=True)):
-            yield b, slice(q_len), slice(None), replace(call, q_len=q_len, kv_len=kv_len)
+    def each(self, call: Call, q: torch.Tensor) -> Iterator[Alone]:
+        """The requests one after another. Waits for the GPU."""
+        requests = self.count(q)
+        tables = [None] * requests if self.table is None else self.table
+        if self.q_starts is None:
+            entries, first_rows = [*range(requests)], [0] * requests
+            q_lens = _on_the_host("q_lens", self.q_lens, requests, call.q_len)
+        else:
+            entries, starts = [0] * requests, self.q_starts.tolist()
+            first_rows, q_lens = starts[:-1], [end - start for start, end in pairwise(starts)]
+        if self.kv_starts is None:
+            first_keys = [0] * requests
+            kv_lens = _on_the_host("kv_lens", self.kv_lens, requests, call.kv_len)
+        else:
+            starts = self.kv_starts.tolist()
+            first_keys, kv_lens = starts[:-1], [end - start for start, end in pairwise(starts)]
+        for b, row, key, q_len, kv_len, table in zip(
+            entries, first_rows, first_keys, q_lens, kv_lens, tables, strict=True
+        ):
+            alone = replace(call, q_len=q_len, kv_len=kv_len, ragged=False)
+            yield Alone(alone, b, row, key, table)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One request, and where it is in the tensors of its batch.
+
+    Attributes:
+        call: its own.
+        entry: of the batch; 0 where requests are packed.
+        row: its first query row there.
+        key: its first key there.
+        table: its page numbers [pages], or None.
+    """
+
+    call: Call
+    entry: int
+    row: int
+    key: int
+    table: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Its query rows."""
+        return slice(self.row, self.row + self.call.q_len)
+
+    def held(self, cache: torch.Tensor) -> torch.Tensor:
+        """Its keys or values [Hkv, tokens, D], from `call.kv_start` on."""
+        if self.table is None:
+            end = self.key + max(self.call.kv_len - self.call.kv_start, 0)
+            return cache[self.entry, :, self.key : end]
+        return gathered(cache, self.table[: -(-self.call.kv_len // self.call.page)])
 
 
 def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> None:
@@ -224,12 +295,12 @@ def check_packed(starts: torch.Tensor, total: int, longest: int, name: str) -> N
         )
 
 
-def check_table(table: torch.Tensor, kv_lens: Lengths, batch: int, kv_start: int) -> None:
-    """Checks that a block table is [batch, pages], and that a paged cache has lengths and its first keys."""
+def check_table(table: torch.Tensor, kv_lens: Lengths, requests: int, kv_start: int = 0) -> None:
+    """Checks that a block table is [requests, pages], and that the cache has lengths and its first keys."""
     integers = table.dtype in (torch.int32, torch.int64)
-    if table.dim() != 2 or table.shape[0] != batch or not integers:
+    if table.dim() != 2 or table.shape[0] != requests or not integers:
         raise ValueError(
-            f"block_table must be int32 or int64 [{batch}, pages], but got {table.dtype} "
+            f"block_table must be int32 or int64 [{requests}, pages], but got {table.dtype} "
             f"{tuple(table.shape)}"
         )
     if kv_lens is None or kv_start:
@@ -259,20 +330,23 @@ def check_counts(counts: torch.Tensor, call: Call, device: torch.device) -> None
 
 
 def gathered(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[pages, Hkv, page, D] -> [B, Hkv, tokens, D]; an invalid page number gives zeros."""
+    """[pages, Hkv, page, D] -> [Hkv, tokens, D] of one request; an invalid page number gives zeros."""
     named = (table >= 0) & (table < cache.shape[0])
     pages = cache[torch.where(named, table, 0).long()]
-    pages = pages.masked_fill(~named[:, :, None, None, None], 0.0)
-    return pages.permute(0, 2, 1, 3, 4).flatten(2, 3)
+    pages = pages.masked_fill(~named[:, None, None, None], 0.0)
+    return pages.transpose(0, 1).flatten(1, 2)
 
 
-def check_pages(table: torch.Tensor, calls: Iterable[Call], pages: int) -> None:
+def check_pages(each: Iterable[Alone], pages: int) -> None:
     """Checks that entries which a request's keys need are pages of the cache; others may be anything."""
-    for row, call in zip(table.tolist(), calls, strict=True):
-        first = 0
+    for alone in each:
+        assert alone.table is not None
+        call, first = alone.call, 0
+        if not call.q_len:
+            continue
         if call.window is not None:
             first = max(call.kv_len - call.q_len + 1 - call.window, 0) // call.page
-        needed = row[first : -(-call.kv_len // call.page)]
+        needed = alone.table[first : -(-call.kv_len // call.page)].tolist()
         if any(not 0 <= number < pages for number in needed):
             raise ValueError(
                 f"block_table must name pages from 0 to {pages - 1} for a request's {call.kv_len} keys, "
@@ -280,20 +354,22 @@ def check_pages(table: torch.Tensor, calls: Iterable[Call], pages: int) -> None:
             )
 
 
-def _kernel_lengths(name: str, lengths: Lengths, q: torch.Tensor, most: int) -> torch.Tensor | None:
-    """int32 [batch] on q's device; lengths on the host are checked, the kernel clamps those on the device."""
+def _kernel_lengths(
+    name: str, lengths: Lengths, device: torch.device, requests: int, most: int
+) -> torch.Tensor | None:
+    """int32 [requests]; lengths on the host are checked, the kernel clamps those on the device."""
     if lengths is None:
         return None
     if isinstance(lengths, torch.Tensor) and (
         lengths.device.type != "cpu" or torch.compiler.is_compiling()
     ):
-        if lengths.shape != (q.shape[0],):
+        if lengths.shape != (requests,):
             raise ValueError(
-                f"`{name}` must be {q.shape[0]} numbers, but got shape {tuple(lengths.shape)}"
+                f"`{name}` must be {requests} numbers, but got shape {tuple(lengths.shape)}"
             )
-        return lengths.to(q.device, torch.int32).contiguous()
-    values = _on_the_host(name, lengths, q.shape[0], most)
-    return torch.tensor(values, dtype=torch.int32, device=q.device)
+        return lengths.to(device, torch.int32).contiguous()
+    values = _on_the_host(name, lengths, requests, most)
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _on_the_host(name: str, lengths: Lengths, batch: int, most: int) -> list[int]:
@@ -376,5 +452,5 @@ def warn_if_dense(largest: float, call: Call, kv_lens: Iterable[int]) -> None:
             f"kv_len={shortest}; these calls run dense. Lower the scale factor, or send short requests to "
             "dense attention",
             DenseCallWarning,
-            stacklevel=5,  # whoever called the operation
+            stacklevel=4,  # whoever called the operation
         )

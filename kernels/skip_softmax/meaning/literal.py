@@ -33,16 +33,20 @@ def attend(
     out = q.new_zeros(q.shape[0], call.q_len, v.shape[-1])
     for block in reference.blocks(q, k, call):
         # [vote_heads, votes, 1]; -inf is dense.
-        log_threshold = (scale_factor[:, None] / reference.vote_kv_lens(block, call)).log()[
-            ..., None
-        ]
+        lengths = reference.vote_kv_lens(block, call)
+        log_threshold = (scale_factor[:, None] / lengths).log()
+        log_threshold = log_threshold.masked_fill(lengths < call.min_kv_len, -torch.inf)[..., None]
         tiles = reference.by_tile(block.scores, call)
         running = tiles.new_full((*tiles.shape[:2], 1), -torch.inf)
         started = torch.zeros_like(block.visited[:, :1])
         for j in range(tiles.shape[2]):
             top = tiles[:, :, j].amax(-1, keepdim=True)  # [q_heads, rows, 1]
             seen = block.visited[:, j : j + 1]
-            skip = (reference.largest_gap(top, running, call) < log_threshold) & seen & started
+            skip = (
+                (reference.largest_gap(top, running, block.rows, call) < log_threshold)
+                & seen
+                & started
+            )
             started = started | seen
             skipped += skip.sum(dim=(1, 2))
             hidden = reference.per_row(skip, block, call)[..., 0]

@@ -13,10 +13,12 @@ For one query head, a tile of query rows, and KV tiles in ascending absolute pos
             keep tile j; M[r] = max(M[r], m[r])
     out[r] = softmax over the kept scores of row r, times v
 
-Prefill: the rows of `tile_q` consecutive queries of one head vote together. Decode: the heads of one GQA
-group vote, separately for each query token, and kv_len is the number of keys that the token sees. Below a
-threshold of 1 a skipped tile cannot raise M, so M is the plain running max, and one dense pass gives every
-decision. A call whose threshold is 1 or more runs dense (`criterion.py`).
+Prefill: the rows of `tile_q` consecutive queries of one head vote together; tiles begin at multiples of
+tile_q of the request's positions, so that the first tile of a chunk may hold fewer rows. kv_len is the
+request's length at the call's end. Decode: the heads of one GQA group vote, separately for each query token,
+and kv_len is the number of keys that the token sees. Below a threshold of 1 a skipped tile cannot raise M, so
+M is the plain running max, and one dense pass gives every decision. A call whose threshold is 1 or more, or
+whose kv_len is below `min_kv_len`, runs dense (`criterion.py`).
 
 Decode with `running_max: seeded` never skips the first and the last visited tile, and M[r] is the maximum
 over these two, whatever else is kept.
@@ -35,7 +37,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from skip_softmax.meaning import histogram
-from skip_softmax.meaning.call import Call
+from skip_softmax.meaning.call import Alone, Call
 from skip_softmax.meaning.criterion import critical_log2, has_threshold, skips
 from skip_softmax.meaning.histogram import TileHistogram
 
@@ -83,21 +85,31 @@ def run(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    each: list[tuple[int, slice, slice, Call]],
+    each: list[Alone],
     scale_factor: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: torch.Tensor,
+) -> torch.Tensor:
     """Skip-softmax attention of a batch, one request (`Requests.each`) after another.
 
+    Args:
+        q: queries [B, Hq, Sq, D].
+        k: keys [B, Hkv, Skv, D], or pages.
+        v: as `k`.
+        each: the requests.
+        scale_factor: float64 [vote_heads] [tokens].
+        out: the rows of the requests are written into it [B, Hq, Sq, Dv].
+
     Returns:
-        Output [B, Hq, Sq, Dv]; visited and skipped tiles, int64 [requests, vote_heads, 2].
+        Visited and skipped tiles, int64 [requests, vote_heads, 2].
     """
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
     counts = torch.zeros(len(each), len(scale_factor), 2, dtype=torch.int64, device=q.device)
-    for count, (b, rows, keys, call) in zip(counts, each, strict=True):
-        out[b, :, rows], count[:, 0], count[:, 1] = attend(
-            q[b, :, rows], k[b, :, keys], v[b, :, keys], call, scale_factor
+    for count, alone in zip(counts, each, strict=True):
+        here = (alone.entry, slice(None), alone.rows)
+        result, count[:, 0], count[:, 1] = attend(
+            q[here], alone.held(k), alone.held(v), alone.call, scale_factor
         )
-    return out, counts
+        out[here] = result
+    return counts
 
 
 @as_documented
@@ -137,10 +149,10 @@ def attend(
 def gaps(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     """Tile gaps of one call, [vote_heads, votes, KV tiles] nats (see `Block.gaps`)."""
     tile_q = call.tile_q or 1
-    shape = (call.vote_heads, -(-call.q_len // tile_q), -(-call.kv_len // call.tile_kv))
+    shape = (call.vote_heads, call.query_tiles, -(-call.kv_len // call.tile_kv))
     result = torch.full(shape, -torch.inf, dtype=_compute_dtype(q), device=q.device)
     for block in blocks(q, k, call):
-        first = block.rows.start // tile_q
+        first = (block.rows.start + call.lead) // tile_q
         votes, tiles = block.visited.shape
         result[:, first : first + votes, block.first_tile : block.first_tile + tiles] = block.gaps
     return result
@@ -196,13 +208,14 @@ def blocks(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[Block]:
         scores = _grouped_product(q[:, rows], keys.transpose(1, 2))
         visible = _visible(rows, tiles, call, q.device)
         scores.masked_fill_(~visible, -torch.inf)
-        visited = _row_to_vote(visible.view(len(visible), -1, call.tile_kv).any(-1), call).any(1)
-        votes = _vote_gaps(scores, visited, _kept_whole(rows, call, q.device), call)
+        seen = visible.view(len(visible), -1, call.tile_kv).any(-1)
+        visited = _row_to_vote(seen, rows, call).any(1)
+        votes = _vote_gaps(scores, visited, rows, call)
         yield Block(rows, tiles.start, scores, visited, votes, not bool(visible.any(1).all()))
 
 
 def _vote_gaps(
-    scores: torch.Tensor, visited: torch.Tensor, whole: torch.Tensor, call: Call
+    scores: torch.Tensor, visited: torch.Tensor, rows: slice, call: Call
 ) -> torch.Tensor:
     """The gap of each tile: its largest valid row's."""
     tile_max = by_tile(scores, call).amax(-1)  # [q_heads, rows, tiles]
@@ -216,7 +229,8 @@ def _vote_gaps(
         before = torch.cat(
             [torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], dim=-1
         )
-    votes = largest_gap(tile_max, before, call).masked_fill(first | whole, torch.inf)
+    never = first | _kept_whole(rows, call, scores.device)
+    votes = largest_gap(tile_max, before, rows, call).masked_fill(never, torch.inf)
     return votes.masked_fill(~visited, -torch.inf)
 
 
@@ -224,16 +238,18 @@ def _kept_whole(rows: slice, call: Call, device: torch.device) -> torch.Tensor:
     """Which votes of `rows` hold one of the call's last `dense_last` rows, bool [votes, 1]."""
     row = torch.arange(rows.start, rows.stop, device=device)
     last = (row >= call.q_len - call.dense_last)[:, None]
-    return last if call.decode else _row_to_vote(last, call).any(1)
+    return last if call.decode else _row_to_vote(last, rows, call).any(1)
 
 
-def largest_gap(tile_max: torch.Tensor, before: torch.Tensor, call: Call) -> torch.Tensor:
+def largest_gap(
+    tile_max: torch.Tensor, before: torch.Tensor, rows: slice, call: Call
+) -> torch.Tensor:
     """The gap of each vote, from tiles' row maxima and what they are compared with [q_heads, rows, tiles]."""
     # A row that sees no key of the tile votes skip, even if it has seen none before (-inf minus -inf).
     gap = torch.where(torch.isneginf(tile_max), -torch.inf, tile_max - before)
     if call.decode:
         return gap.view(call.kv_heads, -1, *gap.shape[1:]).amax(1)
-    return _row_to_vote(gap.transpose(0, 1), call, fill=-torch.inf).amax(1).transpose(0, 1)
+    return _row_to_vote(gap.transpose(0, 1), rows, call, fill=-torch.inf).amax(1).transpose(0, 1)
 
 
 def _skips(block: Block, call: Call, scale_factor: torch.Tensor) -> torch.Tensor | None:
@@ -261,7 +277,8 @@ def per_row(skip: torch.Tensor, block: Block, call: Call) -> torch.Tensor:
     if call.decode:
         group = block.scores.shape[0] // skip.shape[0]
         return skip.repeat_interleave(group, dim=0)[..., None]
-    return skip.repeat_interleave(call.tile_q or 1, dim=1)[:, :rows, :, None]
+    front = _front(block.rows, call)
+    return skip.repeat_interleave(call.tile_q or 1, dim=1)[:, front : front + rows, :, None]
 
 
 def _vote_sum(weights: torch.Tensor, block: Block, call: Call) -> torch.Tensor:
@@ -269,16 +286,22 @@ def _vote_sum(weights: torch.Tensor, block: Block, call: Call) -> torch.Tensor:
     mass = weights.sum(-1)
     if call.decode:
         return mass.view(block.gaps.shape[0], -1, *mass.shape[1:]).sum(1)
-    return _row_to_vote(mass.transpose(0, 1), call, fill=0.0).sum(1).transpose(0, 1)
+    return _row_to_vote(mass.transpose(0, 1), block.rows, call, fill=0.0).sum(1).transpose(0, 1)
 
 
-def _row_to_vote(rows: torch.Tensor, call: Call, fill: float = 0.0) -> torch.Tensor:
-    """[rows, ...] -> [votes, rows per vote, ...]; padding rows are `fill`, so they never vote."""
-    tile_q = call.tile_q or 1
-    padding = -rows.shape[0] % tile_q
-    if padding:
-        rows = torch.cat([rows, rows.new_full((padding, *rows.shape[1:]), fill)])
-    return rows.view(-1, tile_q, *rows.shape[1:])
+def _front(rows: slice, call: Call) -> int:
+    """Rows of the first of these query tiles that are not there."""
+    return 0 if rows.start else call.lead
+
+
+def _row_to_vote(x: torch.Tensor, rows: slice, call: Call, fill: float = 0.0) -> torch.Tensor:
+    """[rows, ...] -> [votes, rows per vote, ...]; rows that are not there are `fill`, so they never vote."""
+    tile_q, front = call.tile_q or 1, _front(rows, call)
+    back = -(front + x.shape[0]) % tile_q
+    if front or back:
+        before, after = (x.new_full((n, *x.shape[1:]), fill) for n in (front, back))
+        x = torch.cat([before, x, after])
+    return x.view(-1, tile_q, *x.shape[1:])
 
 
 def by_tile(scores: torch.Tensor, call: Call) -> torch.Tensor:
@@ -299,8 +322,8 @@ def _row_slices(q_heads: int, call: Call) -> Iterator[slice]:
     tile_q = call.tile_q or 1
     tiles_at_once = max(1, _BLOCK_ELEMENTS // (q_heads * tile_q * max(call.kv_len, 1)))
     step = tiles_at_once * tile_q
-    for start in range(0, call.q_len, step):
-        yield slice(start, min(start + step, call.q_len))
+    for start in range(-call.lead, call.q_len, step):
+        yield slice(max(start, 0), min(start + step, call.q_len))
 
 
 def _tile_range(rows: slice, call: Call) -> range:

@@ -17,7 +17,6 @@ from skip_softmax.launch import (
     descriptor,
     descriptor_fits,
     device_of,
-    empty_results,
     launching_on,
     precision,
     why_not_blackwell,
@@ -50,6 +49,8 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"tile_kv {call.tile_kv} is not between 16 and 256"
     if call.tile_q is None or not 4 <= call.tile_q <= 128:
         return f"tile_q {call.tile_q} is not between 4 and 128 (a block has 128 rows and at most 32 votes)"
+    if call.page:
+        return "keys and values in pages (a block table) are not supported"
     rows = max(call.tile_q, 64) if call.dtype == torch.float32 else 0
     return (
         why_not_here(call, device)
@@ -66,13 +67,14 @@ def run(
     factor: float,
     factors: torch.Tensor | None,
     requests: Requests,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
+) -> None:
     """Runs a call that `why_not` accepts; see `prefill`."""
-    return prefill(
-        q, k, v, factor, factors, call.causal, call.scale, call.window, call.tile_q, call.tile_kv,
-        call.dense_last, requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts,
-        call.q_len, stats,
+    prefill(
+        q, k, v, out, counts, factor, factors, call.causal, call.scale, call.window, call.tile_q,
+        call.tile_kv, call.dense_last, call.min_kv_len, requests.q_lens, requests.kv_lens,
+        requests.q_starts, requests.kv_starts, call.q_len, call.kv_len, call.most_lead,
     )  # fmt: skip
 
 
@@ -123,11 +125,13 @@ def choose(major: int, shared: int, size: int, columns: int, tile_q: int, tile_k
     )
 
 
-@torch.library.custom_op("skip_softmax::prefill", mutates_args=())
+@torch.library.custom_op("skip_softmax::prefill", mutates_args=("out", "counts"))
 def prefill(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
     factor: float,
     factors: torch.Tensor | None,
     causal: bool,
@@ -136,19 +140,25 @@ def prefill(
     tile_q: int,
     tile_kv: int,
     dense_last: int,
+    min_kv_len: int,
     q_lens: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
     q_starts: torch.Tensor | None,
     kv_starts: torch.Tensor | None,
     most_q: int,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    most_kv: int,
+    most_lead: int,
+) -> None:
     """Skip-softmax prefill attention; never synchronises with the device.
 
     Args:
         q: queries [B, Hq, Sq, D]; packed requests are one batch entry [1, Hq, total, D].
         k: keys [B, Hkv, Skv, D].
         v: values [B, Hkv, Skv, Dv].
+        out: takes the output [B, Hq, Sq, Dv], padding rows as zeros; rows of no packed request stay as they
+            are.
+        counts: visited and skipped tiles are added to it, int64 [requests, Hq, 2], or [Hq, 2] for their sum
+            over requests; None counts nothing.
         factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
         factors: scale factor per query head, fp32 [Hq]; overrides `factor`.
         causal: a row sees no key after its own position.
@@ -157,15 +167,14 @@ def prefill(
         tile_q: query rows per vote.
         tile_kv: keys per tile.
         dense_last: last rows of each request whose votes skip nothing.
+        min_kv_len: a request with a shorter KV length skips nothing.
         q_lens: valid rows per request, int32 [B], or None.
         kv_lens: KV length per request, int32 [B], or None.
         q_starts: where each packed request starts, and the end, int32 [requests + 1]; None: not packed.
         kv_starts: the same for keys.
         most_q: rows of the longest request.
-        stats: whether to count tiles.
-
-    Returns:
-        Output [B, Hq, Sq, Dv]; visited and skipped tiles, int64 [requests, Hq, 2], empty without `stats`.
+        most_kv: keys of the longest request.
+        most_lead: most rows of a request's first query tile that lie before its first row (`Call.lead`).
     """
     from skip_softmax.triton.prefill_kernel import _prefill
 
@@ -173,37 +182,29 @@ def prefill(
     config = choose(on.major, on.shared, q.element_size(), columns, tile_q, tile_kv)
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
-    # Before q is copied: the fake kernel sees only the q that was passed.
-    out, counts = empty_results(q, v, q_starts, stats)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    counts.zero_()
     if not out.numel():
-        return out, counts
+        return
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    grid = (q.shape[1], cdiv(most_q, config.block_m), requests)
+    grid = (q.shape[1], cdiv(most_q + most_lead, config.block_m), requests)
     with launching_on(q):
         _prefill[grid](
             q,
             descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
             descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
             out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
-            factor, scale * LOG2E, most_q, k.shape[2], window or 0,
+            factor, scale * LOG2E, most_q, most_kv, window or 0,
             # None compiles the kernel without the rule.
             min(dense_last, most_q) or None if armed else None,
+            min_kv_len or None if armed else None,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
             WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
             TILE_KV=tile_kv, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
             TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
-            TMA=tma, STATS=stats, PRECISION=precision(q.dtype, tile_kv),
+            TMA=tma, LEADS=most_lead > 0, STATS=counts is not None,
+            SUMMED=counts is not None and counts.dim() == 2, PRECISION=precision(q.dtype, tile_kv),
             STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
             maxnreg=config.registers,
         )  # fmt: skip
-    return out, counts
-
-
-@prefill.register_fake
-def _(q, k, v, *others):
-    *_, q_starts, _, _, stats = others
-    return empty_results(q, v, q_starts, stats)

@@ -16,6 +16,9 @@ false) has no branch.
 A block may contain several votes of `tile_q` rows. The branch skips a tile that all of them skip; if only
 some do, their rows get zero weights. So decisions are those of `tile_q` x `tile_kv` for every BLOCK_M.
 A vote with one of the last `dense_last` rows has a threshold of 0, and so keeps every tile that it sees.
+
+Votes begin at multiples of `tile_q` of the request's positions. LEADS: the first row may lie inside one, and
+then the first block begins before it, with rows that are not there.
 """
 
 from __future__ import annotations
@@ -101,16 +104,16 @@ def _walk(
     return acc, l, m, kept, busy
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "window", "dense_last"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "window", "dense_last", "min_kv_len"])
 def _prefill(
     q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale, q_len, kv_len,
-    window, dense_last, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
-    stride_vh, stride_vs, stride_ob, stride_oh, stride_os, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    ARMED: tl.constexpr, TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr, PROBE: tl.constexpr,
-    SPAN: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
+    window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, ARMED: tl.constexpr, TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr,
+    PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr, LEADS: tl.constexpr, STATS: tl.constexpr,
+    SUMMED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     # The last rows of a causal call see most keys: they start first, so that no long program starts last.
@@ -146,6 +149,8 @@ def _prefill(
     k_place = place_of(k_offset, stride_ks)
     v_place = place_of(v_offset, stride_vs)
     row0 = block * BLOCK_M
+    if LEADS:
+        row0 -= tl.maximum(kv_len - q_len, 0) % TILE_Q
     if row0 >= most_rows:
         return
 
@@ -153,6 +158,12 @@ def _prefill(
     rows = row0 + tl.arange(0, BLOCK_M)
     position = rows + (kv_len - q_len)
     valid = rows < q_len
+    first_row = row0  # that is there
+    count = BLOCK_M
+    if LEADS:
+        valid = valid & (rows >= 0)
+        first_row = tl.maximum(row0, 0)
+        count = row0 + BLOCK_M - first_row
     vote = tl.arange(0, BLOCK_M) // TILE_Q
     ballot = tl.where(valid, 1 << vote, 0)
     columns = tl.arange(0, WIDTH)
@@ -164,15 +175,15 @@ def _prefill(
 
     if factors is not None:
         factor = tl.load(factors + head)
-    threshold = log2_threshold(factor, kv_len)
+    threshold = log2_threshold(factor, kv_len, min_kv_len)
     if dense_last is not None:
         # One number where the block is one vote, else one per row.
         end = row0 + TILE_Q if VOTES == 1 else row0 + (vote + 1) * TILE_Q
         threshold = tl.where(end > q_len - dense_last, float("-inf"), threshold)
 
-    low, high = visited_tiles(row0, BLOCK_M, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED)
+    low, high = visited_tiles(first_row, count, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED)
     low_full, high_full = whole_tiles(
-        row0, BLOCK_M, low, high, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+        first_row, count, low, high, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
     )
 
     # Three walks, one state: masked tiles at the window's edge, whole tiles, masked tiles at the diagonal.
@@ -239,6 +250,8 @@ def _prefill(
     acc = tl.where(valid[:, None], acc, 0.0)
     columns = tl.arange(0, WIDTH_V)
     inside = (rows < most_rows)[:, None] & (columns < HEAD_DIM_V)[None, :]
+    if LEADS:
+        inside = inside & (rows >= 0)[:, None]
     tl.store(
         out + o_offset + rows.to(tl.int64)[:, None] * stride_os + columns[None, :],
         acc.to(out.dtype.element_ty),
@@ -246,13 +259,20 @@ def _prefill(
     )
     if STATS:
         # Visited tiles follow from the lengths; kept ones were counted per row: one row of each vote is read.
-        votes = tl.arange(0, VOTES)
+        begin = row0 + tl.arange(0, VOTES) * TILE_Q
+        first_row = begin
+        count = TILE_Q
+        reads = tl.arange(0, BLOCK_M) % TILE_Q == 0
+        if LEADS:
+            first_row = tl.maximum(begin, 0)
+            count = begin + TILE_Q - first_row
+            reads = reads | (rows == 0)
         first, last = visited_tiles(
-            row0 + votes * TILE_Q, TILE_Q, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+            first_row, count, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
         )
         visited = tl.sum(tl.maximum(last - first, 0), 0)
-        kept = tl.sum(tl.where(valid & (tl.arange(0, BLOCK_M) % TILE_Q == 0), kept, 0), 0)
-        slot = stats + (batch * tl.num_programs(0) + head) * 2
+        kept = tl.sum(tl.where(valid & reads, kept, 0), 0)
+        slot = stats + (head if SUMMED else batch * tl.num_programs(0) + head) * 2
         tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
         if ARMED:
             tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")

@@ -66,7 +66,7 @@ def run(
     block_n = min(tile_kv, 32 if single and wide else 64 if small else 128)
     vote_rows = call.tile_q or pack
     subs = max(1, vote_rows // block_m)
-    blocks = cdiv(q_len, block_m // pack * subs)
+    blocks = cdiv(q_len + call.lead, block_m // pack * subs)
     items = batch * heads * blocks
     on = device_of(q.device)
     programs = max(1, min(items, 2 if on.on_cpu else on.processors))
@@ -92,7 +92,8 @@ def run(
                 descriptor(v, [block_n, width(v.shape[-1])]) if tma_v else v,
                 out, counts, mass, notes[0], notes[1], row_lse,
                 call.scale * LOG2E, q_len, kv_len, call.window or 0,
-                min(call.dense_last, q_len) or None,  # None compiles the kernel without the rule
+                # None compiles the kernel without the rule.
+                min(call.dense_last, q_len) or None, call.lead or None,
                 items, blocks, note_blocks,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 HEADS=heads, Q_GROUP=group if call.decode else 1, KV_GROUP=1 if call.decode else group,

@@ -71,7 +71,7 @@ def _observe(
 
 @triton.jit
 def _tally(
-    counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window, dense_last,
+    counts, mass, gaps, weights_log2, row_lse, low, high, token0, q_len, kv_len, window, dense_last, lead,
     Q_GROUP: tl.constexpr, PACK: tl.constexpr, NOTE_ROWS: tl.constexpr, VOTE_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
@@ -83,6 +83,8 @@ def _tally(
     token = token0 + rows // PACK
     position = token + (kv_len - q_len)
     valid = (token < q_len) & (rows % PACK < Q_GROUP)
+    if lead is not None:
+        valid = valid & (token >= 0)
     first_key = tl.zeros([NOTE_ROWS], tl.int32)
     last_key = first_key + kv_len - 1
     if WINDOWED:
@@ -131,10 +133,19 @@ def _tally(
 
 
 @triton.jit(
-    do_not_specialize=["q_len", "kv_len", "window", "dense_last", "items", "blocks", "note_blocks"]
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "window",
+        "dense_last",
+        "lead",
+        "items",
+        "blocks",
+        "note_blocks",
+    ]
 )
 def _statistics(
-    q, k, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, dense_last,
+    q, k, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, dense_last, lead,
     items, blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
     stride_vh, stride_vs, stride_ob, stride_oh, stride_os, HEADS: tl.constexpr, Q_GROUP: tl.constexpr,
     KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -161,8 +172,16 @@ def _statistics(
         for sub in range(SUBS):
             local = tl.arange(0, BLOCK_M)
             token0 = (item_block * SUBS + sub) * TOKENS
+            first_token = token0  # that is there
+            tokens = TOKENS
+            if lead is not None:  # the first vote begins before the call's first row
+                token0 -= lead
+                first_token = tl.maximum(token0, 0)
+                tokens = token0 + TOKENS - first_token
             token = token0 + local // PACK
             valid = (token < q_len) & (local % PACK < Q_GROUP)
+            if lead is not None:
+                valid = valid & (token >= 0)
             position = token + offset
             q_head = head * Q_GROUP + local % PACK
             q_row = batch.to(tl.int64) * stride_qb + q_head.to(tl.int64) * stride_qh
@@ -181,12 +200,12 @@ def _statistics(
 
             # Tiles are visited as in prefill; they are walked in key blocks, PARTS of them per tile.
             low, high = visited_tiles(
-                token0, TOKENS, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+                first_token, tokens, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
             )
             low *= PARTS
             high *= PARTS
             low_full, high_full = whole_tiles(
-                token0, TOKENS, low, high, q_len, kv_len, window, BLOCK_N, CAUSAL, WINDOWED
+                first_token, tokens, low, high, q_len, kv_len, window, BLOCK_N, CAUSAL, WINDOWED
             )
             row_first = tl.zeros([BLOCK_M], tl.int32)
             if WINDOWED:
@@ -267,10 +286,13 @@ def _statistics(
             )
         # `_tally` reads notes that other threads of this program wrote.
         tl.debug_barrier()
+        item_token = item_block * SUBS * TOKENS
+        if lead is not None:
+            item_token -= lead
         _tally(
             counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,
-            row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_block * SUBS * TOKENS,
-            q_len, kv_len, window, dense_last, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS, CHUNK,
-            CAUSAL, WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
+            row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_token,
+            q_len, kv_len, window, dense_last, lead, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS,
+            CHUNK, CAUSAL, WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
         )  # fmt: skip
         tl.debug_barrier()

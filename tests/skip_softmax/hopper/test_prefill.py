@@ -338,9 +338,11 @@ def test_torch_compile_sees_one_graph() -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
+    counts = torch.zeros(1, p.q.shape[1], 2, dtype=torch.int64, device=p.q.device)
+    rest = 0.05, None, True, 0.2, 64, None, None, None, None, 165
     torch.library.opcheck(
         torch.ops.skip_softmax.hopper.default,
-        (p.q, p.k, p.v, 0.05, None, True, 0.2, 64, None, None, None, None, 165, True),
+        (p.q, p.k, p.v, torch.empty_like(p.q), counts, *rest),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -370,6 +372,10 @@ def refusal(
         ({"tile_kv": 64}, "votes of 64 x 64"),
         ({"window": 9}, "sliding window"),
         ({"kv_start": 8}, "kv_start 8"),
+        ({"min_kv_len": 9}, "min_kv_len 9"),
+        ({"q_len": 63}, "may lie inside a query tile"),
+        ({"ragged": True}, "may lie inside a query tile"),
+        ({"table": torch.zeros(1, 1, dtype=torch.int32)}, "in pages"),
         ({"scale": -1.0}, "scale -1.0"),
         ({"q": torch.zeros(1, 2, 64, 256, dtype=torch.bfloat16)[..., ::2]}, "strides"),
     ],

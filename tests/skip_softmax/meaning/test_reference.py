@@ -44,11 +44,12 @@ def loop(
             for h in range(kv_heads)
             for t in range(q_len)
         ]
-    else:
+    else:  # rows vote together whose positions lie in one tile
+        tile_of = [(max(offset, 0) + r) // tile_q for r in range(q_len)]
         votes = [
-            ([(h, r) for r in range(start, min(start + tile_q, q_len))], h // group, kv_len)
+            ([(h, r) for r in range(q_len) if tile_of[r] == tile], h // group, kv_len)
             for h in range(heads)
-            for start in range(0, q_len, tile_q)
+            for tile in sorted(set(tile_of))
         ]
     for rows, kv_head, length in votes:
         scores = {}
@@ -142,7 +143,7 @@ def test_votes_with_one_of_the_last_rows_skip_nothing(
 
 
 def test_dense_rows_change_no_other_vote() -> None:
-    """129 rows: the last vote of 64 holds one row, so 64 dense rows touch two votes, and 1 touches one."""
+    """129 rows from position 71 on are votes of 57, 64 and 8 rows; the dense rows touch the last ones."""
     q, k, v = graded(2, 1, 129, 200)
     call = {"scale_factor": 30.0, "tile_q": 64, "tile_kv": 16}
     dense, plain = (
@@ -151,17 +152,17 @@ def test_dense_rows_change_no_other_vote() -> None:
     )
     for dense_last, first in (
         (0, 129),
-        (1, 128),
-        (2, 64),
-        (64, 64),
-        (65, 64),
-        (66, 0),
+        (1, 121),
+        (8, 121),
+        (9, 57),
+        (72, 57),
+        (73, 0),
         (10**12, 0),
     ):
         out = ss.attention(q, k, v, dense_last=dense_last, **call)
         assert torch.equal(out[:, :, :first], plain[:, :, :first])
         assert torch.equal(out[:, :, first:], dense[:, :, first:])
-    for first, last in ((0, 64), (64, 128), (128, 129)):  # skipping must show in each vote
+    for first, last in ((0, 57), (57, 121), (121, 129)):  # skipping must show in each vote
         assert not torch.equal(plain[:, :, first:last], dense[:, :, first:last])
 
 
@@ -216,6 +217,31 @@ def test_prefill_with_queries_shorter_than_keys(shape: tuple[int, int], causal: 
     )
     torch.testing.assert_close(out[0], expected, atol=1e-12, rtol=0)
     assert (int(stats.visited.sum()), int(stats.skipped.sum())) == (visited, skipped)
+
+
+@pytest.mark.parametrize("cuts", [[64, 128], [1, 40, 41, 163], [199]], ids=str)
+def test_chunks_are_cut_where_the_whole_prompt_is(cuts: list[int]) -> None:
+    """A tile that two chunks share votes in each of them; any other votes as it does in one whole call."""
+    q, k, v = graded(3, 1, 200, 200)
+    tiles = {"tile_q": 16, "tile_kv": 32}
+    whole = ss.tile_gaps(q, k, **tiles)
+    joined, out = torch.full_like(whole, -torch.inf), torch.empty_like(q)
+    for start, end in zip([0, *cuts], [*cuts, 200], strict=True):
+        chunk = q[:, :, start:end], k[:, :, :end]
+        gaps, first = ss.tile_gaps(*chunk, **tiles), start // 16
+        assert gaps.shape[2] == -(-end // 16) - first
+        there = joined[:, :, first : first + gaps.shape[2], : gaps.shape[3]]
+        there.copy_(torch.maximum(there, gaps))
+        # The same threshold as the whole call's, whose KV length is 200.
+        out[:, :, start:end] = ss.attention(
+            *chunk, v[:, :, :end], scale_factor=20.0 * end / 200, **tiles
+        )
+    torch.testing.assert_close(joined, whole, atol=1e-12, rtol=0)
+    truth, stats = ss.attention(q, k, v, scale_factor=20.0, return_stats=True, **tiles)
+    assert int(stats.skipped.sum()) > 0
+    shared = {row for cut in cuts if cut % 16 for row in range(cut - cut % 16, cut - cut % 16 + 16)}
+    rows = [row for row in range(200) if row not in shared]
+    torch.testing.assert_close(out[:, :, rows], truth[:, :, rows], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("running_max", ["ascending", "seeded"])

@@ -273,11 +273,14 @@ def test_torch_compile_sees_one_graph() -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
-    torch.library.opcheck(
-        torch.ops.skip_softmax.prefill.default,
-        (p.q, p.k, p.v, 0.05, None, True, 0.2, None, 64, 32, 64, None, None, None, None, 65, True),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    counts = torch.zeros(1, 2, 2, dtype=torch.int64, device=DEVICE)
+    rest = 0.05, None, True, 0.2, None, 64, 32, 64, 0, None, None, None, None, 65, 100, 35
+    for counted in (counts, counts[0], None):
+        torch.library.opcheck(
+            torch.ops.skip_softmax.prefill.default,
+            (p.q, p.k, p.v, torch.empty_like(p.q), counted, *rest),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -520,11 +523,6 @@ def test_odd_places_in_memory() -> None:
     )
     q = p.q.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert q.stride(-1) != 1
-    torch.library.opcheck(
-        torch.ops.skip_softmax.prefill.default,
-        (q, p.k, p.v, 0.0, None, True, 0.1, None, 64, 32, 0, None, None, None, None, 70, False),
-        test_utils="test_faketensor",
-    )
     whole = torch.compile(
         lambda q: ss.attention(q, p.k, p.v, **call) * 1,
         backend="inductor" if DEVICE == "cuda" else "aot_eager",

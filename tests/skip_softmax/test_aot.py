@@ -80,28 +80,32 @@ def tile_type(on, rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}]>" if on else "*bf16"
 
 
-def prefill_case(arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False):
+def prefill_case(
+    arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False, served=False
+):
     config = prefill.choose(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE)
     number = "*fp32" if single else "*bf16"
     kv = number if single else tile_type(config.tma, TILE, head_dim)
     types = {"q": number, "k": kv, "v": kv, "out": number, "stats": "*i64", "factor": "fp32",
     "scale": "fp32",
-             "q_len": "i32", "kv_len": "i32", "window": "i32", "dense_last": "i32",
-             "q_starts": "*i32", "kv_starts": "*i32"}
+             "q_len": "i32", "kv_len": "i32", "window": "i32", "dense_last": "i32", "min_kv_len": "i32",
+             "q_starts": "*i32", "kv_starts": "*i32", "factors": "*fp32"}
     constants = dict(
-        factors=None, q_lens=None, kv_lens=None, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
+        q_lens=None, kv_lens=None, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim,
         WIDTH_V=head_dim, BLOCK_M=config.block_m, TILE_Q=64, TILE_KV=TILE, CAUSAL=True, WINDOWED=window,
         ARMED=armed,
         TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
-        TMA=config.tma,
-        STATS=window, PRECISION="bf16x6" if single else "tf32", STAGES=config.stages,
+        TMA=config.tma, LEADS=packed, STATS=window or served, SUMMED=served,
+        PRECISION="bf16x6" if single else "tf32", STAGES=config.stages,
         SPARSE_STAGES=config.sparse_stages,
     )
     if not dense_last:
         constants["dense_last"] = None
     if not packed:
         constants.update(q_starts=None, kv_starts=None)
+    if not served:
+        constants |= dict(factors=None, min_kv_len=None)
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
@@ -136,13 +140,14 @@ def combine_case(arch):
     return compile(_combine, types, constants, arch, 4)
 
 
-def statistics_case(arch, in_decode, dense_last=False):
+def statistics_case(arch, in_decode, dense_last=False, lead=False):
     tma = arch >= 90
     kv = tile_type(tma, TILE, D)
     types = {"q": "*bf16", "k": kv, "v": kv, "out": "*bf16", "counts": "*i64", "mass": "*i64",
     "gaps": "*fp32",
              "weights_log2": "*fp32", "row_lse": "*fp32", "scale": "fp32", "q_len": "i32", "kv_len": "i32",
-             "window": "i32", "dense_last": "i32", "items": "i32", "blocks": "i32", "note_blocks": "i32"}
+             "window": "i32", "dense_last": "i32", "lead": "i32", "items": "i32", "blocks": "i32",
+             "note_blocks": "i32"}
     pack = 16 if in_decode else 1
     constants = dict(
         HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
@@ -154,6 +159,8 @@ def statistics_case(arch, in_decode, dense_last=False):
     )
     if not dense_last:
         constants["dense_last"] = None
+    if not lead:
+        constants["lead"] = None
     return compile(_statistics, types, constants, arch, 8)
 
 
@@ -209,7 +216,10 @@ if arch < 100 or KNOWS_BLACKWELL:
         "prefill fp32": lambda: prefill_case(arch, 128, True, single=True),
         "prefill 128 dense last": lambda: prefill_case(arch, 128, True, dense_last=True),
         "prefill 64 dense last": lambda: prefill_case(arch, 64, True, dense_last=True),
+        "prefill 128 packed, served": lambda: prefill_case(arch, 128, True, packed=True, served=True),
+        "prefill 64 packed, served": lambda: prefill_case(arch, 64, True, packed=True, served=True),
         "statistics": lambda: statistics_case(arch, False),
+        "statistics, lead": lambda: statistics_case(arch, False, lead=True),
         "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
         "statistics decode": lambda: statistics_case(arch, True),
     }

@@ -84,7 +84,7 @@ def _tally(
     position = token + (kv_len - q_len)
     valid = (token < q_len) & (rows % PACK < Q_GROUP)
     if lead is not None:
-        valid = valid & (token >= 0)
+        valid = valid & (token >= lead)
     first_key = tl.zeros([NOTE_ROWS], tl.int32)
     last_key = first_key + kv_len - 1
     if WINDOWED:
@@ -160,6 +160,10 @@ def _statistics(
     TILE_KV: tl.constexpr = BLOCK_N * PARTS
     note_base = tl.program_id(0).to(tl.int64) * note_blocks * NOTE_ROWS
     lse_base = tl.program_id(0) * NOTE_ROWS
+    if lead is not None:  # the first vote begins before the call's first row: rows that are not there
+        q_len += lead
+        q -= lead.to(tl.int64) * stride_qs
+        out -= lead.to(tl.int64) * stride_os
     offset = kv_len - q_len
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
         # The rows of a causal call that see most keys come first, so that no program ends late.
@@ -172,16 +176,10 @@ def _statistics(
         for sub in range(SUBS):
             local = tl.arange(0, BLOCK_M)
             token0 = (item_block * SUBS + sub) * TOKENS
-            first_token = token0  # that is there
-            tokens = TOKENS
-            if lead is not None:  # the first vote begins before the call's first row
-                token0 -= lead
-                first_token = tl.maximum(token0, 0)
-                tokens = token0 + TOKENS - first_token
             token = token0 + local // PACK
             valid = (token < q_len) & (local % PACK < Q_GROUP)
             if lead is not None:
-                valid = valid & (token >= 0)
+                valid = valid & (token >= lead)
             position = token + offset
             q_head = head * Q_GROUP + local % PACK
             q_row = batch.to(tl.int64) * stride_qb + q_head.to(tl.int64) * stride_qh
@@ -200,12 +198,12 @@ def _statistics(
 
             # Tiles are visited as in prefill; they are walked in key blocks, PARTS of them per tile.
             low, high = visited_tiles(
-                first_token, tokens, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
+                token0, TOKENS, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
             )
             low *= PARTS
             high *= PARTS
             low_full, high_full = whole_tiles(
-                first_token, tokens, low, high, q_len, kv_len, window, BLOCK_N, CAUSAL, WINDOWED
+                token0, TOKENS, low, high, q_len, kv_len, window, BLOCK_N, CAUSAL, WINDOWED
             )
             row_first = tl.zeros([BLOCK_M], tl.int32)
             if WINDOWED:
@@ -286,12 +284,9 @@ def _statistics(
             )
         # `_tally` reads notes that other threads of this program wrote.
         tl.debug_barrier()
-        item_token = item_block * SUBS * TOKENS
-        if lead is not None:
-            item_token -= lead
         _tally(
             counts + head * BINS, mass + head * BINS, gaps + note_base, weights_log2 + note_base,
-            row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_token,
+            row_lse + lse_base, item_low // PARTS, item_high // PARTS, item_block * SUBS * TOKENS,
             q_len, kv_len, window, dense_last, lead, Q_GROUP, PACK, NOTE_ROWS, VOTE_ROWS, BLOCK_N, PARTS,
             CHUNK, CAUSAL, WINDOWED, DECODE, LOW, PER_OCTAVE, BINS,
         )  # fmt: skip

@@ -390,9 +390,9 @@ def test_the_next_turn_of_a_conversation_is_prefill(sharp: Any) -> None:
         prefill, decode = (counts[phase].visited for phase in ("prefill", "decode"))
         turn = torch.cat([out.sequences, more], 1)
         sharp.generate(turn, past_key_values=out.past_key_values, **GREEDY)
-    # The last token was written, not read, so 31 rows from position 123 on: votes of 16 and 15 rows, which
-    # see tiles of 16 keys up to positions 138 and 153.
-    assert (counts["prefill"].visited - prefill).unique().tolist() == [9 + 10]
+    # The last token was written, not read, so 31 rows from position 123 on: votes of 5, 16 and 10 rows, which
+    # see tiles of 16 keys up to positions 127, 143 and 153.
+    assert (counts["prefill"].visited - prefill).unique().tolist() == [8 + 9 + 10]
     # 23 tokens each from positions 124 and 154 on; in a tile of 16 keys each.
     tiles = [sum(-(-(first + i + 1) // 16) for i in range(23)) for first in (100, 154)]
     assert decode.unique().tolist() == [tiles[0]]

@@ -261,8 +261,10 @@ MAY_SPILL = {
     (80, "statistics"): 4096, (80, "statistics decode"): 4096,
     (90, "statistics"): 256, (90, "statistics decode"): 256,
     (100, "statistics"): 512, (100, "statistics decode"): 512,
+    (80, "statistics, lead"): 20480, (90, "statistics, lead"): 256, (100, "statistics, lead"): 512,
     # Products arrive in tensor memory, and are read through registers.
     (100, "prefill 128"): 512, (100, "prefill 64 window packed"): 256,
+    (100, "prefill 128 packed, served"): 512, (100, "prefill 64 packed, served"): 256,
 }  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def _statistics(
     TILE_KV: tl.constexpr = BLOCK_N * PARTS
     note_base = tl.program_id(0).to(tl.int64) * note_blocks * NOTE_ROWS
     lse_base = tl.program_id(0) * NOTE_ROWS
-    if lead is not None:  # the first vote begins before the call's first row: rows that are not there
+    if lead is not None:  # rows of the first vote that come before the call's, and are not there
         q_len += lead
         q -= lead.to(tl.int64) * stride_qs
         out -= lead.to(tl.int64) * stride_os

@@ -173,14 +173,18 @@ class Stages:
     def statistics(self) -> Statistics:
         """Tile statistics of the calibration prompts so far."""
         path = self.folder / "stats.safetensors"
+        floor = self.config.target.min_kv_len.get("prefill", 0)
         if not path.exists():
-            return empty_statistics(self.loaded, self.config.geometry, self.config.prompts.lengths)
+            return empty_statistics(
+                self.loaded, self.config.geometry, self.config.prompts.lengths, floor
+            )
         statistics = Statistics.load(path)
         # Tiles that were counted at another geometry, or in another model, tell nothing about this run.
         ours: dict[str, Any] = {
             "geometry": self.config.geometry.model_dump(mode="json"),
             "lengths": list(self.config.prompts.lengths),
             "model": (self.notes.model or {}).get("sha256"),
+            "min_kv_len": None if self.config.geometry.prefill.chunk is None else floor,
         }
         different = [
             k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v

@@ -55,6 +55,9 @@ Engine = Literal[
 ]
 
 
+WHOLE_PROMPTS: tuple[Engine, ...] = ("vllm-omni", "sglang-diffusion", "tokenspeed")
+"""Engines that skip only where a whole prompt is one call."""
+
 LEAST_GENERATED = 128
 """Errors of decoding add up, so that fewer generated tokens would hide them."""
 
@@ -102,7 +105,8 @@ class ModelConfig(_Section):
 class GeometryConfig(_Section):
     """Tile geometry of the kernel that will serve; a thresholds file is valid for this geometry only.
 
-    `prefill.dense_last` [tokens] is for `target.engine: native` alone: see `PrefillGeometry`.
+    `prefill.dense_last` [tokens] is for `target.engine: native` alone: see `PrefillGeometry`. `prefill.chunk`
+    [tokens] is the prefill chunk of the server (vLLM: `max_num_batched_tokens`); null: whole prompts.
     """
 
     prefill: PrefillGeometry = PrefillGeometry(tile_q=64, tile_kv=128)
@@ -377,6 +381,16 @@ class RunConfig(_Section):
             raise ValueError(
                 f"`geometry.prefill.dense_last` must be 0 for `target.engine: {self.target.engine}`, which "
                 f"skips in the last rows too, but got {dense_last}; set it to 0, or use the native engine"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_serves_chunks(self) -> RunConfig:
+        chunk, engine = self.geometry.prefill.chunk, self.target.engine
+        if chunk is not None and engine in WHOLE_PROMPTS:
+            raise ValueError(
+                f"`geometry.prefill.chunk` must be left out for `target.engine: {engine}`, which skips only "
+                f"where a whole prompt is one call, but got {chunk}; leave it out"
             )
         return self
 

@@ -197,6 +197,12 @@ def objections(
                 f"but the numbers are for {tiles.dense_last}; calibrate with geometry.prefill.dense_last: 0",
                 "measure",
             )
+        if isinstance(tiles, PrefillGeometry) and tiles.chunk and server.whole_prompts:
+            yield Objection(
+                f"geometry.prefill.chunk must be left out for {server.name}: {server.whole_prompts}, but the "
+                f"numbers are for chunks of {tiles.chunk}; calibrate without geometry.prefill.chunk",
+                "measure",
+            )
         keys = votes.keys(head_dim)
         if not keys:
             if not trust_unpublished:
@@ -239,10 +245,13 @@ def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
         like: the geometry to start from.
     """
     prefill, decode = skipping_everywhere(like).prefill, like.decode
+    if prefill is not None and server.whole_prompts:
+        prefill = prefill.model_copy(update={"chunk": None})
     if isinstance(server.prefill, Votes) and server.prefill.tile_q is not None:
         keys = server.prefill.keys(head_dim)
         kept = prefill.tile_kv if prefill is not None and prefill.tile_kv in keys else keys[0]
-        prefill = PrefillGeometry(tile_q=server.prefill.tile_q, tile_kv=kept)
+        chunk = None if prefill is None else prefill.chunk
+        prefill = PrefillGeometry(tile_q=server.prefill.tile_q, tile_kv=kept, chunk=chunk)
     if isinstance(server.decode, Votes) and server.decode.keys(head_dim):
         keys = server.decode.keys(head_dim)
         kept = decode.tile_kv if decode is not None and decode.tile_kv in keys else keys[0]

@@ -126,7 +126,7 @@ def export(
         phases: `prefill`, `decode` or both; None: all that have a number.
         gpu: GPU family that will serve, for example `sm90`; None: any on which the numbers are valid.
         served_min_len: shortest request [tokens]; None: none is shorter than the file's `min_kv_len`.
-        chunk_size: prefill chunk [tokens]; None: prompts are not chunked.
+        chunk_size: prefill chunk [tokens]; None: unknown.
         at_length: longest served KV length [tokens], for engines that take the threshold itself.
         kv_dtype: type of the engine's KV cache, for example `fp8`; None: taken for a 16-bit one, with a
             warning where that matters.
@@ -172,6 +172,7 @@ def export(
         ),
         *guards.unknown_service(numbers, servers, served),
         *guards.check_lengths(thresholds, numbers, servers, served),
+        *guards.check_chunks(thresholds, target, numbers, served),
         *(guards.check_model(thresholds, config) if config is not None else ()),
         *guards.low_sparsity(numbers),
     ]

@@ -23,7 +23,7 @@ class Served:
 
     Attributes:
         min_len: shortest request [tokens].
-        chunk_size: prefill chunk [tokens]; None: prompts are not chunked.
+        chunk_size: prefill chunk [tokens].
         at_length: KV length at which an absolute threshold is to be right [tokens].
         kv_dtype: type of the KV cache: `fp8`, or a 16-bit one.
         speculative: whether tokens are drafted and verified.
@@ -248,6 +248,7 @@ def check_lengths(
         given = {"--served-min-len": served.min_len}
         if phase == "prefill":
             given["--chunk-size"] = served.chunk_size
+            given["geometry.prefill.chunk"] = chunk_of(thresholds)
         for option, tokens in given.items():
             if tokens is None or tokens >= floor:
                 continue
@@ -274,6 +275,54 @@ def check_lengths(
                 f"(--served-min-len checks yours)"
             )
     return warnings
+
+
+def check_chunks(
+    thresholds: Thresholds, engine: Engine, numbers: Numbers, served: Served
+) -> list[str]:
+    """Compares the chunks of a prompt that were measured with those that are served.
+
+    A chunk's threshold is the number / the KV length at its end: of two sizes the smaller one skips more. It
+    makes no difference to engines that take the threshold itself.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: the engine's chunks are smaller.
+    """
+    if engine.absolute or "prefill" not in numbers.scale_factor:
+        return []
+    measured, size = chunk_of(thresholds), served.chunk_size
+    if measured is None and size is not None:
+        return [
+            f"the prefill number was measured on whole prompts: with chunks of {size} tokens all chunks but "
+            "a prompt's last have larger thresholds, and skip more, than was measured; calibrate with "
+            f"`geometry.prefill.chunk: {size}`"
+        ]
+    if measured is None or size == measured:
+        return []
+    if size is None:
+        return [
+            f"the prefill number was measured in chunks of {measured} tokens: serve with this prefill chunk "
+            "(--chunk-size checks yours)"
+        ]
+    if size < measured:
+        raise UserError(
+            f"`--chunk-size >= geometry.prefill.chunk` must hold, but got {size} and {measured}: smaller "
+            "chunks have larger thresholds, so the engine skips more than was measured; serve with chunks of "
+            f"{measured}, or calibrate with `geometry.prefill.chunk: {size}`"
+        )
+    return [
+        f"the prefill number was measured in chunks of {measured} tokens: chunks of {size} have smaller "
+        "thresholds, and skip less than was measured"
+    ]
+
+
+def chunk_of(thresholds: Thresholds) -> int | None:
+    """Chunk of a prompt in which the prefill number was measured [tokens]; None: whole prompts."""
+    prefill = thresholds.geometry.prefill
+    return None if prefill is None else prefill.chunk
 
 
 def reference_length(engine: Engine, numbers: Numbers, served: Served) -> int | None:

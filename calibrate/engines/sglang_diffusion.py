@@ -5,6 +5,7 @@ from __future__ import annotations
 from calibrate.engines import tiles
 from calibrate.engines.types import (
     EACH_STEP,
+    ONE_CALL,
     Engine,
     Foreign,
     Ignored,
@@ -56,6 +57,7 @@ ENGINE = Engine(
             "sm90",
             tiles.with_sizes(tiles.HOPPER_PREFILL, _SIZES),
             _NO_DECODE,
+            whole_prompts=ONE_CALL,
             notes=(_FAILS,),
         ),
         Server(
@@ -63,6 +65,7 @@ ENGINE = Engine(
             "sm100",
             tiles.with_sizes(tiles.BLACKWELL_PREFILL, _SIZES),
             _NO_DECODE,
+            whole_prompts=ONE_CALL,
             notes=(_FAILS, tiles.BLACKWELL_TWO),
         ),
     ),

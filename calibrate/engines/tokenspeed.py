@@ -58,6 +58,7 @@ ENGINE = Engine(
             Votes(((128, (64,)),), tile_q=128, head_dims=(64, 128)),
             Ignored("only its prefill kernel has the threshold"),
             fp8={"prefill": Ignored("no batch with such a KV cache reaches the kernel that skips")},
+            whole_prompts="its second chunk of a prompt and all later ones run dense",
             notes=(
                 "a batch skips only if none of its requests has a cached prefix: one prefix-cache hit, or "
                 "the second chunk of one prompt, makes the whole batch dense without a word",

@@ -72,6 +72,8 @@ class Server:
         above_one: what it does at a threshold of 1 or more: skip almost everything, or run dense.
         fp8: the kernels of phases that an FP8 KV cache changes.
         by_name: it leaves layers dense by their modules' names, not by their numbers.
+        whole_prompts: why numbers that were measured in chunks of prompts do not hold there; empty: each
+            chunk skips by its own KV length.
         notes: what the numbers do not say on this server; in every sidecar of an export for it.
     """
 
@@ -82,6 +84,7 @@ class Server:
     above_one: Literal["skips", "dense"] = "skips"
     fp8: Mapping[Phase, Votes | Ignored] = field(default_factory=dict)
     by_name: bool = False
+    whole_prompts: str = ""
     notes: tuple[str, ...] = ()
 
     def phase(self, phase: Phase) -> Votes | Ignored:
@@ -239,6 +242,9 @@ REUSED = (
 
 STORED = "no store outside the process can be relied on to know the number: empty it"
 """What becomes of a prefix cache outside an engine's process whose key is not known to have the number."""
+
+ONE_CALL = "its models attend to a whole sequence in one call"
+"""Why diffusion models have no chunks."""
 
 EACH_STEP = "every denoising step computes its own, and a new number is whole at once"
 """Why diffusion models have nothing to empty when a number changes."""

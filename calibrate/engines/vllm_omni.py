@@ -10,6 +10,7 @@ from calibrate.engines.config_json import config_group, read_curve, section_with
 from calibrate.engines.tiles import BLACKWELL_PREFILL, BLACKWELL_TWO, with_sizes
 from calibrate.engines.types import (
     EACH_STEP,
+    ONE_CALL,
     Engine,
     Foreign,
     Ignored,
@@ -97,6 +98,7 @@ ENGINE = Engine(
             "sm100",
             with_sizes(BLACKWELL_PREFILL, (128,)),
             Ignored("diffusion models do not decode token by token"),
+            whole_prompts=ONE_CALL,
             notes=(BLACKWELL_TWO,),
         ),
     ),

@@ -15,7 +15,7 @@ from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from skip_softmax.huggingface.applied import applied
-from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.calls import LayerCall, joined
 from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.meaning import literal
 from skip_softmax.meaning.call import call_of
@@ -148,6 +148,10 @@ def _unguarded(
     skipped: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
 
     def handler(call: LayerCall) -> torch.Tensor:
+        chunk = getattr(getattr(thresholds.geometry, call.phase), "chunk", None)
+        return joined([attend(part) for part in call.chunks(chunk)])
+
+    def attend(call: LayerCall) -> torch.Tensor:
         tiles = getattr(thresholds.geometry, call.phase)
         # Without `dense_last`: such an engine does not know it.
         alone = call_of(

@@ -587,8 +587,10 @@ def _tiles(tiles: PrefillGeometry | DecodeGeometry | None) -> str:
     if tiles is None:
         return "–"
     size = "×".join(str(v) for k, v in tiles if k.startswith("tile"))
-    dense_last = getattr(tiles, "dense_last", 0)
-    return f"{size}, last {dense_last} rows dense" if dense_last else size
+    if isinstance(tiles, PrefillGeometry):
+        size += f", last {tiles.dense_last} rows dense" if tiles.dense_last else ""
+        size += f", chunks of {tiles.chunk}" if tiles.chunk else ""
+    return size
 
 
 def _listed(pairs: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import torch
 
@@ -21,9 +23,17 @@ from skip_softmax.thresholds.types import PHASES, Phase
 
 
 def empty_statistics(
-    loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int]
+    loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int], min_kv_len: int = 0
 ) -> Statistics:
-    """Statistics for this model and geometry, with nothing counted yet."""
+    """Statistics for this model and geometry, with nothing counted yet.
+
+    Args:
+        loaded: the model.
+        geometry: tiles of both phases.
+        lengths: prompt lengths [tokens].
+        min_kv_len: of prefill [tokens]: with `geometry.prefill.chunk`, chunks that end before it run dense,
+            whatever the number.
+    """
     layer = loaded.calibratable[0]
     identity = {
         "model": loaded.sha256,
@@ -32,6 +42,8 @@ def empty_statistics(
         "kv_heads": layer.kv_heads,
         "layers": len(loaded.layers),
     }
+    if geometry.prefill.chunk is not None:
+        identity["min_kv_len"] = min_kv_len
     return Statistics.empty(identity, len(loaded.layers), layer.q_heads, layer.kv_heads, lengths)
 
 
@@ -93,6 +105,9 @@ def observe(
 ) -> torch.Tensor:
     """Runs one prompt densely and adds its tiles, and its key, to the statistics.
 
+    With `geometry.prefill.chunk`, a tile's critical scale factor is that of its chunk's KV length, and tiles
+    of chunks below the `min_kv_len` that `empty_statistics` was told count as never skipped.
+
     Args:
         loaded: the model.
         prompt: the prompt.
@@ -106,22 +121,28 @@ def observe(
     """
     length_bin = nearest_bin(prompt.length, statistics.lengths)
     prompt_len, steps = len(prompt.ids), len(prompt.continuation)
+    chunk, floor = geometry.prefill.chunk, statistics.identity.get("min_kv_len", 0)
     # Read back after the pass: in every call it would make the GPU wait.
     seen: list[tuple[int, Phase, int, TileHistogram]] = []
 
+    def counted(part: LayerCall) -> tuple[torch.Tensor, TileHistogram]:
+        tiles = getattr(geometry, part.phase).model_dump(exclude={"chunk"})
+        decode = part.phase == "decode"
+        if not decode and part.kv_len < floor:
+            tiles["dense_last"] = part.q.shape[2]  # all of its rows are dense
+        return tile_statistics(part.q, part.k, part.v, decode=decode, **part.keywords, **tiles)
+
     def handler(call: LayerCall) -> torch.Tensor:
-        tiles = getattr(geometry, call.phase).model_dump()
-        parts = [call]
-        if samples and call.phase == "decode":
-            parts = [call.rows(i, i + 1) for i in range(call.q.shape[2])]
-        outputs = []
-        for part in parts:
-            out, histogram = tile_statistics(
-                part.q, part.k, part.v, decode=part.phase == "decode", **part.keywords, **tiles
-            )
+        if call.phase == "prefill":
+            parts = list(call.chunks(chunk))
+        else:
+            parts = [call.rows(i, i + 1) for i in range(call.q.shape[2])] if samples else [call]
+        outputs, histograms = zip(*map(counted, parts), strict=True)
+        if call.phase == "prefill":  # a prompt is one sample, in how many chunks it may be computed
+            parts, histograms = [call], (reduce(add, histograms),)
+        for part, histogram in zip(parts, histograms, strict=True):
             seen.append((part.layer, part.phase, part.kv_len, histogram))
-            outputs.append(out)
-        return joined(outputs)
+        return joined(list(outputs))
 
     left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
     with intercepted(loaded.model, handler, decode_from=prompt_len, left_alone=left_alone):

@@ -13,7 +13,8 @@ modelopt/torch/sparsity/attention_sparsity/calibration):
 
 Two things are ours. A number holds for one geometry only, so tiles and votes are those of the kernel that
 will serve; Model-Optimizer always counts tiles of 128 x 128, and each query head votes alone. And a prompt is
-one sample, which is Model-Optimizer with `chunk_size: -1`.
+one sample, which is Model-Optimizer with `chunk_size: -1`; where it is computed in chunks, a sample still
+holds all of its tiles.
 """
 
 from __future__ import annotations

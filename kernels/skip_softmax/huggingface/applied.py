@@ -93,7 +93,9 @@ def applied(
 
     Args:
         model: a decoder-only transformers model; `architectures.md` lists those that were tried.
-        thresholds: what to apply per layer and phase, or the path of its file.
+        thresholds: what to apply per layer and phase, or the path of its file. With
+            `geometry.prefill.chunk` each layer attends to a prompt in chunks of that size, also where the
+            whole prompt arrives in one call.
         decode_from: absolute position from which tokens count as decode steps, however many arrive in
             one call (teacher forcing, a verification loop of your own). None: in `model.generate`, which
             knows where the prompt ends, every token behind the prompt is a decode step: drafts that are
@@ -119,7 +121,12 @@ def applied(
     shape = thresholds.model
     # A phase without tiles is dense, and dense attention is the same for any tiles.
     geometry = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
-    tiles = {phase: given.model_dump() if given else {} for phase, given in geometry.items()}
+    tiles = {
+        phase: given.model_dump(exclude={"chunk"}) if given else {}
+        for phase, given in geometry.items()
+    }
+    prefill = thresholds.geometry.prefill
+    chunk = None if prefill is None else prefill.chunk
     counts = PhaseCounts(shape.layers, {"prefill": shape.q_heads, "decode": shape.kv_heads})
     factors: dict[tuple[int, Phase, torch.device], float | torch.Tensor] = {}
 
@@ -132,7 +139,7 @@ def applied(
     def attend(call: LayerCall) -> torch.Tensor:
         operation: Any = decode_attention if call.phase == "decode" else attention
         outputs = []
-        for part, dense in _split_at_floor(call, getattr(thresholds.min_kv_len, call.phase)):
+        for part, dense in _parts(call, getattr(thresholds.min_kv_len, call.phase), chunk):
             factor = 0.0 if dense else factor_of(call)
             out = operation(
                 part.q, part.k, part.v, scale_factor=factor, backend=backend, return_stats=count,
@@ -157,12 +164,14 @@ def _on_device(factors: tuple[float, ...], device: torch.device) -> float | torc
         return torch.tensor(factors, dtype=torch.float64, device=device)
 
 
-def _split_at_floor(call: LayerCall, floor: int | None) -> Iterator[tuple[LayerCall, bool]]:
+def _parts(
+    call: LayerCall, floor: int | None, chunk: int | None
+) -> Iterator[tuple[LayerCall, bool]]:
     """Parts of a call, and whether each runs dense because its KV length is below `min_kv_len`."""
-    if call.phase == "prefill":
-        yield call, floor is not None and call.kv_len < floor
-        return
     floor = floor or 0
+    if call.phase == "prefill":
+        yield from ((part, part.kv_len < floor) for part in call.chunks(chunk))
+        return
     tokens = call.q.shape[2]
     first = call.position + 1  # KV length of the first token
     short = min(max(floor - first, 0), tokens)

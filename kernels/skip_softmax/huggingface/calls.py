@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +117,21 @@ class LayerCall:
         prefill = replace(self.rows(0, split), phase="prefill")
         decode = replace(self.rows(split, rows), phase="decode")
         return joined([handler(prefill), handler(decode)])
+
+    def chunks(self, size: int | None) -> Iterator[LayerCall]:
+        """The call in parts that end at multiples of `size` positions, each with the keys up to its end.
+
+        Causal rows see no later key, so these are the calls of a prompt that arrives in chunks, with a cache
+        between them. Others are left whole: nothing can serve them in chunks.
+        """
+        if size is None or not self.causal:
+            yield self
+            return
+        start, rows = 0, self.q.shape[2]
+        while start < rows:
+            stop = min(size - (self.position + start) % size + start, rows)
+            yield self.rows(start, stop)
+            start = stop
 
 
 Handler = Callable[[LayerCall], torch.Tensor]

@@ -34,6 +34,12 @@ class TileHistogram:
     mass: torch.Tensor
     rows: int
 
+    def __add__(self, other: TileHistogram) -> TileHistogram:
+        """The tiles of both calls."""
+        return TileHistogram(
+            self.counts + other.counts, self.mass + other.mass, self.rows + other.rows
+        )
+
     def __repr__(self) -> str:
         heads, tiles = self.counts.shape[0], int(self.counts.sum())
         return f"TileHistogram(heads={heads}, tiles={tiles}, rows={self.rows})"

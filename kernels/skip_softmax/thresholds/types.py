@@ -83,11 +83,15 @@ class PrefillGeometry(Section):
     skip. The last row of a prompt gives the first token of the answer, while all others reach the output
     only through the keys and values of later layers. In chunked prefill the last rows of every chunk are
     dense.
+
+    `chunk` [tokens]: prompts are computed in chunks that end at its multiples, each as one call, so that
+    early chunks have larger thresholds than late ones; None: each prompt is one call.
     """
 
     tile_q: PowerOfTwo
     tile_kv: PowerOfTwo
     dense_last: Tokens = 0
+    chunk: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _powers_of_two(self) -> PrefillGeometry:
@@ -95,11 +99,21 @@ class PrefillGeometry(Section):
         _require_power_of_two("tile_kv", self.tile_kv)
         return self
 
+    @model_validator(mode="after")
+    def _chunks_hold_whole_votes(self) -> PrefillGeometry:
+        if self.chunk is not None and self.chunk % self.tile_q:
+            raise ValueError(
+                f"`chunk` must be a multiple of `tile_q`, or a chunk's end would split a vote, but got "
+                f"{self.chunk} with tile_q={self.tile_q}; round it to a multiple"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _only_what_says_something(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Files, configs and statistics from before this key must compare as equal to those of today.
+        # Files, configs and statistics from before these keys must compare as equal to those of today.
         values: dict[str, Any] = write(self)
-        return values if self.dense_last else {k: v for k, v in values.items() if k != "dense_last"}
+        unsaid = {key for key in ("dense_last", "chunk") if not getattr(self, key)}
+        return {key: value for key, value in values.items() if key not in unsaid}
 
 
 class DecodeGeometry(Section):

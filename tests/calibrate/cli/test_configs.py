@@ -11,6 +11,9 @@ from conftest import (
     refused,
 )
 
+from calibrate.engines.catalogue import ENGINES
+from calibrate.schema import WHOLE_PROMPTS
+
 
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
@@ -94,6 +97,23 @@ def test_dense_rows_are_for_our_own_engine_alone(
     law = f"`geometry.prefill.dense_last` must be 0 for `target.engine: {engine}`"
     refused(run, str(config), law, "but got 16; set it to 0")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("engine", WHOLE_PROMPTS)
+def test_chunks_are_for_engines_that_skip_in_every_chunk(
+    call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path, engine: str
+) -> None:
+    config = smoke("{tile_q: 16, tile_kv: 16}", "{tile_q: 16, tile_kv: 16, chunk: 64}")
+    run = call("run", config, "-o", tmp_path / "run", "--set", f"target.engine={engine}")
+    law = f"`geometry.prefill.chunk` must be left out for `target.engine: {engine}`"
+    refused(run, str(config), law, "but got 64; leave it out")
+    assert not (tmp_path / "run").exists()
+
+
+def test_engines_that_serve_whole_prompts_are_those_whose_servers_say_so() -> None:
+    """The config cannot ask the engines' rooms, which stand above it."""
+    found = {name for name, one in ENGINES.items() if any(s.whole_prompts for s in one.servers)}
+    assert found == set(WHOLE_PROMPTS)
 
 
 @pytest.mark.parametrize(

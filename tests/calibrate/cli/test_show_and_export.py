@@ -48,6 +48,15 @@ def test_show_prints_every_phase_and_layer(call: Callable[..., Result], tmp_path
         assert cell in result.stdout, result.stdout
 
 
+def test_show_prints_chunks_and_dense_rows(call: Callable[..., Result], tmp_path: Path) -> None:
+    file = tmp_path / "thresholds.yaml"
+    tiles = "tile_kv: 128, dense_last: 64, chunk: 1024"
+    file.write_text(THRESHOLDS.replace("tile_kv: 128", tiles))
+    result = call("show", file)
+    assert (result.code, result.stderr) == (0, "")
+    assert "64×128, last 64 rows dense, chunks of 1024" in " ".join(result.stdout.split())
+
+
 def test_show_prints_the_evidence_of_a_run(finished: Finished, call: Callable[..., Result]) -> None:
     result = call("show", finished.folder / "thresholds.yaml")
     assert (result.code, result.stderr) == (0, "")

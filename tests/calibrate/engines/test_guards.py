@@ -375,6 +375,88 @@ def test_our_own_engine_takes_dense_rows_and_a_projection_does_without_them(
     assert tiles == thresholds().geometry
 
 
+def in_chunks(chunk: int, floor: int = 4096, geometry: Geometry = HOPPER) -> Thresholds:
+    assert geometry.prefill is not None
+    prefill = geometry.prefill.model_copy(update={"chunk": chunk})
+    file = thresholds(geometry=geometry.model_copy(update={"prefill": prefill}))
+    limits = file.min_kv_len.model_copy(update={"prefill": floor})
+    return file.model_copy(update={"min_kv_len": limits})
+
+
+@pytest.mark.parametrize(
+    ("file", "served", "told"),
+    [
+        (
+            in_chunks(8192),
+            (),
+            "was measured in chunks of 8192 tokens: serve with this prefill chunk",
+        ),
+        (in_chunks(8192), (8192,), None),
+        (in_chunks(8192), (16384,), "chunks of 16384 have smaller thresholds, and skip less than"),
+        (
+            thresholds(),
+            (8192,),
+            "measured on whole prompts: with chunks of 8192 tokens all chunks but a prompt's last have "
+            "larger thresholds, and skip more, than was measured; calibrate with "
+            "`geometry.prefill.chunk: 8192`",
+        ),
+        (thresholds(), (), None),
+    ],
+    ids=["unknown", "the same", "larger", "measured on whole prompts", "whole prompts"],
+)
+def test_chunks_that_are_served_are_compared_with_those_that_were_measured(
+    file: Thresholds, served: tuple[int, ...], told: str | None, run: Callable[..., Any]
+) -> None:
+    options = [part for size in served for part in ("--chunk-size", size)]
+    code, _, err = run(file, "--engine", "trtllm", "--gpu", "sm90", *options)
+    assert code == 0, err
+    assert ("the prefill number was measured" in err) == (told is not None)
+    assert told is None or told in err
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "law"),
+    [
+        (
+            in_chunks(8192),
+            ("--engine", "sglang", "--phase", "prefill", "--chunk-size", 4096),
+            r"`--chunk-size >= geometry.prefill.chunk` must hold, but got 4096 and 8192: smaller chunks have "
+            "larger thresholds, so the engine skips more than was measured; serve with chunks of 8192, or",
+        ),
+        (
+            in_chunks(2048),
+            ("--engine", "trtllm", "--gpu", "sm90", "--chunk-size", 8192),
+            r"`geometry.prefill.chunk >= min_kv_len` must hold in prefill, but got 2048 and min_kv_len=4096: "
+            "nothing was measured below 4096 tokens, and the engine skips there too",
+        ),
+        (
+            in_chunks(8192, geometry=TOKENSPEED),
+            ("--engine", "tokenspeed", "--phase", "prefill", "--at-length", 8192),
+            "geometry.prefill.chunk must be left out for tokenspeed on gfx950: its second chunk of a prompt "
+            "and all later ones run dense, but the numbers are for chunks of 8192",
+        ),
+    ],
+    ids=["smaller", "shorter than the floor", "second chunks are dense"],
+)
+def test_chunks_in_which_the_numbers_do_not_hold_are_refused(
+    file: Thresholds, options: tuple[Any, ...], law: str, run: Callable[..., Any]
+) -> None:
+    code, out, err = run(file, *options)
+    assert (code, out) == (2, "")
+    assert law in err
+
+
+def test_our_own_engine_takes_chunks_and_a_projection_keeps_them_where_they_are_served(
+    run: Callable[..., Any],
+) -> None:
+    file = in_chunks(8192, 4096, BLACKWELL)
+    code, out, _ = run(file, "--engine", "native")
+    assert code == 0 and "chunk: 8192" in out
+    for name, gpu, wanted in (("trtllm", "sm90", 8192), ("tokenspeed", "gfx950", None)):
+        tiles = tiles_for(find_engine(name), gpu, file.geometry, ("prefill",), 128, 4)
+        assert tiles.prefill is not None and tiles.prefill.chunk == wanted
+
+
 @pytest.mark.parametrize("number", ["-1.0", ".nan", ".inf"])
 def test_a_number_that_engines_would_swallow_is_refused(
     number: str, run: Callable[..., Any], tmp_path: Path

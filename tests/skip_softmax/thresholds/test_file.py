@@ -29,6 +29,17 @@ def test_dense_rows_are_written_only_where_there_are_some(tmp_path: Path) -> Non
     assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
 
 
+def test_a_file_says_chunks_only_where_it_was_calibrated_in_some(tmp_path: Path) -> None:
+    before = Thresholds.load(write(tmp_path, GOOD))
+    assert before.geometry.prefill.chunk is None and "chunk" not in before.to_yaml()
+    null = GOOD.replace("tile_kv: 128}", "tile_kv: 128, chunk: null}")
+    assert Thresholds.load(write(tmp_path, null)).to_yaml() == before.to_yaml()
+    some = Thresholds.load(write(tmp_path, null.replace("chunk: null", "chunk: 1024")))
+    assert some.geometry.prefill.chunk == 1024
+    assert "prefill: {tile_q: 64, tile_kv: 128, chunk: 1024}" in some.to_yaml()
+    assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
+
+
 def test_overrides_come_before_model_wide_numbers(tmp_path: Path) -> None:
     loaded = Thresholds.load(write(tmp_path, GOOD))
     assert loaded.per_head(0, "prefill") == (0.0,) * 4
@@ -71,6 +82,19 @@ def test_a_missing_phase_and_an_uncalibrated_layer_are_dense(tmp_path: Path) -> 
             "tile_kv: 128",
             "tile_kv: 128, dense_last: true",
             "geometry.prefill.dense_last: must be a number, but got true",
+        ),
+        (
+            "tile_kv: 128",
+            "tile_kv: 128, chunk: 1000",
+            "geometry.prefill: `chunk` must be a multiple of `tile_q`, .* but got 1000 with tile_q=64; round",
+        ),
+        ("tile_kv: 128", "tile_kv: 128, chunk: 0", "prefill.chunk: .*greater than 0, but got 0"),
+        ("tile_kv: 128", "tile_kv: 128, chunk: true", "chunk: must be a number, but got true"),
+        ("tile_kv: 128", "tile_kv: 128, chunks: 64", "unknown key; did you mean `chunk`"),
+        (
+            "decode: {tile_kv: 64}",
+            "decode: {tile_kv: 64, chunk: 64}",
+            "geometry.decode.chunk: unknown key",
         ),
         (
             "decode: {tile_kv: 64}",

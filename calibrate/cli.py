@@ -378,6 +378,32 @@ def probe(
         raise WorkFailed("what this request skipped is not known exactly; the note above says why")
 
 
+@app.command("serve-bench")
+def serve_bench(
+    model: Annotated[str, typer.Argument(help="The model to serve: a folder or a hub id.")],
+    thresholds: Annotated[Path, typer.Option(help="The calibrated server's thresholds file.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where results go; a run folder shows them.")
+    ],
+    serve: Annotated[str, typer.Option(help="More options of `vllm serve`, for both.")] = "",
+    load: Annotated[str, typer.Option(help="More options of `vllm bench serve`.")] = "",
+    allow: Annotated[
+        list[str] | None, typer.Option(help="What the plug-in should accept all the same.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a model dense, then calibrated, with vLLM, and compare both under the same load."""
+    from calibrate.serving.bench import measure
+
+    found = measure(
+        model, thresholds, output, serve=serve, load=load, allow=allow or (), say=terminal.say
+    )
+    if as_json:
+        terminal.write_json(found.to_json())
+    else:
+        terminal.show(found.to_table())
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

@@ -26,7 +26,7 @@ class Planted:
     """What the server does.
 
     Attributes:
-        info: labels of the plug-in's info; None: a server without it.
+        info: labels of the plug-in's info; empty: no worker answers; None: a server without it.
         per_request: visited and skipped tiles that a request adds, by phase and layers.
         prompt_tokens: what it says a prompt has.
         others: tokens that other requests compute meanwhile.
@@ -74,7 +74,7 @@ class Planted:
         ]
         if self.info is not None:
             labels = ",".join(f'{name}="{value}"' for name, value in self.info.items())
-            lines += [f"skip_softmax_info{{{labels}}} 1.0"]
+            lines += [f"skip_softmax_info{{{labels}}} 1.0"] if labels else []
             lines += [f'skip_softmax_workers{{state="silent"}} {self.silent:.1f}']
             for (phase, layers), (visited, skipped) in self.per_request.items():
                 where = f'{{layers="{layers}",phase="{phase}"}}'
@@ -85,8 +85,8 @@ class Planted:
 
 
 @contextmanager
-def serving(planted: Planted) -> Iterator[Planted]:
-    """Runs it on a free port; its address is in `url`."""
+def serving(planted: Planted, port: int = 0) -> Iterator[Planted]:
+    """Runs it on a port, or on a free one; its address is in `url`."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -143,11 +143,10 @@ def serving(planted: Planted) -> Iterator[Planted]:
         def handle_error(self, *_: object) -> None:
             pass  # a client that gave up
 
-    server = Quiet(("127.0.0.1", 0), Handler)
+    server = Quiet(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    host, port = server.server_address[:2]
-    planted.url = f"http://{host}:{port}"
+    planted.url = f"http://{server.server_address[0]}:{server.server_port}"
     try:
         yield planted
     finally:

@@ -570,6 +570,7 @@ def test_an_engine_is_its_room_one_line_of_the_catalogue_and_a_name_in_the_schem
     own = f"calibrate/engines/{name.replace('-', '_')}.py"
     other = {
         "trtllm": {"calibrate/cli.py", "calibrate/engines/read.py", "kernels/bench/timings.py"},
+        "vllm": {"calibrate/serving/bench.py"},  # starts its command
         "flashinfer": {"kernels/bench/rivals.py", "kernels/bench/timings.py"},
     }.get(name, set())
     assert places(name) - other == {own, "calibrate/engines/catalogue.py", SCHEMA}

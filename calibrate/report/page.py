@@ -24,6 +24,7 @@ from calibrate.report.style import DARK, LIGHT
 from calibrate.report.tables import left_dense, percent_text, speedup_text, tables_of
 from calibrate.schema import RunConfig
 from calibrate.search.study import read_study
+from calibrate.serving.bench import read_measured
 
 
 def write_report(folder: Path, config: RunConfig, output: Path | None = None) -> Path:
@@ -38,17 +39,18 @@ def write_report(folder: Path, config: RunConfig, output: Path | None = None) ->
         The file's path.
 
     Raises:
-        UserError: the folder lacks statistics, or the file cannot be written.
+        UserError: the folder lacks statistics, its `serving.json` is damaged, or the file cannot be written.
     """
     found = findings(folder, config)
     study = read_study(config.search, folder) if found["trials"] else None
+    served = read_measured(folder)
     html = render(
         "report.html.j2",
         [found],
         Figures(found, study, palette=None).available,
         verdict=sentence(found).partition(": "),
         keys=_keys(found),
-        tables=tables_of(found),
+        tables=tables_of(found) | ({"served": served.to_table()} if served else {}),
         dense=left_dense(found),
         prediction=prediction(found),
         start={phase: slider_start(found, phase) for phase in found["phases"]},

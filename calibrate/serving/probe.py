@@ -116,7 +116,7 @@ class Found:
             )
             rows = [
                 [row.phase, row.layers, str(row.visited), str(row.skipped), percent(row.sparsity)]
-                for row in (*self.tiles, *_totals(self.tiles))
+                for row in (*self.tiles, *totals(self.tiles))
             ]
             lines.append(Table(title, ("phase", "layers", "visited", "skipped", "sparsity"), rows))
         if self.against is not None:
@@ -129,7 +129,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _totals(tiles: list[Tiles]) -> list[Tiles]:
+def totals(tiles: list[Tiles]) -> list[Tiles]:
+    """Tiles of each phase, over all layers."""
     return [
         Tiles(
             phase,
@@ -220,6 +221,10 @@ def check_file(found: Found, path: Path) -> None:
 
 def _serving(page: list[Sample]) -> Serving | None:
     told = [sample.labels for sample in page if sample.name == INFO]
+    if not told and _total(page, WORKERS):
+        raise WorkFailed(
+            "the server has the plug-in, but none of its workers answers; its log says why"
+        )
     if not told:
         return None
     if len(told) > 1:

@@ -126,3 +126,23 @@ def test_only_a_report_loads_plotly() -> None:
 def test_an_output_that_cannot_be_written_is_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         calibrate.open_run(copy).report(output=tmp_path / "missing" / "report.html")
+
+
+def test_servers_that_were_measured_are_shown(copy: Path) -> None:
+    """What `calibrate serve-bench -o RUN` left, as a table with ratios."""
+    row = {"completed": 2, "total_input_tokens": 20, "total_output_tokens": 8}
+    results = {
+        "dense": {**row, "median_ttft_ms": 300.0, "request_goodput": 2.0},
+        "calibrated": {**row, "median_ttft_ms": 200.0, "request_goodput": 3.0},
+    }
+    told = {"model": "m", "thresholds": "t.yaml", "sha256": "ab" * 32, "serve": [], "load": []}
+    tiles = [{"phase": "prefill", "visited": 8, "skipped": 2}]
+    page = Page(calibrate.open_run(copy).report().read_text())
+    assert not any("TTFT" in str(table) for table in page.tables)
+    (copy / "serving.json").write_text(json.dumps({**told, "tiles": tiles, "results": results}))
+    page = Page(calibrate.open_run(copy).report().read_text())
+    (table,) = (table for table in page.tables if "TTFT" in str(table))
+    assert table[0] == ["", "dense", "calibrated", "ratio"]
+    assert ["TTFT, median [ms]", "300", "200", "1.50×"] in table
+    assert ["goodput [1/s]", "2", "3", "1.50×"] in table
+    assert "25.0 % of prefill tiles" in page.text

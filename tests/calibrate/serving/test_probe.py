@@ -164,6 +164,11 @@ def test_another_version_of_the_plug_in_is_named(start: Callable[..., Planted]) 
         probe(Server(start(**ours(info={"verdict": "passed"})).url))
 
 
+def test_workers_that_do_not_answer_are_named(start: Callable[..., Planted]) -> None:
+    with pytest.raises(WorkFailed, match="none of its workers answers"):
+        probe(Server(start(info={}, silent=2).url))
+
+
 # Nobody says it.
 
 

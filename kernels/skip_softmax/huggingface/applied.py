@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from skip_softmax.api import attention, decode_attention
 from skip_softmax.choose import Backend
-from skip_softmax.huggingface.calls import LayerCall, joined
+from skip_softmax.huggingface.calls import DecodeCall, LayerCall, joined
 from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.huggingface.layers import inspected
 from skip_softmax.meaning.counts import TileCounts
@@ -130,7 +130,7 @@ def applied(
     counts = PhaseCounts(shape.layers, {"prefill": shape.q_heads, "decode": shape.kv_heads})
     factors: dict[tuple[int, Phase, torch.device], float | torch.Tensor] = {}
 
-    def factor_of(call: LayerCall) -> float | torch.Tensor:
+    def factor_of(call: LayerCall | DecodeCall) -> float | torch.Tensor:
         key = (call.layer, call.phase, call.q.device)
         if key not in factors:
             factors[key] = _on_device(thresholds.per_head(call.layer, call.phase), key[2])
@@ -151,8 +151,23 @@ def applied(
             outputs.append(out)
         return joined(outputs)
 
+    def attend_steps(call: DecodeCall) -> torch.Tensor:
+        operation: Any = decode_attention
+        out: Any = operation(
+            call.q, call.k, call.v, call.kv_lens, block_table=call.table, scale=call.scale,
+            scale_factor=factor_of(call), min_kv_len=thresholds.min_kv_len.decode or 0, backend=backend,
+            return_stats=count, **tiles["decode"],
+        )  # fmt: skip
+        if count:
+            out, stats = out
+            counts.add("decode", call.layer, stats)
+        written: torch.Tensor = out
+        return written
+
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
-    with intercepted(model, attend, decode_from=decode_from, left_alone=left_alone):
+    with intercepted(
+        model, attend, decode_from=decode_from, left_alone=left_alone, decode=attend_steps
+    ):
         yield counts
 
 

@@ -137,6 +137,37 @@ class LayerCall:
 Handler = Callable[[LayerCall], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class DecodeCall:
+    """A layer's decode step of several requests, one token each, whose keys are in pages.
+
+    Attributes:
+        layer: layer index.
+        q: [B, Hq, D].
+        k: pages [pages, Hkv, page_size, D].
+        v: like k.
+        scale: factor of the scores.
+        kv_lens: KV length of each request, its new token included, int32 [B].
+        table: page numbers, int32 [B, pages per request].
+    """
+
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    kv_lens: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def phase(self) -> Phase:
+        """Decode, as in a `LayerCall`."""
+        return "decode"
+
+
+DecodeHandler = Callable[[DecodeCall], torch.Tensor]
+
+
 def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
     """Outputs of consecutive rows as one; a single output is not copied."""
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -19,7 +19,15 @@ from weakref import WeakSet
 import torch
 from transformers import GenerationMixin
 
-from skip_softmax.huggingface.calls import UNDERSTOOD, Handler, LayerCall, Steps, arguments
+from skip_softmax.huggingface.calls import (
+    UNDERSTOOD,
+    DecodeCall,
+    DecodeHandler,
+    Handler,
+    LayerCall,
+    Steps,
+    arguments,
+)
 from skip_softmax.huggingface.masks import MaskRecipe, is_flash
 from skip_softmax.huggingface.route import Given, Patches, RoutedName, Taker
 
@@ -53,15 +61,34 @@ class Request:
     """Which rows of a request a step computes.
 
     Attributes:
+        name: its id.
         rows: how many.
         position: where the first of them stands.
         prompt: tokens of its prompt; whatever stands behind them was generated, also where the scheduler
             drops a request's cache and reads its own tokens back as if they were a prompt.
     """
 
+    name: str
     rows: int
     position: int
     prompt: int
+
+
+@dataclass(frozen=True)
+class Together:
+    """Decode steps of one token that are computed in one call, because their keys are in pages.
+
+    Attributes:
+        names: their requests.
+        rows: places of their tokens in the packed row, int64 [B].
+        kv_lens: KV lengths, int32 [B].
+        table: page numbers, int32 [B, pages per request].
+    """
+
+    names: frozenset[str]
+    rows: torch.Tensor
+    kv_lens: torch.Tensor
+    table: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,10 +98,12 @@ class Step:
     Attributes:
         requests: in the order of their rows; rows behind them are padding.
         masks: what the model was given as its masks, by the kind of its layers.
+        together: what `_together` found, which all layers of a kind share.
     """
 
     requests: tuple[Request, ...]
     masks: dict[str, Any]
+    together: dict[Any, Together | None] = field(default_factory=dict)
 
 
 _STEP: ContextVar[Step | None] = ContextVar("step of continuous batching", default=None)
@@ -90,8 +119,10 @@ class Packed:
         scale: factor of the scores.
         window: sliding window [tokens] or None.
         requests: rows of a request and its number of keys in what `stored` returns.
-        stored: stores this step's keys and values, and returns those that its rows see, of all requests one
-            after another [1, Hkv, keys, D]. It may be called once.
+        stored: stores this step's keys and values, and returns those that rows outside `together` see, of
+            all requests one after another [1, Hkv, keys, D]. It may be called once.
+        together: decode steps whose keys are read where they lie, or None.
+        pages: keys and values of the layer [pages, Hkv, page_size, D].
         decode_from: see `Steps`.
     """
 
@@ -101,10 +132,12 @@ class Packed:
     window: int | None
     requests: tuple[tuple[Request, int], ...]
     stored: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    together: Together | None
+    pages: tuple[torch.Tensor, torch.Tensor]
     decode_from: int | None
 
-    def run(self, handler: Handler) -> torch.Tensor:
-        """The output [1, Hq, rows, Dv], computed by `handler` for each request alone.
+    def run(self, handler: Handler, decode: DecodeHandler | None) -> torch.Tensor:
+        """The output [1, Hq, rows, Dv], computed by `decode` for `together` and else for each request alone.
 
         Rows that belong to no request are zero.
         """
@@ -113,13 +146,23 @@ class Packed:
         row = key = 0
         for request, count in self.requests:
             rows, keys = slice(row, row + request.rows), slice(key, key + count)
+            row, key = rows.stop, keys.stop
+            if self.together is not None and request.name in self.together.names:
+                continue
             call = LayerCall(
                 self.layer, "prefill", self.q[:, :, rows], k[:, :, keys], v[:, :, keys], self.scale, True,
                 self.window, request.position + request.rows - count,
             )  # fmt: skip
             steps = Steps(self.decode_from, request.prompt)
             out[:, :, rows] = call.in_phases(handler, steps)
-            row, key = rows.stop, keys.stop
+        if self.together is not None:
+            assert decode is not None
+            some = self.together
+            q = self.q[0][:, some.rows].transpose(0, 1)
+            steps_of_all = DecodeCall(
+                self.layer, q, *self.pages, self.scale, some.kv_lens, some.table
+            )
+            out[0][:, some.rows] = decode(steps_of_all).transpose(0, 1)
         return out
 
 
@@ -128,13 +171,14 @@ def is_packed(given: Given) -> bool:
     return given.keywords.get("cache") is not None
 
 
-def packed(given: Given, layer: int, decode_from: int | None) -> Packed | str:
+def packed(given: Given, layer: int, decode_from: int | None, *, in_pages: bool) -> Packed | str:
     """What a layer asks of its attention function, or why it must keep the model's own.
 
     Args:
         given: what the layer gave, in a step of continuous batching.
         layer: its index.
         decode_from: see `Steps`.
+        in_pages: whether decode steps may be computed in one call, on pages.
     """
     cache, step = given.keywords["cache"], _STEP.get()
     if not _KNOWN or not isinstance(cache, PagedAttentionCache):
@@ -161,7 +205,15 @@ def packed(given: Given, layer: int, decode_from: int | None) -> Packed | str:
     window = allocator.sliding_window if kind == "sliding_attention" else None
     if not _as_batched(given, step.masks.get(kind), window):
         return "a mask that was built outside continuous batching, or another one than the layer's"
+    together, pages = None, (given.k, given.v)
+    if in_pages and allocator.supports_block_table:
+        together = _together(step, allocator, q.device, decode_from)
+        k_pages, v_pages = allocator.get_cache_for_block_table(at)
+        pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
     keywords = dict(given.keywords)  # which the cache changes
+    if together is not None and len(together.names) == len(step.requests):
+        # Without indices to read, the cache stores keys and copies none.
+        keywords["read_index"] = [index[:0] for index in keywords["read_index"]]
 
     def stored() -> tuple[torch.Tensor, torch.Tensor]:
         k, v = cache.update(key_states=given.k, value_states=given.v, layer_idx=at, kwargs=keywords)
@@ -171,7 +223,37 @@ def packed(given: Given, layer: int, decode_from: int | None) -> Packed | str:
         (request, allocator.get_seqlen_k(request.position, request.rows))
         for request in step.requests
     )
-    return Packed(layer, q, scale, window, lengths, stored, decode_from)
+    return Packed(layer, q, scale, window, lengths, stored, together, pages, decode_from)
+
+
+def _together(
+    step: Step, allocator: Any, device: torch.device, decode_from: int | None
+) -> Together | None:
+    key = (allocator.layer_type, device)
+    if key in step.together:
+        return step.together[key]
+    rows, some, row = [], [], 0
+    for request in step.requests:
+        steps = Steps(decode_from, request.prompt)
+        if request.rows == 1 and not steps.split(request.position, 1):
+            rows.append(row)
+            some.append(request)
+        row += request.rows
+    found = None
+    if some:
+        most = max(len(allocator.block_table[request.name]) for request in some)
+        table = torch.full((len(some), most), -1, dtype=torch.int32)
+        for request, entries in zip(some, table, strict=True):
+            allocator.fill_block_table(request.name, request.position, 1, entries)
+        lengths = torch.tensor([request.position + 1 for request in some], dtype=torch.int32)
+        found = Together(
+            frozenset(request.name for request in some),
+            torch.tensor(rows).to(device),
+            lengths.to(device),
+            table.to(device),
+        )
+    step.together[key] = found
+    return found
 
 
 def _as_batched(given: Given, batched: Any, window: int | None) -> bool:
@@ -291,7 +373,7 @@ def _step(buffers: Any, batch_data: dict[str, Any]) -> Step:
     for planned in buffers.requests_in_batch:
         state, rows = planned.state, planned.query_length
         prompt = state._true_initial_tokens or len(state.initial_tokens)
-        requests.append(Request(rows, state.position_offset - rows, prompt))
+        requests.append(Request(state.request_id, rows, state.position_offset - rows, prompt))
     masks = batch_data["attention_mask"]
     if not isinstance(masks, dict):  # one kind of layers, or no mask
         masks = dict.fromkeys(batch_data["cu_seq_lens_k"], masks)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skip_softmax.huggingface.calls import Handler, Steps, understood
+from skip_softmax.huggingface.calls import DecodeHandler, Handler, Steps, understood
 from skip_softmax.huggingface.continuous import batched, is_packed, packed
 from skip_softmax.huggingface.layers import Inspected, inspected
 from skip_softmax.huggingface.route import Given, length_of_prompt, routed
@@ -26,6 +26,7 @@ def intercepted(
     *,
     decode_from: int | None = None,
     left_alone: dict[int, str] | None = None,
+    decode: DecodeHandler | None = None,
 ) -> Iterator[None]:
     """Sends the attention calls of a model's layers to `handler`, for the duration of a `with` block.
 
@@ -37,6 +38,8 @@ def intercepted(
         handler: computes one call's output [B, Hq, Sq, D].
         decode_from: see `applied`.
         left_alone: layers that keep the model's own attention, and why.
+        decode: computes decode steps [B, Hq, D] of several requests of continuous batching in one call; None:
+            `handler` computes one after another.
 
     Yields:
         Nothing.
@@ -45,7 +48,7 @@ def intercepted(
         ValueError: `inspect_layers` refuses the model, or it (or one that shares its config) already runs
             inside such a block.
     """
-    interceptor = _Interceptor(handler, inspected(model), decode_from, left_alone or {})
+    interceptor = _Interceptor(handler, decode, inspected(model), decode_from, left_alone or {})
     take = interceptor.take
     with routed(model, take), batched(model, take):
         yield
@@ -54,6 +57,7 @@ def intercepted(
 @dataclass
 class _Interceptor:
     handler: Handler
+    decode: DecodeHandler | None
     model: Inspected
     decode_from: int | None
     left_alone: dict[int, str]
@@ -67,10 +71,10 @@ class _Interceptor:
         if reason is not None:
             return self._left(given, index, reason)
         if is_packed(given):
-            batch = packed(given, index, self.decode_from)
+            batch = packed(given, index, self.decode_from, in_pages=self.decode is not None)
             if isinstance(batch, str):
                 return self._left(given, index, batch)
-            out = batch.run(self.handler)
+            out = batch.run(self.handler, self.decode)
         else:
             steps = Steps(self.decode_from, length_of_prompt())
             call = understood(given, index, steps)

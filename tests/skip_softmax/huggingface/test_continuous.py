@@ -14,7 +14,7 @@ import transformers
 from transformers.generation.continuous_batching import continuous_api, model_runner
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from skip_softmax import Thresholds, applied
+from skip_softmax import Thresholds, applied, decode_attention
 from skip_softmax.huggingface.applied import PhaseCounts
 from skip_softmax.huggingface.calls import LayerCall
 from skip_softmax.huggingface.intercept import intercepted
@@ -110,6 +110,20 @@ def test_a_batch_writes_and_counts_what_generate_does_for_each_request(
     assert "model's own attention" not in caplog.text
     assert type(one.config._attn_implementation) is str
     assert one.config._attn_implementation == attention
+
+
+def test_requests_of_a_step_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In full layers, whose keys are in pages; a window's keys are in a ring."""
+    one, texts, sizes = model("gemma3"), prompts(*LENGTHS), []
+
+    def decode(q: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        sizes.append(q.shape[0])
+        return decode_attention(q, *arguments, **keywords)
+
+    monkeypatch.setattr("skip_softmax.huggingface.applied.decode_attention", decode)
+    with applied(one, file(one, FACTOR)):
+        batched(one, texts)
+    assert sizes == ([1] * 3 + [3] + [1] * 3) * (NEW - 1), "layers 0 and 2 have a window"
 
 
 def test_flash_attention_is_given_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:

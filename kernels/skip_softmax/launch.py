@@ -9,9 +9,9 @@ import functools
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -115,7 +115,7 @@ def launching_on(x: torch.Tensor) -> Iterator[None]:
     from triton.runtime.errors import OutOfResources
 
     try:
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with on_device(x.device):
             yield
     except OutOfResources as error:
         unit = "bytes of " if error.name == "shared memory" else ""
@@ -123,6 +123,69 @@ def launching_on(x: torch.Tensor) -> Iterator[None]:
             f"a kernel must fit the GPU, but these tiles need {error.required} {unit}{error.name} and it has "
             f"{error.limit}; take smaller tiles, 16-bit tensors or backend='reference'"
         ) from None
+
+
+_HERE: AbstractContextManager[object] = nullcontext()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device current; costs nothing where it is."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as Triton names it."""
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_stream(device.index))
+
+
+class Prepared:
+    """A kernel of which everything is settled but tensors and floats: a repeated launch costs little.
+
+    Triton binds, classifies and hashes every argument of every launch. The compiled kernel of the first one
+    is kept here, and later ones pass addresses: valid as long as the tensors' dtypes stay, and whether each
+    is there and its address is a multiple of 16.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], settled: tuple[int | None, ...], constants: dict[str, Any],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """Nothing is compiled yet.
+
+        Args:
+            kernel: its parameters are what changes, then `settled`, then constants.
+            grid: programs.
+            settled: whole numbers.
+            constants: compile-time constants, by name.
+            options: of the compiler.
+        """
+        self.kernel, self.grid, self.settled = kernel, (*grid, 1, 1)[:3], settled
+        self.constants, self.options = constants, options
+        self._again: Any = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `again` may be called; never in Triton's interpreter."""
+        return self._again is not None
+
+    def first(self, *changing: Any) -> None:
+        """Compiles and launches, by Triton's own way."""
+        compiled = self.kernel[self.grid](
+            *changing, *self.settled, **self.constants, **self.options
+        )
+        if compiled is not None:
+            # As Triton hands them over: in the kernel's order, constants too.
+            names = self.kernel.arg_names[len(changing) + len(self.settled) :]
+            self._rest = (*self.settled, *(self.constants[name] for name in names))
+            self._again = compiled[self.grid]
+
+    def again(self, stream: int, *changing: int | float | None) -> None:
+        """Launches on the current device, with the tensors' addresses."""
+        self._again(*changing, *self._rest, stream=stream)
 
 
 def precision(dtype: torch.dtype, tile_kv: int) -> str:

@@ -112,31 +112,38 @@ def prefill_case(
 def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
-    config, _, stages = decode.choose(
+    config, stages = decode.choose(
         batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0
     )
     if not ahead:
         stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
     number = "*fp32" if single else "*bf16"
-    types = {"q": number, "k": number, "v": number, "out": "*fp32", "lse": "*fp32", "stats": "*i64",
-             "kv_lens": "*i32", "table": "*i32", "factor": "fp32", "scale": "fp32", "kv_len": "i32",
-             "window": "i32", "min_kv_len": "i32", "factors": "*fp32"}
+    types = {"q": number, "k": number, "v": number, "out": "*bf16", "parts": "*fp32", "lse": "*fp32",
+             "stats": "*i64", "kv_lens": "*i32", "table": "*i32", "factor": "fp32", "scale": "fp32",
+             "kv_len": "i32", "window": "i32", "min_kv_len": "i32", "factors": "*fp32",
+             "requests": "i32", "programs": "i32"}
     constants = dict(
         TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
-        SPLIT=True, EARLY=arch >= 90, STATS=served, SUMMED=served,
+        SPLIT=True, LEAST=4, EARLY=arch >= 90, STATS=served, SUMMED=served,
         PRECISION="bf16x6" if single else "tf32", AHEAD=ahead, STAGES=stages,
     )
     if not page:
         constants["table"] = None
     if not served:
         constants |= dict(factors=None, min_kv_len=None)
+        if not page:
+            constants["kv_lens"] = None
     return compile(_decode, types, constants, arch, config.warps)
 
 
-def combine_case(arch):
-    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32"}
-    constants = dict(TOKENS=1, GROUP=16, HEAD_DIM_V=D, WIDTH_V=D, BLOCK=64, EARLY=arch >= 90)
+def combine_case(arch, alike):
+    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "kv_lens": "*i32", "kv_len": "i32",
+             "window": "i32", "requests": "i32", "programs": "i32"}
+    constants = dict(TOKENS=1, GROUP=16, HEAD_DIM_V=D, WIDTH_V=32, TILE_KV=64, WINDOWED=False, LEAST=4,
+                     BLOCK=64, EARLY=arch >= 90)
+    if alike:
+        constants["kv_lens"] = None
     return compile(_combine, types, constants, arch, 4)
 
 
@@ -204,7 +211,8 @@ cases = {
     "decode 64 paged 64, served": lambda: decode_case(arch, 64, True, head_dim=64, served=True),
     "decode 256 dense": lambda: decode_case(arch, 0, False, batch=1, head_dim=256, tile=128),
     "decode fp32": lambda: decode_case(arch, 0, True, batch=1, tile=128, single=True),
-    "combine": lambda: combine_case(arch),
+    "combine": lambda: combine_case(arch, True),
+    "combine of any lengths": lambda: combine_case(arch, False),
 }
 if arch < 100 or KNOWS_BLACKWELL:
     cases |= {

@@ -5,6 +5,7 @@ The kernel itself is in `decode_kernel.py`; only a launch imports it, and Triton
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,19 @@ from skip_softmax.launch import (
     LOG2E,
     MOST_TILE_BYTES,
     Device,
+    Prepared,
     cdiv,
     device_of,
     launching_on,
     next_power_of_2,
+    on_device,
     precision,
+    stream_of,
     why_not_here,
     why_too_large,
     width,
 )
-from skip_softmax.meaning.call import Call, Requests
+from skip_softmax.meaning.call import Call, Requests, call_of
 
 MOST_TOKENS = 16  # query tokens per request
 
@@ -60,6 +64,7 @@ LATE_MANY = Config(4, warps=2, stages=2)
 AHEAD_BYTES = 2**15
 SMALL_BYTES = 2**14  # up to this, a tile of k and v is small
 MANY_TILES = 64  # tiles per processor
+LEAST_TILES = 4  # per program, where a request has several
 
 
 def why_not(call: Call, device: Device) -> str | None:
@@ -93,13 +98,31 @@ def run(
     out: torch.Tensor,
     counts: torch.Tensor | None,
 ) -> None:
-    """Runs a call that `why_not` accepts; see `launch`."""
+    """Runs a call that `why_not` accepts.
+
+    Never synchronises with the device, and chooses by shapes alone: a captured graph stays right for other
+    lengths, scale factors, tables and counts in the same tensors.
+
+    Args:
+        call: what is computed.
+        q: queries [B, Hq, T, D].
+        k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `requests.table`.
+        v: as `k`.
+        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
+        factors: scale factor per KV head, fp32 [Hkv]; overrides `factor`.
+        requests: KV lengths and the block table, as kernels read them.
+        out: takes the output [B, Hq, T, Dv].
+        counts: visited and skipped tiles are added to it, int64 [B, Hkv, 2], or [Hkv, 2] for their sum over
+            requests; None counts nothing.
+    """
     # An operator costs more of the host's time than both launches; only what traces the call needs one.
-    traced = torch.compiler.is_compiling() or type(q) is not torch.Tensor
-    (decode if traced else launch)(
-        q, k, v, out, counts, requests.kv_lens, requests.table, factor, factors, call.scale, call.window,
-        call.tile_kv, call.seeded, call.min_kv_len,
-    )  # fmt: skip
+    if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
+        decode(
+            q, k, v, out, counts, requests.kv_lens, requests.table, factor, factors, call.scale, call.window,
+            call.tile_kv, call.seeded, call.min_kv_len,
+        )  # fmt: skip
+    else:
+        _launch(call, q, k, v, factor, factors, requests.kv_lens, requests.table, out, counts)
 
 
 def choose(
@@ -111,8 +134,8 @@ def choose(
     *,
     ahead: bool,
     paged: bool,
-) -> tuple[Config, int, int]:
-    """The configuration of a call, its splits and the stages of its pipeline.
+) -> tuple[Config, int]:
+    """The configuration of a call, and the stages of its pipeline.
 
     Args:
         batch_heads: requests times KV heads.
@@ -129,10 +152,8 @@ def choose(
         many = batch_heads * tiles >= MANY_TILES * processors
         small = rows == 16 and tile_bytes <= SMALL_BYTES
         config = AHEAD_SMALL if small and many else AHEAD
-    splits = max(1, min(config.per_processor * processors // batch_heads, tiles // 4))
     # Loads of page numbers take stages of the pipeline too; with 32 rows, more stages would spill.
-    stages = 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
-    return config, splits, stages
+    return config, 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
 
 
 def stages_that_fit(
@@ -156,7 +177,181 @@ def stages_that_fit(
     return max(1, min(stages, tiles + (not many)))
 
 
-def launch(
+class _Plan(NamedTuple):
+    """How calls of one shape are launched.
+
+    Attributes:
+        decode: the kernel.
+        combine: the one that joins splits; None where there are none.
+        parts: size of the splits' outputs [numbers].
+        lse: size of their log-sum-exps [numbers].
+    """
+
+    decode: Prepared
+    combine: Prepared | None
+    parts: int
+    lse: int
+
+
+# By all that a launch depends on but addresses and scale factors. Where a cache grows by a token per call, so
+# does this: then it starts anew.
+_plans: dict[object, _Plan] = {}
+MOST_PLANS = 1024
+
+
+def _launch(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    table: torch.Tensor | None,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
+) -> None:
+    if not out.numel():
+        return
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        call = replace(call, places=tuple((x.shape, x.stride()) for x in (q, k, v)))
+    armed = factors is not None or factor > 0
+    tensors = (q, k, v, out, counts, factors, kv_lens, table)
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    key = (
+        call, q.device, out.stride(), armed, None if counts is None else counts.dim(),
+        None if table is None else table.stride(0), *[None if x is None else x % 16 == 0 for x in addresses],
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _planned(call, out, q.device, armed, kv_lens, table, counts)
+        parts = lse = None
+        if plan.combine is not None:
+            scratch = torch.empty(plan.parts + plan.lse, dtype=torch.float32, device=q.device)
+            parts, lse = scratch[: plan.parts], scratch[plan.parts :]
+        with launching_on(q):
+            plan.decode.first(
+                q,
+                k,
+                v,
+                out,
+                parts,
+                lse,
+                counts,
+                factors,
+                kv_lens,
+                table,
+                factor,
+                call.scale * LOG2E,
+            )
+            if plan.combine is not None:
+                plan.combine.first(parts, lse, out, kv_lens)
+        if plan.decode.compiled:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+        return
+    q_at, k_at, v_at, out_at, counts_at, factors_at, lens_at, table_at = addresses
+    parts_at = lse_at = None
+    if plan.combine is not None:
+        scratch = torch.empty(plan.parts + plan.lse, dtype=torch.float32, device=q.device)
+        parts_at = scratch.data_ptr()
+        lse_at = parts_at + 4 * plan.parts
+    with on_device(q.device):
+        stream = stream_of(q.device)
+        plan.decode.again(
+            stream, q_at, k_at, v_at, out_at, parts_at, lse_at, counts_at, factors_at, lens_at, table_at,
+            factor, call.scale * LOG2E,
+        )  # fmt: skip
+        if plan.combine is not None:
+            plan.combine.again(stream, parts_at, lse_at, out_at, lens_at)
+
+
+def _planned(
+    call: Call,
+    out: torch.Tensor,
+    device: torch.device,
+    armed: bool,
+    kv_lens: torch.Tensor | None,
+    table: torch.Tensor | None,
+    counts: torch.Tensor | None,
+) -> _Plan:
+    """How a call is launched: from host numbers alone, which hold for any lengths in `kv_lens`."""
+    from skip_softmax.triton.decode_kernel import _combine, _decode
+
+    on = device_of(device)
+    batch, rows = out.shape[0], call.q_len * call.group
+    padded_rows = max(16, next_power_of_2(rows))
+    columns = width(call.head_dim), width(call.value_dim)
+    # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
+    # the running maximum of the tile before.
+    k_bytes, v_bytes = (call.tile_kv * x * call.dtype.itemsize for x in columns)
+    can = padded_rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (call.seeded or not armed)
+    tiles = most_tiles(call)
+    config, stages = choose(
+        batch * call.kv_heads, tiles, on.processors, padded_rows, k_bytes + v_bytes, ahead=can,
+        paged=table is not None,
+    )  # fmt: skip
+    if not config.ahead:
+        single = call.dtype == torch.float32
+        stages = stages_that_fit(stages, k_bytes, v_bytes, padded_rows, single, armed, on.shared)
+    # Programs of a KV head for the whole batch, and the most that one request can have of them.
+    programs = max(1, config.per_processor * on.processors // call.kv_heads)
+    if armed and not call.seeded:
+        programs = 1
+    most = max(1, min(programs // (batch if kv_lens is None else 1), tiles // LEAST_TILES))
+    split = most > 1
+    # Every request has a program; rounding down leaves no more than `programs` beside.
+    grid = batch * most if kv_lens is None else min(programs + batch - 1, batch * most)
+    early = split and not on.on_cpu and on.major >= 9
+    about = {
+        "TILE_KV": call.tile_kv, "WINDOWED": call.window is not None, "LEAST": LEAST_TILES, "EARLY": early,
+    }  # fmt: skip
+    shape = {"TOKENS": call.q_len, "GROUP": call.group, "HEAD_DIM_V": call.value_dim}
+    strides = [x for _, place in call.places for x in place[:3]]
+    lengths = call.kv_len, call.window or 0
+    decode = Prepared(
+        _decode,
+        (call.kv_heads, grid),
+        (
+            *lengths, (call.min_kv_len or None) if armed else None, batch, programs, *strides,
+            *out.stride()[:3], 0 if table is None else table.stride(0),
+        ),
+        {
+            **shape, **about, "ROWS": padded_rows, "HEAD_DIM": call.head_dim, "WIDTH": columns[0],
+            "WIDTH_V": columns[1], "PAGE": call.page, "ARMED": armed, "SEEDED": call.seeded, "SPLIT": split,
+            "STATS": counts is not None, "SUMMED": counts is not None and counts.dim() == 2,
+            "PRECISION": precision(call.dtype, call.tile_kv), "AHEAD": config.ahead, "STAGES": stages,
+        },
+        num_warps=config.warps,
+    )  # fmt: skip
+    if not split:
+        return _Plan(decode, None, 0, 0)
+    joined = min(config.join_columns or columns[1], columns[1])
+    combine = Prepared(
+        _combine,
+        # Of the requests that share `programs`, no more than half have two.
+        (rows * cdiv(call.value_dim, joined), call.kv_heads, min(batch, max(1, programs // 2))),
+        (*lengths, batch, programs, *out.stride()[:3]),
+        {**shape, **about, "WIDTH_V": joined, "BLOCK": min(config.join, next_power_of_2(most))},
+        num_warps=config.join_warps,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    numbers = grid * call.kv_heads * rows
+    return _Plan(decode, combine, numbers * call.value_dim, numbers)
+
+
+def most_tiles(call: Call) -> int:
+    """The most KV tiles that a request of a call can visit."""
+    tiles = cdiv(call.kv_len, call.tile_kv)
+    if call.window is None:
+        return tiles
+    return min(tiles, cdiv(call.window + call.q_len - 2, call.tile_kv) + 1)
+
+
+@torch.library.custom_op("skip_softmax::decode", mutates_args=("out", "counts"))
+def decode(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -171,84 +366,13 @@ def launch(
     tile_kv: int,
     seeded: bool,
     min_kv_len: int,
-    splits: int = 0,
 ) -> None:
-    """Skip-softmax decode attention; never synchronises with the device.
-
-    Args:
-        q: queries [B, Hq, T, D].
-        k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
-        v: as `k`.
-        out: takes the output [B, Hq, T, Dv].
-        counts: visited and skipped tiles are added to it, int64 [B, Hkv, 2], or [Hkv, 2] for their sum over
-            requests; None counts nothing.
-        kv_lens: KV length per request, int32 [B]; None: Skv.
-        table: page numbers, int32 [B, pages per request], or None.
-        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
-        factors: scale factor per KV head, fp32 [Hkv]; overrides `factor`.
-        scale: factor of the scores.
-        window: sliding window [tokens], or None.
-        tile_kv: keys per tile.
-        seeded: what a tile is compared with (see `decode_kernel.py`).
-        min_kv_len: a token that sees fewer keys skips nothing.
-        splits: programs per KV head and request; 0 chooses.
-    """
-    from skip_softmax.triton.decode_kernel import _combine, _decode
-
-    if not out.numel():
-        return
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    batch, heads, tokens, _ = q.shape
-    kv_heads, group = k.shape[1], heads // k.shape[1]
-    armed = factors is not None or factor > 0
-    capacity = k.shape[2] if table is None else table.shape[1] * k.shape[2]
-    on = device_of(q.device)
-    rows = max(16, next_power_of_2(tokens * group))
-    # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
-    # the running maximum of the tile before.
-    k_bytes, v_bytes = (tile_kv * width(x.shape[-1]) * x.element_size() for x in (k, v))
-    tile_bytes = k_bytes + v_bytes
-    can = rows < 64 and tile_bytes <= AHEAD_BYTES and (seeded or not armed)
-    tiles = cdiv(capacity, tile_kv)
-    config, chosen, stages = choose(
-        batch * kv_heads, tiles, on.processors, rows, tile_bytes, ahead=can, paged=table is not None
-    )
-    if not config.ahead:
-        single = q.dtype == torch.float32
-        stages = stages_that_fit(stages, k_bytes, v_bytes, rows, single, armed, on.shared)
-    splits = 1 if armed and not seeded else splits or chosen
-    shape = (batch, kv_heads, splits, tokens * group)
-    parts = torch.empty(
-        (*shape, v.shape[-1]) if splits > 1 else (0,), dtype=torch.float32, device=q.device
-    )
-    lse = torch.empty(shape if splits > 1 else (0,), dtype=torch.float32, device=q.device)
-    early = splits > 1 and not on.on_cpu and on.major >= 9
-    with launching_on(q):
-        _decode[(splits, kv_heads, batch)](
-            q, k, v, parts if splits > 1 else out, lse, counts, factors, kv_lens, table,
-            factor, scale * LOG2E, capacity, window or 0, (min_kv_len or None) if armed else None,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            0 if table is None else table.stride(0),
-            TOKENS=tokens, GROUP=group, ROWS=rows,
-            HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
-            WIDTH_V=width(v.shape[-1]), TILE_KV=tile_kv, PAGE=0 if table is None else k.shape[2],
-            WINDOWED=window is not None, ARMED=armed, SEEDED=seeded, SPLIT=splits > 1,
-            EARLY=early, STATS=counts is not None, SUMMED=counts is not None and counts.dim() == 2,
-            PRECISION=precision(q.dtype, tile_kv), AHEAD=config.ahead, STAGES=stages,
-            num_warps=config.warps,
-        )  # fmt: skip
-        if splits > 1:
-            columns = min(config.join_columns or width(v.shape[-1]), width(v.shape[-1]))
-            _combine[(tokens * group * cdiv(v.shape[-1], columns), kv_heads, batch)](
-                parts, lse, out, splits, *out.stride()[:3], TOKENS=tokens, GROUP=group,
-                HEAD_DIM_V=v.shape[-1], WIDTH_V=columns, EARLY=early,
-                BLOCK=min(config.join, next_power_of_2(splits)), num_warps=config.join_warps,
-                **({"launch_pdl": True} if early else {}),
-            )  # fmt: skip
-
-
-# For torch.compile and other tracers; what they see must not allocate the output, which may be the caller's.
-decode = torch.library.custom_op("skip_softmax::decode", launch, mutates_args=("out", "counts"))
+    """`run` for torch.compile and other tracers; what they see must not allocate the caller's output."""
+    call = call_of(
+        q, k, v, tile_q=None, tile_kv=tile_kv, scale=scale, window=window,
+        running_max="seeded" if seeded else "ascending", min_kv_len=min_kv_len, table=table,
+    )  # fmt: skip
+    _launch(call, q, k, v, factor, factors, kv_lens, table, out, counts)
 
 
 @decode.register_fake

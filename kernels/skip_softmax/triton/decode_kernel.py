@@ -20,6 +20,15 @@ What a tile is compared with (`running_max` of the thresholds file) must not dep
 `seeded`: the row maximum over the first and the last visited tile, which are never skipped; every program
 computes it for itself. `ascending`: the running maximum over all earlier tiles, which only a program that
 walks them all knows, so an armed call has a single split.
+
+Who owns what is found on the device (`_share`), from the lengths that requests have when the kernel runs: a
+captured graph stays right, and balanced, whatever lengths its replays find. A KV head has about `programs`
+programs for the whole batch, and a request of `tiles` KV tiles out of `total` gets
+
+    max(1, min(programs * tiles // total, tiles // LEAST))
+
+of them, consecutive in batch order, each an equal range of its tiles. The others of the grid, which is sized
+for any lengths, end at once. A request with one program has nothing to join, and writes the output itself.
 """
 
 from __future__ import annotations
@@ -35,6 +44,95 @@ from skip_softmax.triton.primitives import (
     online_softmax,
     visible,
 )
+
+# Lengths that `_share` looks at together.
+_TOGETHER: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def _tiles(kv_len, window, TOKENS: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr):
+    """Tiles [low, high) that a request's tokens visit."""
+    low = 0
+    if WINDOWED:
+        low = tl.maximum(kv_len - (TOKENS - 1) - window, 0) // TILE_KV
+    return low, tl.cdiv(tl.maximum(kv_len, 0), TILE_KV)
+
+
+@triton.jit
+def _tiles_together(
+    kv_lens, first, kv_len, window, requests, TOKENS: tl.constexpr, TILE_KV: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """How many tiles some requests visit, from the `first` on."""
+    request = first + tl.arange(0, _TOGETHER)
+    lengths = tl.load(kv_lens + request, mask=request < requests, other=0)
+    low, high = _tiles(tl.minimum(lengths, kv_len), window, TOKENS, TILE_KV, WINDOWED)
+    return request, high - low
+
+
+@triton.jit
+def _share_alike(
+    item, kv_len, window, requests, programs, TOKENS: tl.constexpr, TILE_KV: tl.constexpr,
+    WINDOWED: tl.constexpr, LEAST: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    """`_share` where all requests have the same length."""
+    low, high = _tiles(kv_len, window, TOKENS, TILE_KV, WINDOWED)
+    count = tl.maximum(tl.minimum(programs // requests, (high - low) // LEAST), 1)
+    owner = item if JOINED else item // count
+    begin = owner * count
+    return owner, begin, tl.where(owner < requests, count, 0)
+
+
+@triton.jit
+def _share(
+    item, kv_lens, kv_len, window, requests, programs, TOKENS: tl.constexpr, TILE_KV: tl.constexpr,
+    WINDOWED: tl.constexpr, LEAST: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    """Request, first program and number of programs of the request that owns program `item`.
+
+    JOINED: of the `item`-th request that has more than one program. The number is 0 if there is none.
+    """
+    if kv_lens is None:
+        owner, begin, count = _share_alike(
+            item, kv_len, window, requests, programs, TOKENS, TILE_KV, WINDOWED, LEAST, JOINED
+        )
+    else:
+        if requests == 1:  # needs no sums
+            owner, begin, count = _share_alike(
+                item, tl.minimum(tl.load(kv_lens), kv_len), window, requests, programs, TOKENS, TILE_KV,
+                WINDOWED, LEAST, JOINED,
+            )  # fmt: skip
+        else:
+            total = 0
+            for first in tl.range(0, requests, _TOGETHER, num_stages=1):
+                _, tiles = _tiles_together(
+                    kv_lens, first, kv_len, window, requests, TOKENS, TILE_KV, WINDOWED
+                )
+                total += tl.sum(tiles, 0)
+            total = tl.maximum(total, 1)
+            before = 0  # programs of the requests before
+            joined = 0  # those of these requests that have more than one
+            owner = 0
+            begin = 0
+            count = 0
+            for first in tl.range(0, requests, _TOGETHER, num_stages=1):
+                request, tiles = _tiles_together(
+                    kv_lens, first, kv_len, window, requests, TOKENS, TILE_KV, WINDOWED
+                )
+                counts = tl.maximum(tl.minimum(programs * tiles // total, tiles // LEAST), 1)
+                counts = tl.where(request < requests, counts, 0)
+                ends = before + tl.cumsum(counts, 0)
+                if JOINED:
+                    several = (counts > 1).to(tl.int32)
+                    mine = (counts > 1) & (joined + tl.cumsum(several, 0) == item + 1)
+                    joined += tl.sum(several, 0)
+                else:
+                    mine = (item < ends) & (item >= ends - counts)
+                owner += tl.sum(tl.where(mine, request, 0), 0)
+                begin += tl.sum(tl.where(mine, ends - counts, 0), 0)
+                count += tl.sum(tl.where(mine, counts, 0), 0)
+                before += tl.sum(counts, 0)
+    return owner, begin, count
 
 
 @triton.jit
@@ -84,23 +182,44 @@ def _load_keys(
     return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
 
 
-@triton.jit(do_not_specialize=["kv_len", "window", "min_kv_len"])
+@triton.jit(do_not_specialize=["kv_len", "window", "min_kv_len", "requests", "programs"])
 def _decode(
-    q, k, v, out, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, min_kv_len,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_ot, stride_table,
+    q, k, v, out, parts, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, min_kv_len,
+    requests, programs, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb,
+    stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, stride_table,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
-    SEEDED: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
+    SEEDED: tl.constexpr, SPLIT: tl.constexpr, LEAST: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
     SUMMED: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         # `_combine` may start before these programs end; it waits for them in `gdc_wait`.
         tl.extra.cuda.gdc_launch_dependents()
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    batch = tl.program_id(2)
+    # Heads first: in a cache whose heads lie side by side they read neighbouring memory.
+    kv_head = tl.program_id(0)
+    program = tl.program_id(1)
+    kv_heads = tl.num_programs(0)
+    batch = program
+    split = 0
+    splits = 1
+    if SPLIT:
+        batch, begin, splits = _share(
+            program,
+            kv_lens,
+            kv_len,
+            window,
+            requests,
+            programs,
+            TOKENS,
+            TILE_KV,
+            WINDOWED,
+            LEAST,
+            False,
+        )
+        if splits == 0:
+            return
+        split = program - begin
     if kv_lens is not None:
         kv_len = tl.minimum(tl.load(kv_lens + batch), kv_len)
 
@@ -184,8 +303,8 @@ def _decode(
     # This split's range of tiles. Splits share nothing before `_combine`: each has its own acc, l and m, and
     # the same `seed`, so decisions do not depend on their number.
     tiles = tl.maximum(high - low, 0)
-    first = low + (tiles * split) // tl.num_programs(0)
-    last = low + (tiles * (split + 1)) // tl.num_programs(0)
+    first = low + tiles * split // splits
+    last = low + tiles * (split + 1) // splits
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
@@ -289,12 +408,11 @@ def _decode(
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     columns = tl.arange(0, WIDTH_V)
     written = (row < TOKENS * GROUP)[:, None] & (columns < HEAD_DIM_V)[None, :]
-    if SPLIT:
+    if splits > 1:
         # Parts and their log-sum-exp, for `_combine`.
-        slot = (batch * tl.num_programs(1) + kv_head) * tl.num_programs(0) + split
-        rows = slot.to(tl.int64) * (TOKENS * GROUP) + row
+        rows = (program * kv_heads + kv_head).to(tl.int64) * (TOKENS * GROUP) + row
         tl.store(lse + rows, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)
-        tl.store(out + rows[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
+        tl.store(parts + rows[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
     else:
         rows = batch.to(tl.int64) * stride_ob + token * stride_ot
         rows += (kv_head * GROUP + row % GROUP) * stride_oh
@@ -302,32 +420,50 @@ def _decode(
     if STATS:
         seen_tiles = tl.where(valid & (row % GROUP == 0), last_tile - first_tile + 1, 0)
         visited = tl.where(split == 0, tl.sum(seen_tiles, 0), 0)
-        slot = stats + (kv_head if SUMMED else batch * tl.num_programs(1) + kv_head) * 2
+        slot = stats + (kv_head if SUMMED else batch * kv_heads + kv_head) * 2
         tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
         if ARMED:
             tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["kv_len", "window", "requests", "programs"])
 def _combine(
-    parts, lse, out, splits, stride_ob, stride_oh, stride_ot, TOKENS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    parts, lse, out, kv_lens, kv_len, window, requests, programs, stride_ob, stride_oh, stride_ot,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,
+    TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one row by their log-sum-exp."""
-    if EARLY:  # waits until all programs of `_decode` have written their parts
-        tl.extra.cuda.gdc_wait()
     blocks: tl.constexpr = (HEAD_DIM_V + WIDTH_V - 1) // WIDTH_V
     row = tl.program_id(0) // blocks
     kv_head = tl.program_id(1)
-    batch = tl.program_id(2)
-    base = (batch * tl.num_programs(1) + kv_head).to(tl.int64) * splits
+    kv_heads = tl.num_programs(1)
+    batch, begin, splits = _share(
+        tl.program_id(2),
+        kv_lens,
+        kv_len,
+        window,
+        requests,
+        programs,
+        TOKENS,
+        TILE_KV,
+        WINDOWED,
+        LEAST,
+        True,
+    )
+    if EARLY:
+        # Waits until all programs of `_decode` have written; those with nothing to join too, or what comes
+        # after this kernel could start too early.
+        tl.extra.cuda.gdc_wait()
+    if splits < 2:
+        return
     columns = tl.program_id(0) % blocks * WIDTH_V + tl.arange(0, WIDTH_V)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([WIDTH_V], tl.float32)
     for first in tl.range(0, splits, BLOCK):
         split = first + tl.arange(0, BLOCK)
-        rows = (base + split) * (TOKENS * GROUP) + row
+        rows = ((begin + split) * kv_heads + kv_head).to(tl.int64) * (TOKENS * GROUP) + row
         part_lse = tl.load(lse + rows, mask=split < splits, other=float("-inf"))
         part = tl.load(
             parts + rows[:, None] * HEAD_DIM_V + columns[None, :],

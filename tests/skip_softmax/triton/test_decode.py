@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,18 @@ from planting import DEVICE, DTYPES, Planted, assert_accurate, call_alone, expec
 import skip_softmax as ss
 
 pytest.importorskip("triton")
+from skip_softmax.launch import Device
 from skip_softmax.triton import decode, decode_kernel
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def planned_anew() -> Iterator[None]:
+    """A plan outlives what a test changes."""
+    decode._plans.clear()
+    yield
+    decode._plans.clear()
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "ahead"])
@@ -24,6 +34,16 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param:
         config = config._replace(join=4, join_columns=16)
     monkeypatch.setattr(decode, "AHEAD", config)
+
+
+def split_into(splits: int, monkeypatch: pytest.MonkeyPatch, *, batch_heads: int = 1) -> None:
+    """Lets each request of the next calls have so many programs, however few tiles."""
+    programs = splits * batch_heads
+    on = Device(9, processors=programs, on_cpu=DEVICE == "cpu")
+    monkeypatch.setattr(decode, "device_of", lambda of: on)
+    monkeypatch.setattr(decode, "LEAST_TILES", 1)
+    for name in ("AHEAD", "AHEAD_SMALL", "LATE", "LATE_MANY"):
+        monkeypatch.setattr(decode, name, getattr(decode, name)._replace(per_processor=1))
 
 
 def planted(*, tokens: int = 1, kv_len: int = 500, tile_kv: int = 32, **keywords: Any) -> Planted:
@@ -155,31 +175,25 @@ def test_ragged_requests_equal_each_one_alone() -> None:
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
-def test_decisions_do_not_depend_on_the_number_of_splits(splits: int) -> None:
-    p = planted(kv_len=500, tokens=2)
-    out, counts = torch.empty_like(p.q), torch.zeros(1, 1, 2, dtype=torch.int64, device=DEVICE)
-    decode.launch(
-        p.q,
-        p.k,
-        p.v,
-        out,
-        counts,
-        None,
-        None,
-        p.scale_factor,
-        None,
-        32**-0.5,
-        None,
-        32,
-        True,
-        0,
-        splits,
-    )
-    call = call_alone(p, 2, 500, tile_q=None, tile_kv=32, running_max="seeded")
-    _, visited, skipped = expected(p, call)
-    assert counts[0, :, 0].tolist() == visited.tolist()
-    assert counts[0, :, 1].tolist() == skipped.tolist()
-    assert_accurate(out[0], p, call)
+def test_decisions_do_not_depend_on_the_number_of_splits(
+    splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(splits, monkeypatch)
+    check(planted(kv_len=500, tokens=2))
+    check(planted(kv_len=500, tokens=2), kv_lens=[500])
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_mixed_batch_shares_the_programs(
+    page: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 16, 0, 1, 3 and 10 tiles (5, 0, 1, 3 and 5 in the window) of 9 programs: some requests have several and
+    # are joined, others have one that writes by itself.
+    split_into(9, monkeypatch)
+    p = planted(batch=5, heads=3, kv_len=500, tokens=2)
+    _, stats = check(p, page=page, window=window, kv_lens=[500, 0, 20, 96, 300])
+    assert stats.skipped.sum() > 0
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -193,16 +207,17 @@ def test_zero_is_bit_identical_to_the_kernel_without_skipping() -> None:
 
 def test_loading_ahead_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     p = planted(batch=2, heads=4, kv_heads=2, kv_len=500, tokens=2)
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "running_max": "seeded"}
+    split_into(5, monkeypatch, batch_heads=4)
     found = []
     for ahead in (False, True):
         monkeypatch.setattr(decode, "AHEAD", decode.AHEAD._replace(ahead=ahead))
-        out, counts = torch.empty_like(p.q), torch.zeros(2, 2, 2, dtype=torch.int64, device=DEVICE)
-        decode.launch(
-            p.q, p.k, p.v, out, counts, None, None, p.scale_factor, None, 0.2, None, 32, True, 0, 5
+        decode._plans.clear()
+        found.append(
+            ss.decode_attention(p.q, p.k, p.v, backend="triton", return_stats=True, **call)
         )
-        found.append((out, counts))
     (out, counts), (other, others) = found
-    assert torch.equal(counts, others) and counts[..., 1].sum() > 0
+    assert torch.equal(counts.skipped, others.skipped) and counts.skipped.sum() > 0
     assert torch.equal(out, other)
 
 
@@ -402,7 +417,7 @@ def test_torch_compile_sees_one_graph() -> None:
     for tally in (None, counts):
         torch.library.opcheck(
             torch.ops.skip_softmax.decode.default,
-            (p.q, k, v, out, tally, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 100, 2),
+            (p.q, k, v, out, tally, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 100),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -463,6 +478,104 @@ def test_a_captured_graph_follows_new_thresholds_and_lengths() -> None:
     eager, counted = ss.decode_attention(p.q, p.k, p.v, kv_lens, scale_factor=factors, **keywords)
     assert torch.equal(out, eager)
     assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page, running_max", [(16, "seeded"), (64, "seeded"), (64, "ascending")])
+def test_one_captured_graph_serves_short_and_long_requests(page: int, running_max: str) -> None:
+    """Captured as vLLM does: the table as wide as the longest request may be, every length the longest."""
+    batch, longest = 5, 16384
+    p = planted(
+        batch=batch,
+        heads=8,
+        kv_heads=2,
+        kv_len=longest,
+        head_dim=64,
+        tile_kv=64,
+        dtype=torch.bfloat16,
+    )
+    k, v, pages = paged(p, page)
+    held = {
+        "q": torch.zeros_like(p.q[:, :, 0]), "lengths": torch.full((batch,), longest, device="cuda").int(),
+        "factors": torch.zeros(2, device="cuda"), "table": torch.zeros_like(pages).int(),
+        "out": torch.empty_like(p.q[:, :, 0]),
+        "counts": torch.zeros(2, 2, dtype=torch.int64, device="cuda"),
+    }  # fmt: skip
+
+    def call(held: dict[str, torch.Tensor], **more: Any) -> Any:
+        return ss.decode_attention(
+            held["q"], k, v, held["lengths"], scale_factor=held["factors"], block_table=held["table"],
+            min_kv_len=300, running_max=running_max, backend="triton", **more,
+        )  # fmt: skip
+
+    call(held, out=held["out"], counts=held["counts"])  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(held, out=held["out"], counts=held["counts"])
+    held["counts"].zero_()
+    total = torch.zeros_like(held["counts"])
+    # Short, long, one long among short ones, padding, and below the floor.
+    for lengths in (
+        [900] * 5,
+        [longest] * 5,
+        [16000, 0, 70, 299, 301],
+        [0] * 5,
+        [0, 12345, 0, 0, 64],
+    ):
+        held["q"].copy_(p.q[:, :, 0])
+        held["lengths"].copy_(torch.tensor(lengths))
+        held["factors"].copy_(torch.tensor([p.scale_factor, p.scale_factor / 2]))
+        held["table"].copy_(pages)
+        held["table"][held["lengths"] == 0] = 10**9
+        held["out"].fill_(torch.nan)
+        graph.replay()
+        fresh = {name: x.clone() for name, x in held.items()}
+        eager, stats = call(fresh, return_stats=True)
+        torch.testing.assert_close(held["out"], eager, rtol=0, atol=0)
+        total += torch.stack([stats.visited.sum(0), stats.skipped.sum(0)], 1)
+        assert torch.equal(held["counts"], total)
+        for b, kv_len in enumerate(lengths):
+            if not kv_len:
+                assert (eager[b] == 0).all() and not stats.visited[b].any()
+                continue
+            alone = call_alone(
+                p, 1, kv_len, tile_q=None, tile_kv=64, running_max=running_max, min_kv_len=300
+            )
+            _, visited, skipped = expected(p, alone, b)
+            assert stats.visited[b].tolist() == visited.tolist()
+            assert (
+                stats.skipped[b].tolist() == skipped.tolist()
+            )  # half the number cuts no other tile
+            assert bool(stats.skipped[b].any()) == (kv_len > 300)
+            if kv_len < 300:
+                assert_accurate(eager[b, :, None], p, alone, b, 0.0)
+    assert (total > 0).all()
+
+
+@pytest.mark.gpu
+def test_calls_without_a_graph_reuse_the_compiled_kernel() -> None:
+    p = planted(
+        batch=3, heads=8, kv_heads=2, kv_len=3000, head_dim=64, tile_kv=64, dtype=torch.bfloat16
+    )
+    call = {"scale_factor": p.scale_factor, "running_max": "seeded", "backend": "triton"}
+    for lengths in ([3000, 40, 0], [64, 2000, 3000]):
+        there = torch.tensor(lengths, device="cuda").int()
+        first = ss.decode_attention(p.q, p.k, p.v, there, return_stats=True, **call)
+        known = len(decode._plans)
+        again = ss.decode_attention(p.q.clone(), p.k.clone(), p.v, there, return_stats=True, **call)
+        assert len(decode._plans) == known == 1
+        decode._plans.clear()
+        anew = ss.decode_attention(p.q, p.k, p.v, there, return_stats=True, **call)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[0], anew[0])
+        assert torch.equal(first[1].skipped, again[1].skipped)
+        decode._plans.clear()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # another stream than the plan was made on
+        other = [ss.decode_attention(p.q, p.k, p.v, there, **call) for _ in range(2)]
+    stream.synchronize()
+    assert torch.equal(other[0], anew[0]) and torch.equal(other[1], anew[0])
 
 
 def test_freed_pages_before_the_window_and_stale_entries_are_not_read() -> None:

@@ -1,0 +1,152 @@
+"""A repeated launch hands the driver exactly what Triton's own launch would, whatever the tensors' addresses.
+
+Without a GPU: the kernels are compiled for sm_90, and a driver that only notes what it is given stands in.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+noted = []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        noted.append((self.name, (x, y, z), stream, function, packed, plain))
+
+
+class Utilities:
+    def load_binary(self, name, kernel, shared, device):
+        return (1, sum(kernel), 0, 0, 1024)
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def unload_module(self, module):
+        pass
+
+
+class Driver:
+    launcher_cls = Launcher
+    utils = Utilities()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 77
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Driver())
+from skip_softmax.launch import Device
+from skip_softmax.meaning.call import Requests, call_of
+from skip_softmax.triton import decode
+
+decode.device_of = lambda of: Device(9)
+batch, pages = 3, 40
+
+
+def draw():
+    q = torch.empty(batch, 8, 1, 64, dtype=torch.bfloat16)
+    k, v = torch.empty(2, pages, 2, 64, 64, dtype=torch.bfloat16)
+    table = torch.empty(batch, 9, dtype=torch.int32)
+    return q, k, v, table, torch.empty(2), torch.empty(batch, dtype=torch.int32)
+
+
+def launch(tensors, call, counts, odd):
+    q, k, v, table, factors, lengths = tensors
+    out = torch.empty(q.numel() + 8, dtype=q.dtype)[odd : q.numel() + odd].view_as(q)
+    decode.run(call, q, k, v, 0.0, factors, Requests(kv_lens=lengths, table=table), out, counts)
+    noted_here = [(*rest, [a for a in given]) for *rest, given in noted]
+    noted.clear()
+    scratch = noted_here[0][-1][4]  # an address of its own in each call
+    return [
+        (*rest, [a - scratch if isinstance(a, int) and 0 <= a - scratch < 2**16 else a for a in given])
+        for *rest, given in noted_here
+    ], out  # the output lives on: no later one has its address
+
+
+held, counts = [], torch.zeros(2, 2, dtype=torch.int64)
+for odd, tally, floor in ((0, None, 0), (1, None, 0), (0, counts, 100)):
+    for again in range(2):
+        tensors = draw()
+        call = call_of(
+            *tensors[:3], tile_q=None, tile_kv=64, scale=None, window=None, running_max="seeded",
+            min_kv_len=floor, table=tensors[3],
+        )
+        known = len(decode._plans)
+        noted_by_us, out = launch(tensors, call, tally, odd)
+        held.append((tensors, out))
+        assert len(decode._plans) == known + 1 - again, "one plan for each kind of call"
+    plan = next(reversed(decode._plans.values()))
+    # Triton's own way, with the tensors of the second call.
+    q, k, v, table, factors, lengths = tensors
+    scratch = torch.empty(plan.parts + plan.lse)
+    parts, lse = scratch[: plan.parts], scratch[plan.parts :]
+    numbers = 0.0, call.scale * 1.4426950408889634
+    for kernel, changing in (
+        (plan.decode, (q, k, v, out, parts, lse, tally, factors, lengths, table, *numbers)),
+        (plan.combine, (parts, lse, out, lengths)),
+    ):
+        kernel.kernel[kernel.grid](*changing, *kernel.settled, **kernel.constants, **kernel.options)
+    at = scratch.data_ptr()
+    true = [
+        (*rest, [a - at if isinstance(a, int) and 0 <= a - at < 2**16 else a for a in given])
+        for *rest, given in noted
+    ]
+    noted.clear()
+    assert [launch[0] for launch in true] == ["_decode", "_combine"]
+    assert noted_by_us == true, (noted_by_us, true)
+print("same")
+"""
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        None,
+        pytest.param(
+            "SKIP_SOFTMAX_TRITON36",
+            marks=pytest.mark.skipif(
+                "SKIP_SOFTMAX_TRITON36" not in os.environ, reason="needs a folder with Triton 3.6"
+            ),
+        ),
+    ],
+)
+def test_a_repeated_launch_is_tritons_own(
+    folder: str | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("triton")
+    path = [*filter(None, [folder and os.environ[folder]]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton")),
+            "PYTHONPATH": os.pathsep.join(path),
+        },
+    )
+    assert done.stdout == "same\n", done.stderr[-3000:]

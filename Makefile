@@ -20,7 +20,7 @@ test: $(VENV)/.dev lint
 	SKIP_SOFTMAX_TRITON36=$(CURDIR)/$(VENV)/triton36 $(PYTEST)
 
 check: $(VENV)/.dev lint
-	$(PYTEST) -m "not slow and not released"
+	$(PYTEST) -m "not slow and not released and not vllm"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

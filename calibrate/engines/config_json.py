@@ -14,8 +14,9 @@ from typing import Any
 import skip_softmax
 from calibrate.engines.types import Foreign, Request, check_number, dropped
 from calibrate.errors import UserError
-from calibrate.model.config_json import KEY, ModelConfigFile, read_model_config
+from calibrate.model.config_json import ModelConfigFile, read_model_config
 from skip_softmax.thresholds.file import Thresholds
+from skip_softmax.thresholds.identity import EXPORT_KEY
 from skip_softmax.thresholds.types import PHASES, Phase
 
 FORMULA = "a * exp(b * target_sparsity)"
@@ -107,17 +108,19 @@ def patch_config(config: ModelConfigFile, group: dict[str, Any]) -> ConfigPatch:
     Raises:
         UserError: the config has a schema or a formula that is not ours to replace.
     """
-    section = config.data.get(KEY)
+    section = config.data.get(EXPORT_KEY)
     ours = section_with(group) if section is None else _merged(config, section, group)
     if section == ours:
         return ConfigPatch(config.path, config.text, config.text)
     after = (
         _spliced(config, ours)
         if section is None
-        else _dumped({**config.data, KEY: ours}, config.text)
+        else _dumped({**config.data, EXPORT_KEY: ours}, config.text)
     )
     changed = json.loads(after)
-    assert {**changed, KEY: None} == {**config.data, KEY: None} and changed[KEY] == ours
+    assert {**changed, EXPORT_KEY: None} == {**config.data, EXPORT_KEY: None} and changed[
+        EXPORT_KEY
+    ] == ours
     return ConfigPatch(config.path, config.text, after)
 
 
@@ -168,7 +171,7 @@ def _producer() -> dict[str, str]:
 
 
 def _merged(config: ModelConfigFile, section: Any, group: dict[str, Any]) -> dict[str, Any]:
-    where = f"{config.path}: {KEY}"
+    where = f"{config.path}: {EXPORT_KEY}"
     if not isinstance(section, dict) or not isinstance(section.get("config_groups"), dict):
         raise UserError(
             f"{where} must have config_groups, but it has an older or foreign schema; move it away yourself"
@@ -203,7 +206,7 @@ def _spliced(config: ModelConfigFile, section: dict[str, Any]) -> str:
     body, indent = head[:-1].rstrip(), _indent(config.text)
     dumped = json.dumps(section, indent=indent, allow_nan=False).replace("\n", "\n" + " " * indent)
     comma = "" if body.endswith("{") else ","
-    added = f'{comma}\n{" " * indent}"{KEY}": {dumped}\n}}'
+    added = f'{comma}\n{" " * indent}"{EXPORT_KEY}": {dumped}\n}}'
     return body + added.replace("\n", _newline(config.text)) + tail
 
 
@@ -244,7 +247,7 @@ def read_curve(
     """
     config = read_model_config(path, option)
     groups = config.skip_groups()
-    where = f"{config.path}: {KEY}"
+    where = f"{config.path}: {EXPORT_KEY}"
     if len(groups) != 1:
         raise UserError(f"{where} must have one skip_softmax group, but it has {len(groups)}")
     group = next(iter(groups.values()))
@@ -297,10 +300,14 @@ def read_curve(
             f"{where}: ignore must be a list of layer names, but got {reprlib.repr(ignore)}; "
             "write even one name as a list"
         )
-    others = [name for name in config.data[KEY]["config_groups"] if name not in groups]
+    others = [name for name in config.data[EXPORT_KEY]["config_groups"] if name not in groups]
     unread = [
-        *(f"{KEY}.{key}" for key in config.data[KEY] if key not in ("config_groups", "producer")),
-        *(f"{KEY}.config_groups.{name}" for name in others),
+        *(
+            f"{EXPORT_KEY}.{key}"
+            for key in config.data[EXPORT_KEY]
+            if key not in ("config_groups", "producer")
+        ),
+        *(f"{EXPORT_KEY}.config_groups.{name}" for name in others),
         *(key for key in group if key not in _GROUP),
         *(f"threshold_scale_factor.{key}" for key in factors if key not in (*_CURVES, *phases)),
     ]

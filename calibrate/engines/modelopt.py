@@ -16,14 +16,14 @@ from calibrate.engines.types import (
     Written,
     to_json,
 )
-from calibrate.model.config_json import KEY
+from skip_softmax.thresholds.identity import EXPORT_KEY
 from skip_softmax.thresholds.types import PHASES
 
 
 def write(request: Request) -> Written:
     """The section that a `config.json` without one would get."""
     group, lost = config_group(request)
-    return Written(to_json({KEY: section_with(group)}), tuple(lost))
+    return Written(to_json({EXPORT_KEY: section_with(group)}), tuple(lost))
 
 
 def read(source: Source) -> Foreign:

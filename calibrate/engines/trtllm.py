@@ -21,7 +21,7 @@ from calibrate.engines.types import (
     spelled,
 )
 from calibrate.errors import UserError
-from calibrate.model.config_json import KEY
+from skip_softmax.thresholds.identity import EXPORT_KEY
 from skip_softmax.thresholds.types import PHASES
 from skip_softmax.thresholds.yaml_file import read_mapping
 
@@ -36,12 +36,12 @@ def write(request: Request) -> Written:
         "#   trtllm-serve MODEL --config THIS_FILE    (also trtllm-eval, trtllm-bench)\n"
         "# In Python:\n"
         f"#   config = SkipSoftmaxAttentionConfig(threshold_scale_factor={{{arguments}}})\n"
-        f"#   LLM(MODEL, {KEY}=config)\n"
+        f"#   LLM(MODEL, {EXPORT_KEY}=config)\n"
     )
     header += "".join(_formulas(request))
     lost = ("layers left dense: TensorRT-LLM reads them from the model's config.json",)
     return Written(
-        header + yaml.safe_dump({KEY: section}, sort_keys=False),
+        header + yaml.safe_dump({EXPORT_KEY: section}, sort_keys=False),
         lost if request.dense_layers else (),
     )
 
@@ -66,13 +66,13 @@ def read(source: Source) -> Foreign:
     """Scale factors, or a target with the curve of another file."""
     path, phases = source.path, source.phases
     data, _ = read_mapping(path, foreign=True)
-    section = data.get(KEY, data)
+    section = data.get(EXPORT_KEY, data)
     if not isinstance(section, dict) or section.get("algorithm") != "skip_softmax":
         raise UserError(
-            f"{path}: {KEY}.algorithm must be `skip_softmax`, but it is `{entry(section, 'algorithm')}`"
+            f"{path}: {EXPORT_KEY}.algorithm must be `skip_softmax`, but it is `{entry(section, 'algorithm')}`"
         )
     known = ("algorithm", "threshold_scale_factor", "target_sparsity")
-    known_only(f"{path}: {KEY}", section, known)
+    known_only(f"{path}: {EXPORT_KEY}", section, known)
     for key in known[1:]:
         if isinstance(section.get(key), dict):
             known_only(f"{path}: {key}", section[key], PHASES)
@@ -120,7 +120,7 @@ ENGINE = Engine(
     write,
     read,
     numbers={
-        phase: f"{KEY}.threshold_scale_factor.{phase} or {KEY}.target_sparsity.{phase}"
+        phase: f"{EXPORT_KEY}.threshold_scale_factor.{phase} or {EXPORT_KEY}.target_sparsity.{phase}"
         for phase in PHASES
     },
     options=("coefficients",),

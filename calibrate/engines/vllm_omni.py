@@ -28,7 +28,7 @@ from calibrate.engines.types import (
     stated_length,
 )
 from calibrate.errors import UserError
-from calibrate.model.config_json import KEY
+from skip_softmax.thresholds.identity import EXPORT_KEY
 
 _OPTION = "--diffusion-attention-config"
 _READ = ("threshold", "target_sparsity")
@@ -41,7 +41,7 @@ def write(request: Request) -> Written:
         line = _line({"threshold": factor / request.at_length})
         return Written(absolute_header(request.at_length) + line, (one_length(request.at_length),))
     group, lost = config_group(request)
-    curve = json.dumps({KEY: section_with(group)})
+    curve = json.dumps({EXPORT_KEY: section_with(group)})
     header = (
         "# Right at every KV length, with this curve in the config.json of the expert that was calibrated\n"
         "# (MODEL/transformer, or MODEL/transformer_2); --model FOLDER --apply writes it there:\n"

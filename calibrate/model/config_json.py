@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from typing import Any
 from calibrate.errors import UserError
 from calibrate.model.locate import locate
 from calibrate.schema import ModelConfig
+from skip_softmax.thresholds.identity import (
+    EXPORT_KEY,
+    hash_of_config,
+    hash_of_files,
+    hash_of_hub_id,
+)
 from skip_softmax.thresholds.yaml_file import user_path
-
-KEY = "sparse_attention_config"
-"""The one key that an export may write; it does not belong to the model's identity."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ModelConfigFile:
     @property
     def sha256(self) -> str:
         """Hash of the config without our key."""
-        return _without_our_key(self.data).hexdigest()
+        return hash_of_config(self.data)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -76,11 +78,11 @@ class ModelConfigFile:
         Raises:
             UserError: `config_groups` is not a mapping.
         """
-        section = self.data.get(KEY, {})
+        section = self.data.get(EXPORT_KEY, {})
         groups = section.get("config_groups", {}) if isinstance(section, dict) else {}
         if not isinstance(groups, dict):
             raise UserError(
-                f"{self.path}: {KEY}.config_groups must be a mapping, but it is {groups!r}"
+                f"{self.path}: {EXPORT_KEY}.config_groups must be a mapping, but it is {groups!r}"
             )
         return {
             name: group
@@ -147,33 +149,9 @@ def identity_of(model: ModelConfig) -> dict[str, str]:
 
 def model_hash(location: str | Path, model: Any) -> str:
     """SHA-256 of what decides a model's numbers: its files, or the commit that a hub id resolved to."""
-    digest = hashlib.sha256()
     if isinstance(location, Path):
-        files = (
-            [location]
-            if location.is_file()
-            else sorted(
-                path
-                for path in location.iterdir()
-                if path.suffix in {".json", ".safetensors", ".bin", ".gguf"}
-                and not path.name.endswith(".evidence.json")
-            )
-        )
-        for file in files:
-            if file.name == "config.json":
-                digest.update(_without_our_key(json.loads(file.read_bytes())).digest())
-                continue
-            with file.open("rb") as stream:
-                digest.update(
-                    hashlib.file_digest(stream, "sha256").digest()
-                    if hasattr(hashlib, "file_digest")
-                    else hashlib.sha256(stream.read()).digest()
-                )
-        return digest.hexdigest()
-    # A hub id names a moving target; the commit it resolved to does not.
-    commit = getattr(model.config, "_commit_hash", None) or ""
-    digest.update(f"{location}@{commit}".encode())
-    return digest.hexdigest()
+        return hash_of_files(location)
+    return hash_of_hub_id(location, getattr(model.config, "_commit_hash", None) or "")
 
 
 def _shape(value: Callable[[str], Any]) -> tuple[int, int, int, int]:
@@ -208,8 +186,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
         raise ValueError(f"key {twice!r} is given twice")
     return data
-
-
-def _without_our_key(data: dict[str, Any]) -> hashlib._Hash:
-    kept = {key: value for key, value in data.items() if key != KEY}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode())

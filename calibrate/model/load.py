@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibrate.errors import UserError
-from calibrate.model.config_json import KEY, json_mapping, model_hash
+from calibrate.model.config_json import json_mapping, model_hash
 from calibrate.model.locate import locate
 from calibrate.prompts.causes import cure
 from calibrate.schema import ModelConfig
+from skip_softmax.thresholds.identity import EXPORT_KEY
 
 _NAMED = 5  # so many weights are named at most
 
@@ -235,7 +236,7 @@ def _hash_of_weights(model: Any) -> str:
     kept = {
         key: value
         for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key not in (KEY, "transformers_version")
+        if not key.startswith("_") and key not in (EXPORT_KEY, "transformers_version")
     }
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,0 +1,182 @@
+"""One attention layer inside vLLM: writes the cache, and calls the operations on its pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from skip_softmax.api import attention_varlen, decode_attention
+from skip_softmax.thresholds.types import PHASES, Phase
+from skip_softmax.vllm import startup
+from skip_softmax.vllm.batch import SkipSoftmaxMetadata, Stretch
+
+
+class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
+    """Attention of one layer, over the heads that this worker has.
+
+    Attributes:
+        counts: visited and skipped tiles per phase, int64 [heads that vote, 2] on the layer's device; empty
+            until the layer has run.
+        factors: scale factors per phase, [heads that vote] on the device, or 0.0 where the layer is dense.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        config = get_current_vllm_config()
+        refused = {name: value for name, value in others.items() if value is not None}
+        if alibi_slopes is not None:
+            refused["alibi_slopes"] = "given"
+        if logits_soft_cap:
+            refused["logits_soft_cap"] = logits_soft_cap
+        if attn_type != AttentionType.DECODER:
+            refused["attn_type"] = attn_type
+        if kv_cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
+            refused["kv_cache_dtype"] = kv_cache_dtype
+        if refused:
+            named = ", ".join(f"{name}={value}" for name, value in sorted(refused.items()))
+            raise ValueError(
+                f"attention must be plain causal attention over a cache of the model's dtype, but vLLM asks for "
+                f"{named}, which the backend CUSTOM of skip_softmax does not have; serve this model with "
+                "another backend"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.plan = startup.plan_of(config)
+        self.rank = get_tensor_model_parallel_rank()
+        self.counts: dict[Phase, torch.Tensor] = {}
+        self.factors: dict[Phase, float | torch.Tensor] = {}
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes new keys and values [tokens, KV heads, head_dim] to their slots; slot -1 is padding."""
+        k, v = _pages(kv_cache, self.head_size)
+        if key.is_cuda:
+            from vllm import _custom_ops
+
+            _custom_ops.reshape_and_cache_flash(
+                key, value, k.transpose(1, 2), v.transpose(1, 2), slot_mapping, "auto", layer._k_scale,
+                layer._v_scale,
+            )  # fmt: skip
+            return
+        tokens = (slot_mapping >= 0).nonzero().squeeze(1)
+        slots, size = slot_mapping[tokens], k.shape[2]
+        k[slots // size, :, slots % size] = key[tokens]
+        v[slots // size, :, slots % size] = value[tokens]
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SkipSoftmaxMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a batch; this step's keys are in the cache already.
+
+        Args:
+            layer: vLLM's own module, which knows its name.
+            query: [tokens, heads, head_dim], of which the last may pad the batch.
+            key: unused.
+            value: unused.
+            kv_cache: pages of this layer, see `backend.py`.
+            attn_metadata: the batch; None: vLLM measures memory, and no result is read.
+            output: is written, [tokens, heads, head_dim]. Rows that pad the batch keep what they hold.
+            output_scale: vLLM would have the output quantised, which is refused.
+            output_block_scale: the same.
+
+        Returns:
+            `output`.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "attention writes its output as it is, but vLLM asks for a quantised one; turn fused attention "
+                "quantisation off"
+            )
+        if not self.counts:
+            self._arm(layer.layer_name, query.device)
+        if attn_metadata is None:
+            return output.fill_(0)
+        out = output.view(-1, self.num_heads, self.head_size)
+        k, v = _pages(kv_cache, self.head_size)
+        for stretch in attn_metadata.stretches:
+            (self._decode if stretch.phase == "decode" else self._prefill)(
+                query, k, v, stretch, out
+            )
+        return output
+
+    def _prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: Stretch, out: torch.Tensor
+    ) -> None:
+        attention_varlen(
+            q, k, v, s.q_starts, None, s.longest_q, s.longest_kv, block_table=s.table, kv_lens=s.kv_lens,
+            out=out, **self._keywords("prefill"),
+        )  # fmt: skip
+
+    def _decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: Stretch, out: torch.Tensor
+    ) -> None:
+        decode_attention(
+            q[s.tokens], k, v, s.kv_lens, block_table=s.table, out=out[s.tokens],
+            **self._keywords("decode"),
+        )  # fmt: skip
+
+    def _keywords(self, phase: Phase) -> dict[str, Any]:
+        return {
+            "scale_factor": self.factors[phase],
+            "scale": self.scale,
+            "window": self.sliding_window,
+            "min_kv_len": self.plan.min_kv_len[phase],
+            "counts": self.counts[phase],
+            **self.plan.tiles[phase],
+        }
+
+    def _arm(self, name: str, device: torch.device) -> None:
+        """Puts this layer's numbers and counts on its device: in vLLM's first run, before any graph."""
+        heads: dict[Phase, int] = {"prefill": self.num_heads, "decode": self.num_kv_heads}
+        numbers = self.plan.factors(name, self.rank, heads)
+        with torch.inference_mode(False):  # a later step may run outside of it
+            for phase in PHASES:
+                self.factors[phase] = 0.0
+                if any(numbers[phase]):
+                    # Kernels read fp32 without a copy; the reference compares in fp64, as `applied` does.
+                    dtype = torch.float32 if device.type == "cuda" else torch.float64
+                    self.factors[phase] = torch.tensor(numbers[phase], dtype=dtype, device=device)
+                self.counts[phase] = torch.zeros(heads[phase], 2, dtype=torch.int64, device=device)
+
+
+def _pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [pages, KV heads, page, head_dim] of a layer's cache, in 0.22 and in 0.32."""
+    if kv_cache.dim() == 5:
+        return kv_cache[:, 0], kv_cache[:, 1]
+    return kv_cache[..., :head_size], kv_cache[..., head_size:]

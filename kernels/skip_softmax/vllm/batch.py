@@ -1,0 +1,143 @@
+"""Reads a batch of vLLM: which requests decode, which read their prompt, and where their pages are.
+
+What is decode follows the thresholds file, not the shape of the batch: a token behind the prompt is decode,
+and every token of the prompt is prefill, also the last chunk of a prompt if it holds one token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from skip_softmax.thresholds.types import Phase
+from skip_softmax.vllm import startup
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring requests of a batch that are in the same phase.
+
+    Attributes:
+        phase: theirs.
+        tokens: their rows in the tensors of the batch.
+        q_starts: where the queries of each request start, and the end, int32 [requests + 1], counted in the
+            whole batch; prefill only.
+        kv_lens: KV length of each request with its new tokens, int32 [requests]; in decode one for each
+            token, which is a request of its own there.
+        table: their page numbers, int32 [as kv_lens, pages].
+        longest_q: most query tokens of a request.
+        longest_kv: an upper bound of the KV lengths.
+    """
+
+    phase: Phase
+    tokens: slice
+    q_starts: torch.Tensor
+    kv_lens: torch.Tensor
+    table: torch.Tensor
+    longest_q: int
+    longest_kv: int
+
+
+@dataclass(frozen=True)
+class SkipSoftmaxMetadata(AttentionMetadata):
+    """A batch, as every layer of a KV cache group reads it.
+
+    Attributes:
+        stretches: its requests in order, without the rows that pad it.
+    """
+
+    stretches: tuple[Stretch, ...]
+
+
+class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
+    """Reads a batch once per step and KV cache group. Nothing here waits for the device."""
+
+    # A captured batch is one in which every request has one token, padded with requests of no keys.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int | None = 1  # decode first, so that a batch has two stretches
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        startup.check_kernels(vllm_config, kv_cache_spec, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SkipSoftmaxMetadata:
+        """Called by vLLM in every step.
+
+        Raises:
+            NotImplementedError: attention is not causal, or vLLM does not say who reads a prompt.
+        """
+        prompts = common_attn_metadata.is_prefilling
+        if prompts is None:
+            raise NotImplementedError(
+                "vLLM must say which requests still read their prompt, but this model runner does not; use "
+                "VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        return _read(common_attn_metadata, prompts.tolist())
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SkipSoftmaxMetadata:
+        """A batch that only decodes; its tensors are those of the batches that replay it."""
+        return _read(common_attn_metadata, [False] * common_attn_metadata.num_reqs)
+
+
+def _read(batch: CommonAttentionMetadata, prompts: list[bool]) -> SkipSoftmaxMetadata:
+    if batch.causal is not True:
+        raise NotImplementedError(
+            "attention must be causal, but vLLM asks for attention that is not; serve this model with "
+            "another backend"
+        )
+    starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
+    lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    # Requests without tokens pad a batch at its end.
+    requests = [request for request, length in enumerate(lengths) if length]
+    stretches = []
+    for prompt, group in groupby(requests, key=prompts.__getitem__):
+        there = list(group)
+        first, last = there[0], there[-1] + 1
+        tokens = slice(starts[first], starts[last])
+        longest = max(lengths[first:last])
+        kv_lens, table = batch.seq_lens[first:last], batch.block_table_tensor[first:last]
+        if not prompt and longest > 1:
+            kv_lens, table = _by_token(kv_lens, table, lengths[first:last])
+        stretches.append(
+            Stretch(
+                "prefill" if prompt else "decode",
+                tokens,
+                batch.query_start_loc[first : last + 1],
+                kv_lens,
+                table,
+                longest,
+                batch.max_seq_len,
+            )
+        )
+    return SkipSoftmaxMetadata(tuple(stretches))
+
+
+def _by_token(
+    kv_lens: torch.Tensor, table: torch.Tensor, lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One entry per decode token where requests have several, each with the keys that it sees."""
+    to = kv_lens.device
+    request = [i for i, length in enumerate(lengths) for _ in range(length)]
+    behind = [back for length in lengths for back in reversed(range(length))]
+    index, unseen = (
+        torch.tensor(x, dtype=torch.int32).to(to, non_blocking=True) for x in (request, behind)
+    )
+    return kv_lens[index] - unseen, table[index]

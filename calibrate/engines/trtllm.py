@@ -69,7 +69,8 @@ def read(source: Source) -> Foreign:
     section = data.get(EXPORT_KEY, data)
     if not isinstance(section, dict) or section.get("algorithm") != "skip_softmax":
         raise UserError(
-            f"{path}: {EXPORT_KEY}.algorithm must be `skip_softmax`, but it is `{entry(section, 'algorithm')}`"
+            f"{path}: {EXPORT_KEY}.algorithm must be `skip_softmax`, but it is "
+            f"`{entry(section, 'algorithm')}`"
         )
     known = ("algorithm", "threshold_scale_factor", "target_sparsity")
     known_only(f"{path}: {EXPORT_KEY}", section, known)

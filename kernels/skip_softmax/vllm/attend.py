@@ -51,9 +51,9 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         if refused:
             named = ", ".join(f"{name}={value}" for name, value in sorted(refused.items()))
             raise ValueError(
-                f"attention must be plain causal attention over a cache of the model's dtype, but vLLM asks for "
-                f"{named}, which the backend CUSTOM of skip_softmax does not have; serve this model with "
-                "another backend"
+                "attention must be causal softmax attention over a cache of the model's dtype, but this "
+                f"model asks for {named}, which the backend CUSTOM does not have; serve it with another "
+                "backend"
             )
         self.num_heads = num_heads
         self.head_size = head_size
@@ -120,8 +120,8 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(
-                "attention writes its output as it is, but vLLM asks for a quantised one; turn fused attention "
-                "quantisation off"
+                "attention writes its output as it is, but vLLM asks for a quantised one; turn the fusion of "
+                "attention and quantisation off"
             )
         if not self.counts:
             self._arm(layer.layer_name, query.device)

@@ -1,8 +1,7 @@
-"""What vLLM asks an attention backend before it uses it: names, classes, what it supports, how its cache lies.
+"""What vLLM asks an attention backend before it uses it: classes, what it supports, how its cache lies.
 
 One class serves vLLM 0.22 and 0.32, which ask for different things; what a version does not ask for is not
-called. A refusal here comes at start, with vLLM's own words. `startup.py` refuses the rest: on a CPU vLLM asks
-nothing.
+called. What is refused here is refused at start in vLLM's own words; `checks.py` refuses the rest.
 """
 
 from __future__ import annotations

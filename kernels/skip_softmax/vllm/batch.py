@@ -7,7 +7,7 @@ and every token of the prompt is prefill, also the last chunk of a prompt if it 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        startup.check_kernels(vllm_config, kv_cache_spec, device)
+        startup.check_pages(vllm_config, kv_cache_spec, device)
 
     def build(
         self,
@@ -104,7 +104,7 @@ def _read(batch: CommonAttentionMetadata, prompts: list[bool]) -> SkipSoftmaxMet
             "another backend"
         )
     starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
-    lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(starts)]
     # Requests without tokens pad a batch at its end.
     requests = [request for request, length in enumerate(lengths) if length]
     stretches = []

@@ -1,0 +1,105 @@
+"""With a thresholds file the plug-in skips what `applied` skips on the same tokens, and gives the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import planted_file
+import pytest
+import tiny
+import torch
+
+import skip_softmax as ss
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+LENGTHS = (1, 90, 129, 400, 777, 1000)
+COUNT = 12
+# Prompts are computed whole, as they were calibrated, and no two share a page.
+WHOLE: dict[str, Any] = {
+    "max_model_len": 1100,
+    "max_num_batched_tokens": 4096,
+    "enable_prefix_caching": False,
+}
+
+
+def prompts() -> list[list[int]]:
+    return [tiny.tokens(length, seed)[0].tolist() for seed, length in enumerate(LENGTHS)]
+
+
+def counted(llm: Any) -> dict[str, torch.Tensor]:
+    """Tiles per phase [layers, heads, visited and skipped]."""
+    from skip_softmax.vllm import counters
+
+    (of_worker,) = llm.collective_rpc(counters.read)
+    return {phase: torch.tensor(list(layers.values())) for phase, layers in of_worker.items()}
+
+
+def cleared(llm: Any) -> Any:
+    from skip_softmax.vllm import counters
+
+    llm.collective_rpc(counters.clear)
+    return llm
+
+
+def by_applied(
+    folder: Path, file: Path, requests: list[list[int]]
+) -> tuple[list[list[int]], list[list[float]], dict[str, torch.Tensor]]:
+    """Greedy tokens, their log-probabilities, and tiles as `counted` has them."""
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens, logs = [], []
+    with ss.applied(model, file) as counts, torch.inference_mode():
+        for prompt in requests:
+            done = model.generate(
+                torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False, eos_token_id=None,
+                attention_mask=torch.ones(1, len(prompt)), output_scores=True, return_dict_in_generate=True,
+            )  # fmt: skip
+            tokens.append(done.sequences[0, len(prompt) :].tolist())
+            logs.append([float(score[0].log_softmax(-1).max()) for score in done.scores])
+    found = {phase: torch.stack([c.visited, c.skipped], -1) for phase, c in counts.items()}
+    return tokens, logs, found
+
+
+def log_probabilities(
+    llm: Any, requests: list[list[int]]
+) -> tuple[list[list[int]], list[list[float]]]:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(
+        temperature=0.0, max_tokens=COUNT, ignore_eos=True, detokenize=False, logprobs=1
+    )
+    done = llm.generate([{"prompt_token_ids": p} for p in requests], greedy, use_tqdm=False)
+    outputs = [request.outputs[0] for request in done]
+    logs = [
+        [step[token].logprob for token, step in zip(out.token_ids, out.logprobs, strict=True)]
+        for out in outputs
+    ]
+    return [list(out.token_ids) for out in outputs], logs
+
+
+def check(
+    folder: Path, file: Path, served: Any, requests: list[list[int]]
+) -> dict[str, torch.Tensor]:
+    llm = cleared(served(folder, file, **WHOLE))
+    tokens, logs = log_probabilities(llm, requests)
+    wanted_tokens, wanted_logs, wanted = by_applied(folder, file, requests)
+    found = counted(llm)
+    for phase in ("prefill", "decode"):
+        assert found[phase].tolist() == wanted[phase].tolist(), phase
+    assert tokens == wanted_tokens
+    torch.testing.assert_close(torch.tensor(logs), torch.tensor(wanted_logs), atol=1e-4, rtol=0)
+    return found
+
+
+def test_tiles_and_log_probabilities_are_those_of_applied(
+    little: Path, tmp_path: Path, served: Any
+) -> None:
+    file = planted_file.saved(little, tmp_path / "t.yaml")
+    found = check(little, file, served, prompts())
+    for phase, tiles in found.items():
+        visited, skipped = tiles.sum((0, 1)).tolist()
+        assert 0.1 < skipped / visited < 0.9, phase

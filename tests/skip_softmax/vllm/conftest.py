@@ -30,7 +30,7 @@ def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("little")
     built: Any = tiny.model(
         "llama",
-        sharpness=60.0,
+        sharpness=400.0,
         hidden_size=128,
         num_hidden_layers=2,
         max_position_embeddings=LONGEST,

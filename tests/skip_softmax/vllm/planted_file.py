@@ -10,7 +10,7 @@ from skip_softmax.thresholds.identity import hash_of_files
 
 
 def thresholds(folder: Path, **changes: Any) -> ss.Thresholds:
-    """Numbers per layer and per head, for tiles of 32 x 64 and 32, that passed on prompts of up to 1024."""
+    """Numbers per layer and per head, for tiles of 16 x 32 and 32, that passed on prompts of up to 1024."""
     import transformers
 
     config: Any = transformers.AutoConfig.from_pretrained(folder)
@@ -26,15 +26,15 @@ def thresholds(folder: Path, **changes: Any) -> ss.Thresholds:
             "dtype": "float32",
         },
         "geometry": {
-            "prefill": {"tile_q": 32, "tile_kv": 64, "dense_last": 8},
+            "prefill": {"tile_q": 16, "tile_kv": 32, "dense_last": 8},
             "decode": {"tile_kv": 32},
         },
-        "min_kv_len": {"prefill": 128, "decode": 100},
-        "scale_factor": {"prefill": 20.0, "decode": 8.0},
+        "min_kv_len": {"prefill": 256, "decode": 100},
+        "scale_factor": {"prefill": 200.0, "decode": 20.0},
         "layers": [
             {
                 "layer": 1,
-                "prefill": [60.0 / (1 + head) for head in range(q_heads)],
+                "prefill": [240.0 / (1 + head) for head in range(q_heads)],
                 "decode": [4.0 * (1 + head) for head in range(kv_heads)],
             }
         ],

@@ -36,7 +36,8 @@ def server(folder: Path, file: Path | None, **changes: Any) -> Any:
         additional_config={"skip_softmax": {**section, "allow": changes.pop("allow", [])}},
         model_config=SimpleNamespace(
             model=str(folder), dtype=torch.float32, max_model_len=2048, use_mla=False,
-            is_encoder_decoder=False, is_mm_prefix_lm=False, hf_overrides={}, quantization=None, hf_config=SimpleNamespace(),
+            is_encoder_decoder=False, is_mm_prefix_lm=False, hf_overrides={}, quantization=None,
+            hf_config=SimpleNamespace(),
             hf_text_config=SimpleNamespace(num_attention_heads=4), get_total_num_kv_heads=lambda: 2,
             get_total_num_hidden_layers=lambda: 2, get_head_size=lambda: 32,
         ),
@@ -72,9 +73,9 @@ def test_a_server_that_fits_says_what_it_runs_in_one_line(
         plan = planned(server(folder, file))
     (line,) = [record.getMessage() for record in caplog.records if "t.yaml" in record.getMessage()]
     assert line == (
-        f"{file} (sha256 {plan.sha256[:12]}) for planted; prefill skips in 2 of 2 layers, scale factors 15 "
-        "to 60, tiles 32x64, from 128 keys on; decode skips in 2 of 2 layers, scale factors 4 to 8, tiles 32, "
-        "from 100 keys on; evidence passed, KL 0.01 (at most 0.02) on 8 held-out prompts, budget kl 0.2, "
+        f"{file} (sha256 {plan.sha256[:12]}) for planted; prefill skips in 2 of 2 layers, scale factors 60 "
+        "to 240, tiles 16x32, from 256 keys on; decode skips in 2 of 2 layers, scale factors 4 to 20, tiles "
+        "32, from 100 keys on; evidence passed, KL 0.01 (at most 0.02) on 8 held-out prompts, budget kl 0.2, "
         "confidence 0.95"
     )
 
@@ -156,7 +157,7 @@ def test_chunks_are_those_of_calibration(folder: Path, tmp_path: Path) -> None:
         ValueError, match="in chunks of 512 tokens, but this server cuts them into chunks of 2048"
     ):
         planned(server(folder, file))
-    with pytest.raises(ValueError, match=f"{but} computes them whole"):
+    with pytest.raises(ValueError, match="but this server computes them whole"):
         planned(server(folder, file, scheduler_config__enable_chunked_prefill=False))
 
 

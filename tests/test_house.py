@@ -570,10 +570,10 @@ def test_an_engine_is_its_room_one_line_of_the_catalogue_and_a_name_in_the_schem
     own = f"calibrate/engines/{name.replace('-', '_')}.py"
     other = {
         "trtllm": {"calibrate/cli.py", "calibrate/engines/read.py", "kernels/bench/timings.py"},
-        "vllm": {"calibrate/serving/bench.py"},  # starts its command
         "flashinfer": {"kernels/bench/rivals.py", "kernels/bench/timings.py"},
         # The plug-in is code of its own, which no engine's room knows.
-        "vllm": {file for file in places(name) if file.startswith("kernels/skip_softmax/vllm/")},
+        "vllm": {"calibrate/serving/bench.py"}  # starts its command
+        | {file for file in places(name) if file.startswith("kernels/skip_softmax/vllm/")},
     }.get(name, set())
     assert places(name) - other == {own, "calibrate/engines/catalogue.py", SCHEMA}
 

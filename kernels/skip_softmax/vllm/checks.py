@@ -140,7 +140,7 @@ def other_chunks(config: Any, thresholds: Thresholds) -> str | None:
     """
     if largest(thresholds, "prefill") == 0 or thresholds.geometry.prefill is None:
         return None
-    calibrated = getattr(thresholds.geometry.prefill, "chunk", None)
+    calibrated = thresholds.geometry.prefill.chunk
     most = config.model_config.max_model_len
     longest = min(_longest(thresholds) or most, most)
     served = chunk_of(config)

@@ -87,9 +87,8 @@ def applied(
     Continuous batching (`model.generate_batch` and managers that are made inside the block, as transformers
     5.23 has them) gives each request the numbers and the counts that `generate` gives it alone. Where a
     prompt is read in chunks (longer than what is left of `max_batch_tokens`, or behind a prefix that is in
-    the cache), a chunk's threshold is that of its end, as in any call with a cache. CUDA graphs,
-    `torch.compile` and flash attention's fast path for decode are refused there. Managers end with the
-    block, and finish their requests first.
+    the cache), a chunk's threshold is that of its end, as in any call with a cache. CUDA graphs and
+    `torch.compile` are refused there. Managers end with the block, and finish their requests first.
 
     Args:
         model: a decoder-only transformers model; `architectures.md` lists those that were tried.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakSet
 
@@ -33,10 +33,22 @@ from skip_softmax.huggingface.route import Given, Patches, RoutedName, Taker
 
 try:
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.cache_allocators import (
+        FullAttentionCacheAllocator,
+    )
     from transformers.generation.continuous_batching.model_runner import ModelRunner
 
     # Older releases take other arguments, and give keys in another shape.
-    _KNOWN = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
+    _KNOWN = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters and all(
+        hasattr(FullAttentionCacheAllocator, name)
+        for name in (
+            "layer_type",
+            "supports_block_table",
+            "get_seqlen_k",
+            "fill_block_table",
+            "get_cache_for_block_table",
+        )
+    )
 except ImportError:
     _KNOWN = False
 
@@ -99,11 +111,13 @@ class Step:
         requests: in the order of their rows; rows behind them are padding.
         masks: what the model was given as its masks, by the kind of its layers.
         together: what `_together` found, which all layers of a kind share.
+        places: what `_places` found.
     """
 
     requests: tuple[Request, ...]
     masks: dict[str, Any]
     together: dict[Any, Together | None] = field(default_factory=dict)
+    places: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 _STEP: ContextVar[Step | None] = ContextVar("step of continuous batching", default=None)
@@ -181,12 +195,8 @@ def packed(given: Given, layer: int, decode_from: int | None, *, in_pages: bool)
         in_pages: whether decode steps may be computed in one call, on pages.
     """
     cache, step = given.keywords["cache"], _STEP.get()
-    if not _KNOWN or not isinstance(cache, PagedAttentionCache):
-        return "a paged cache of a kind that is not known here (transformers 5.23's is)"
-    if step is None:
-        return "a paged cache outside a step of continuous batching"
-    if given.keywords.get("block_table") is not None:
-        return "a block table, whose keys flash attention alone stores"
+    if not _KNOWN or not isinstance(cache, PagedAttentionCache) or step is None:
+        return "continuous batching of a kind that is not known here (transformers 5.23's is)"
     plain = arguments(given, UNDERSTOOD | _OF_A_STEP)
     if isinstance(plain, str):
         return plain
@@ -195,7 +205,7 @@ def packed(given: Given, layer: int, decode_from: int | None, *, in_pages: bool)
         return "rows that its step does not speak of"
     if not q.dtype == cache.dtype == k.dtype:
         return f"a cache of another dtype ({cache.dtype}) than its queries ({q.dtype})"
-    at = getattr(given.module, "layer_idx", None)  # as the cache is asked
+    at: Any = getattr(given.module, "layer_idx", None)  # as the cache is asked
     allocator = cache.layer_to_allocator.get(at)
     if allocator is None:
         return "a layer that the paged cache does not know"
@@ -210,20 +220,67 @@ def packed(given: Given, layer: int, decode_from: int | None, *, in_pages: bool)
         together = _together(step, allocator, q.device, decode_from)
         k_pages, v_pages = allocator.get_cache_for_block_table(at)
         pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
-    keywords = dict(given.keywords)  # which the cache changes
-    if together is not None and len(together.names) == len(step.requests):
-        # Without indices to read, the cache stores keys and copies none.
-        keywords["read_index"] = [index[:0] for index in keywords["read_index"]]
-
-    def stored() -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = cache.update(key_states=given.k, value_states=given.v, layer_idx=at, kwargs=keywords)
-        return k, v
-
+    everywhere = together is not None and len(together.names) == len(step.requests)
+    if given.keywords.get("block_table") is not None:
+        stored = partial(_stored_in_place, given, step, allocator, at, everywhere)
+    else:
+        stored = partial(_stored, given, cache, at, everywhere)
     lengths = tuple(
         (request, allocator.get_seqlen_k(request.position, request.rows))
         for request in step.requests
     )
     return Packed(layer, q, scale, window, lengths, stored, together, pages, decode_from)
+
+
+def _stored(
+    given: Given, cache: Any, at: int, everywhere: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    keywords = dict(given.keywords)  # which the cache changes
+    if everywhere:
+        # Without indices to read, the cache stores keys and copies none.
+        keywords["read_index"] = [index[:0] for index in keywords["read_index"]]
+    k, v = cache.update(key_states=given.k, value_states=given.v, layer_idx=at, kwargs=keywords)
+    return k, v
+
+
+def _stored_in_place(
+    given: Given, step: Step, allocator: Any, at: int, everywhere: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_stored` in a step of single tokens for which flash attention's kernel would store the keys."""
+    k_pages, v_pages = allocator.get_cache_for_block_table(at)
+    count = len(step.requests)
+    numbers, slots = _places(step, allocator, given.q.device, last=True)
+    k_pages[numbers, slots] = given.k[0, :, :count].transpose(0, 1)
+    v_pages[numbers, slots] = given.v[0, :, :count].transpose(0, 1)
+    if everywhere:
+        return given.k, given.v
+    numbers, slots = _places(step, allocator, given.q.device, last=False)
+    k, v = (pages[numbers, slots].transpose(0, 1)[None] for pages in (k_pages, v_pages))
+    return k, v
+
+
+def _places(
+    step: Step, allocator: Any, device: torch.device, last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page numbers, and places in these pages, of all keys of a step's requests or of their last ones."""
+    key = (allocator.layer_type, device, last)
+    if key not in step.places:
+        numbers, slots = [], []
+        for request in step.requests:
+            stop, page = request.position + request.rows, allocator.tokens_per_page
+            entries = _entries(allocator, request).long()
+            places = torch.arange(stop - 1 if last else 0, stop)
+            numbers.append(entries[places // page])
+            slots.append(places % page)
+        step.places[key] = torch.cat(numbers).to(device), torch.cat(slots).to(device)
+    return step.places[key]
+
+
+def _entries(allocator: Any, request: Request) -> torch.Tensor:
+    """Page numbers of a request, int32 [pages]."""
+    entries = torch.empty(len(allocator.block_table[request.name]), dtype=torch.int32)
+    allocator.fill_block_table(request.name, request.position, request.rows, entries)
+    return entries
 
 
 def _together(
@@ -241,10 +298,8 @@ def _together(
         row += request.rows
     found = None
     if some:
-        most = max(len(allocator.block_table[request.name]) for request in some)
-        table = torch.full((len(some), most), -1, dtype=torch.int32)
-        for request, entries in zip(some, table, strict=True):
-            allocator.fill_block_table(request.name, request.position, 1, entries)
+        tables = [_entries(allocator, request) for request in some]
+        table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=-1)
         lengths = torch.tensor([request.position + 1 for request in some], dtype=torch.int32)
         found = Together(
             frozenset(request.name for request in some),
@@ -284,11 +339,13 @@ def batched(model: Any, take: Taker) -> Iterator[None]:
         try:
             yield
         finally:
-            for manager in list(managers):
-                if getattr(model, _KEPT, None) is manager:
-                    model.destroy_cached_continuous_batching_manager()
-                manager.destroy()
-            del _MADE[take]
+            try:
+                for manager in list(managers):
+                    if getattr(model, _KEPT, None) is manager:
+                        model.destroy_cached_continuous_batching_manager()
+                    manager.destroy()
+            finally:
+                del _MADE[take]
 
 
 _KEPT = "_cached_continuous_batching_manager"  # where transformers keeps a persistent manager
@@ -335,12 +392,6 @@ def _why_not(config: Any) -> str | None:
                 "is set (by itself, by default_compile_level or by the model's compile_config); leave them "
                 "unset"
             )
-    if config.max_blocks_per_request:
-        return (
-            f"{law} run without flash attention's fast path for decode, which stores keys inside its "
-            f"kernel, but max_blocks_per_request is {config.max_blocks_per_request}; pass "
-            "ContinuousBatchingConfig(max_blocks_per_request=0)"
-        )
     return None
 
 
@@ -356,7 +407,11 @@ def _compute_batch(before: Any) -> Any:
                 "a manager of continuous batching must be made in the `applied` block in which it runs, but "
                 "this one was made outside; stop it, and make another inside"
             )
-        token = _STEP.set(_step(self.inputs_and_outputs, batch_data))
+        try:
+            step = _step(self.inputs_and_outputs, batch_data)
+        except (AttributeError, LookupError):
+            step = None  # another release; each layer says that it is not understood
+        token = _STEP.set(step)
         try:
             return before(self, model, batch_data)
         finally:

@@ -11,7 +11,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from transformers.generation.continuous_batching import continuous_api, model_runner
+from transformers.generation.continuous_batching import (
+    continuous_api,
+    initialization,
+    model_runner,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from skip_softmax import Thresholds, applied, decode_attention
@@ -144,6 +148,26 @@ def test_flash_attention_is_given_no_mask(monkeypatch: pytest.MonkeyPatch) -> No
     assert same(counts, expected)
 
 
+def test_steps_of_single_tokens_whose_keys_a_kernel_would_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flash attention's fast path on CUDA; it also takes a prompt of one token, which is no decode step."""
+    one, texts = model(), prompts(*LENGTHS)
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", lambda *_: None)
+    tables = []
+    with applied(one, file(one, FACTOR)) as counts:
+        hook = one.model.register_forward_pre_hook(
+            lambda _, __, keywords: tables.append(keywords["block_table"]), with_kwargs=True
+        )
+        ours = batched(one, texts)
+        single = batched(one, prompts(1))
+        hook.remove()
+    assert [table is None for table in tables] == [True, *[False] * (NEW - 1), *[False] * NEW]
+    with applied(one, file(one, FACTOR)) as expected:
+        assert [*ours, *single] == alone(one, [*texts, *prompts(1)])
+    assert same(counts, expected)
+
+
 def test_chunks_of_a_prompt_take_the_threshold_of_their_end() -> None:
     """The last chunk is one token of the prompt, not a decode step."""
     one, [text] = model(), prompts(129)
@@ -238,14 +262,13 @@ def refused(of: Any, message: str) -> Iterator[None]:
     [
         ({"use_cuda_graph": (False, True)}, r"without CUDA graphs, .* is \(False, True\); pass"),
         ({"decode_compile_config": object()}, r"without torch.compile, .* `decode_compile_config`"),
-        ({"max_blocks_per_request": 4}, r"fast path for decode, .* is 4; pass .*request=0"),
     ],
 )
 def test_steps_that_could_not_tell_requests_apart_are_refused(
     settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU transformers itself drops two of these settings, so what it would resolve is planted."""
-    settings = {"use_cuda_graph": False, "max_blocks_per_request": 0, **settings}
+    """On a CPU transformers itself drops these settings, so what it would resolve is planted."""
+    settings = {"use_cuda_graph": False, **settings}
     resolved = transformers.ContinuousBatchingConfig(**settings)
     monkeypatch.setattr(
         continuous_api, "resolve_continuous_batching_config", lambda *_, **__: resolved

@@ -28,11 +28,12 @@ LLAMA_8B: dict[str, Any] = {
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 135168,
     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
     "attention_bias": True, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
+    "planted_attention": 0.25,  # ours: size of what attention adds to the normalised residual stream
 }  # fmt: skip
-# Small enough for checks; heads as wide as above.
+# Small enough for checks, where what attention adds must show; heads as wide as above.
 SMALL = LLAMA_8B | {
     "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "vocab_size": 8192,
+    "num_key_value_heads": 2, "vocab_size": 8192, "planted_attention": 1.0,
 }  # fmt: skip
 SCALE_FACTOR = (
     40.0  # [tokens]: its threshold is between loud and quiet from MIN_KV_LEN to 128K keys
@@ -41,7 +42,7 @@ MIN_KV_LEN = 2048
 SINK = 0  # the token of level 0, at position 0; other even ids are quiet, odd ids are loud
 UNIT = 0.25  # a level of 1 nat in the embedding, whose other channels are N(0, 1)
 NOISE = 0.6  # of the other channels of q and k: scores of N(0, NOISE**4) [nats]
-ATTENTION, MLP = 0.25, 0.1  # size of what a layer adds, to the normalised residual stream
+MLP = 0.1  # size of what the other half of a layer adds
 SPREAD = 3.0  # standard deviation of logits
 STRATUM = 20  # among so many tiles in a row a prompt has exactly its share of quiet ones
 
@@ -91,7 +92,10 @@ def weights(
         yield name + "self_attn.k_proj.bias", constant(kv_heads * dim)
         yield name + "self_attn.v_proj.weight", noise(kv_heads * dim, hidden, 1.0)
         yield name + "self_attn.v_proj.bias", constant(kv_heads * dim)
-        yield name + "self_attn.o_proj.weight", into_stream(heads * dim, ATTENTION)
+        yield (
+            name + "self_attn.o_proj.weight",
+            into_stream(heads * dim, config["planted_attention"]),
+        )
         yield name + "self_attn.o_proj.bias", constant(hidden)
         yield name + "mlp.gate_proj.weight", noise(inner, hidden, 1.0)
         yield name + "mlp.up_proj.weight", noise(inner, hidden, 1.0)

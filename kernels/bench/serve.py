@@ -306,7 +306,7 @@ def time_run(chosen: Setting, points: list[Point], options: argparse.Namespace) 
     say(f"{chosen}: {served.attention_class(llm)}, ready in {time.perf_counter() - started:.1f} s")
     cache = llm.llm_engine.vllm_config.cache_config
     about = {
-        "device": provenance.device(options.device), "versions": provenance.versions() | vllm_version(),
+        "device": provenance.device(options.device), "versions": provenance.versions() | served.version(),
         "commit": options.commit, "date": datetime.date.today().isoformat(), "dtype": dtype,
         "model": "planted-small" if options.small else "planted-llama-3.1-8b",
         "shape": {k: v for k, v in config.items() if k.startswith("num_") or k.endswith(("_size", "_dim"))},
@@ -381,13 +381,6 @@ def kernels(run: Callable[[], Any]) -> dict[str, float]:
 def rounded(shares: dict[str, float | None]) -> dict[str, float]:
     """Without phases in which nothing was counted."""
     return {phase: round(share, 4) for phase, share in shares.items() if share is not None}
-
-
-def vllm_version() -> dict[str, str]:
-    """Of the vLLM that runs."""
-    import vllm
-
-    return {"vllm": vllm.__version__}
 
 
 def table(rows: list[Row]) -> str:

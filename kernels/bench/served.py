@@ -16,7 +16,7 @@ from typing import Any
 
 import planted_model
 import torch
-from skip_softmax.vllm import counters
+import vllm
 from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -31,6 +31,7 @@ from skip_softmax.thresholds.types import (
     PrefillGeometry,
     ScaleFactors,
 )
+from skip_softmax.vllm import counters
 
 # Backends of vLLM by what we call them: its own, ours without a file, ours with one.
 BACKENDS = {"stock": "FLASH_ATTN", "dense": "CUSTOM", "armed": "CUSTOM"}
@@ -110,6 +111,11 @@ def engine(
         },
         **options,
     )  # fmt: skip
+
+
+def version() -> dict[str, str]:
+    """Of the vLLM that runs."""
+    return {"vllm": vllm.__version__}
 
 
 def attention_class(llm: LLM) -> str:

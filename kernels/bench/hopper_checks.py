@@ -5,8 +5,8 @@
     compute-sanitizer --tool memcheck python kernels/bench/hopper_checks.py small
     compute-sanitizer --tool racecheck python kernels/bench/hopper_checks.py control
 
-`points`: the points of the table, each once. `small`: one and several items per program, compared with the
-reference. `control`: a kernel in plain Gluon that only passes words from one warp partition to another; what
+`points`: the points of the table, each once. `small`: one and several items per program, contiguous and in
+pages, compared with the reference. `control`: a kernel in plain Gluon that only passes words from one warp partition to another; what
 racecheck reports there is about partitions and mbarriers, not about our kernel.
 """
 
@@ -84,7 +84,31 @@ def small() -> bool:
             print(
                 f"{heads} heads, {q_len}/{kv_len}, head_dim {head_dim}: agree {agree}, error {off:.4f}"
             )
+            for page in (16, 64, 256):
+                keys, values, table = in_pages(k, v, page)
+                found, paged = ss.attention(
+                    q, keys, values, scale_factor=factor, block_table=table, kv_lens=[kv_len],
+                    backend="hopper", return_stats=True,
+                )  # fmt: skip
+                same = torch.equal(found, out) and torch.equal(paged.skipped, stats.skipped)
+                right = right and same
+                print(f"    pages of {page}: the same bits {same}")
     return right
+
+
+def in_pages(
+    k: torch.Tensor, v: torch.Tensor, page: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A contiguous cache [1, Hkv, Skv, D] in shuffled pages that end where its keys do, and its table."""
+    heads, kv_len, dim = k.shape[1:]
+    count = -(-kv_len // page)
+    table = torch.randperm(count, device=k.device)
+    caches = []
+    for x in (k, v):
+        padded = torch.nn.functional.pad(x[0], (0, 0, 0, count * page - kv_len))
+        pages = padded.view(heads, count, page, dim).transpose(0, 1)
+        caches.append(torch.empty_like(pages.contiguous()).index_copy_(0, table, pages))
+    return *caches, table[None].int()
 
 
 @gluon.jit

@@ -171,28 +171,26 @@ def statistics_case(arch, in_decode, dense_last=False, lead=False):
     return compile(_statistics, types, constants, arch, 8)
 
 
-def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False):
-    groups = hopper.GROUPS[head_dim]
+def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False, page=0, min_kv_len=False):
+    groups, box = hopper.GROUPS[head_dim], hopper.box_of(page)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     types = {name: f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{layout!r}>"
-             for name, rows in (("q", 64), ("k", TILE), ("v", TILE))}
+             for name, rows in (("q", 64), ("k", box), ("v", box))}
     types |= {"out": "*bf16", "stats": "*i64", "counter": "*i32", "factors": "*fp32", "factor": "fp32",
               "scale": "fp32", "items": "i32", "group": "i32", "kv_heads": "i32", "blocks": "i32",
-              "near": "i32", "q_len": "i32", "kv_len": "i32", "dense_last": "i32",
+              "near": "i32", "q_len": "i32", "kv_len": "i32", "dense_last": "i32", "min_kv_len": "i32",
+              "table": "*i32", "pages": "i32",
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
-    heavy, light = hopper.REGISTERS[groups]
+    heavy, light = hopper.registers(groups, box)
     constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
-                     STATS=bool(lengths), HEAVY=heavy, LIGHT=light)
-    for name in ("q_starts", "kv_starts"):
-        if lengths != "packed":
-            constants[name] = None
-    for name in ("q_lens", "kv_lens"):
-        if lengths != "padded":
-            constants[name] = None
-    if not lengths:
-        constants["factors"] = None
-    if not dense_last:
-        constants["dense_last"] = None
+                     LEADS=bool(lengths), PAGE=page, BOX=box, STATS=bool(lengths), SUMMED=page > 0, HEAVY=heavy,
+                     LIGHT=light)
+    given = {
+        "q_starts": lengths == "packed", "kv_starts": lengths == "packed" and not page,
+        "q_lens": lengths == "padded", "kv_lens": lengths == "padded" or page, "table": page, "pages": page,
+        "factors": lengths, "dense_last": dense_last, "min_kv_len": min_kv_len,
+    }
+    constants |= {name: None for name, there in given.items() if not there}
     return compile(_hopper, types, constants, 90, 4, source=GluonASTSource)
 
 
@@ -242,6 +240,13 @@ if arch == 90:
             f"hopper {head_dim} dense": lambda d=head_dim: hopper_case(d, False),
             f"hopper {head_dim} packed": lambda d=head_dim: hopper_case(d, True, "packed"),
             f"hopper {head_dim} padded, not causal": lambda d=head_dim: hopper_case(d, True, "padded", False),
+            f"hopper {head_dim} paged 16": lambda d=head_dim: hopper_case(
+                d, True, "packed", page=16, min_kv_len=True
+            ),
+            f"hopper {head_dim} paged 64": lambda d=head_dim: hopper_case(
+                d, True, "packed", page=64, min_kv_len=True
+            ),
+            f"hopper {head_dim} paged 256 dense": lambda d=head_dim: hopper_case(d, False, "packed", page=256),
         }
 print(json.dumps({"triton": triton.__version__, "arch": arch, "kernels": {n: case() for n,
 case in cases.items()}}))

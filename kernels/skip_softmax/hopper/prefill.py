@@ -5,6 +5,7 @@ The kernel itself is in `prefill_kernel.py`; only a launch imports it, and Trito
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,15 @@ from skip_softmax.meaning.call import Call, Requests
 ROWS = 64  # query rows of a warpgroup, which vote together
 # Registers per thread of consumers and producer, by consumer warpgroups: all that a multiprocessor has.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
+# The same where a tile comes in more than two boxes, whose addresses the producer keeps. Of three warpgroups
+# none can spare a register: at 152, ptxas no longer runs products in the background.
+REGISTERS_FOR_BOXES = {**REGISTERS, 2: (224, 56)}
 # At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
 GROUPS = {64: 3, 128: 2}
 TILE_KV = 128
+# A tile of keys comes out of pages in boxes of rows, each inside one page: as many rows as a page and a tile
+# have in common. Smaller boxes than this were not tried; they must be whole swizzle atoms of 8 rows.
+SMALLEST_BOX = 16
 # With fewer items per program than this, those that start last decide when the launch ends, so they must be
 # short: several KV heads are processed together, up to NEAR_BYTES (L2 has 50 MB in two parts). With more
 # items, one KV head at a time is as fast when dense, and faster where tiles are skipped.
@@ -47,17 +54,12 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"votes of {call.tile_q} x {call.tile_kv} are not {ROWS} x {TILE_KV}"
     if call.window is not None:
         return "a sliding window is not supported"
-    if call.page:
-        return "keys and values in pages (a block table) are not supported"
-    if call.min_kv_len:
-        return f"min_kv_len {call.min_kv_len} is not 0"
+    if call.page % SMALLEST_BOX:
+        return f"page size {call.page} is not a multiple of {SMALLEST_BOX}"
     for name, (shape, strides) in zip("qkv", call.places, strict=False):
         if not _has_descriptor(shape, strides):
             return f"{name} has strides {tuple(strides)}, which TMA cannot follow"
-    reason = why_not_here(call, device)
-    if reason is None and call.most_lead:
-        reason = f"the first row of a request may lie inside a query tile of {ROWS} rows"
-    return reason
+    return why_not_here(call, device)
 
 
 def run(
@@ -73,9 +75,20 @@ def run(
 ) -> None:
     """Runs a call that `why_not` accepts; see `hopper`."""
     hopper(
-        q, k, v, out, counts, factor, factors, call.causal, call.scale, call.dense_last, requests.q_lens,
-        requests.kv_lens, requests.q_starts, requests.kv_starts, call.q_len,
+        q, k, v, out, counts, factor, factors, call.causal, call.scale, call.dense_last,
+        call.min_kv_len, requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts,
+        requests.table, call.q_len, call.kv_len, call.most_lead,
     )  # fmt: skip
+
+
+def box_of(page: int) -> int:
+    """Rows that one load takes from a page: what pages and KV tiles have in common; 0: no pages."""
+    return math.gcd(page, TILE_KV)
+
+
+def registers(groups: int, box: int) -> tuple[int, int]:
+    """Registers per thread of consumers and producer, whose loads take `box` rows each."""
+    return (REGISTERS_FOR_BOXES if TILE_KV > 2 * box else REGISTERS)[groups]
 
 
 def _near(kv_heads: int, size: int) -> int:
@@ -121,11 +134,15 @@ def hopper(
     causal: bool,
     scale: float,
     dense_last: int,
+    min_kv_len: int,
     q_lens: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
     q_starts: torch.Tensor | None,
     kv_starts: torch.Tensor | None,
+    table: torch.Tensor | None,
     most_q: int,
+    most_kv: int,
+    most_lead: int,
 ) -> None:
     """Skip-softmax prefill attention on Hopper with votes of 64 x 128; never synchronises with the device.
 
@@ -138,37 +155,33 @@ def hopper(
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
     groups = GROUPS[head_dim]
-    blocks = cdiv(most_q, ROWS * groups)
+    blocks = cdiv(most_q + most_lead, ROWS * groups)
     items = requests * heads * blocks
     if not items:
         return
-    if not k.shape[2]:
-        out.zero_()
-        return
+    if not k.numel():  # no key is read, but TMA cannot describe nothing
+        k = v = q.new_zeros(1, k.shape[1], TILE_KV, head_dim)
+    page = 0 if table is None else k.shape[2]
+    box = box_of(page)
     processors = device_of(q.device).processors
     # Counts the items handed out after each program's first.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
-    heavy, light = REGISTERS[groups]
+    heavy, light = registers(groups, box)
     few = items < FEW_ITEMS * processors
-    near = _near(k.shape[1], 2 * k.shape[2] * head_dim * k.element_size()) if few else 1
+    near = _near(k.shape[1], 2 * most_kv * head_dim * k.element_size()) if few else 1
     # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
     ragged = any(x is not None for x in (q_lens, kv_lens, q_starts))
-    stats = counts
-    if counts is not None and counts.dim() == 2:
-        stats = counts.new_zeros(requests, *counts.shape)
     with launching_on(q):
         _hopper[(min(items, processors),)](
-            _descriptor(q, ROWS), _descriptor(k, TILE_KV), _descriptor(v, TILE_KV), out, stats,
-            counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale * LOG2E,
-            most_q, k.shape[2],
+            _descriptor(q, ROWS), _descriptor(k, box), _descriptor(v, box), out, counts, counter, factors,
+            q_lens, kv_lens, q_starts, kv_starts, table, factor, scale * LOG2E, most_q, most_kv,
             # None compiles the kernel without the rule.
             min(dense_last, most_q) or None if armed else None,
-            items, heads // k.shape[1], k.shape[1], blocks,
-            near, *out.stride()[:3],
-            GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal,
-            ARMED=armed,
-            EMPTY=ragged or (causal and k.shape[2] < most_q),
-            STATS=stats is not None, HEAVY=heavy, LIGHT=light, num_warps=4,
+            min_kv_len or None if armed else None,
+            items, heads // k.shape[1], k.shape[1], blocks, near,
+            None if table is None else table.shape[1], *out.stride()[:3],
+            GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal, ARMED=armed,
+            EMPTY=ragged or (causal and most_kv < most_q), LEADS=most_lead > 0, PAGE=page, BOX=box,
+            STATS=counts is not None, SUMMED=counts is not None and counts.dim() == 2,
+            HEAVY=heavy, LIGHT=light, num_warps=4,
         )  # fmt: skip
-    if counts is not None and stats is not None and stats is not counts:
-        counts += stats.sum(0)

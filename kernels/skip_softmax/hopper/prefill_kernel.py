@@ -28,6 +28,18 @@ are thus settled by tiles of later items, or at the end. An item without tiles s
 the producer would wait for ITEM_FREE while the consumers wait for v_full. Where such items can occur (EMPTY),
 the producer settles both tiles at each of them.
 
+Pages. With a block table, keys and values are pages of PAGE rows, and a tile comes in TILE / BOX boxes of rows,
+each inside one page: loads of their own into their part of the slot. A part is whole swizzle atoms of 8 rows,
+so the tile lies as one load would leave it. One arrival announces the bytes of all boxes, before the first of
+them is requested: for the barriers, a tile of pages is one load as any other. A box without keys is page -1,
+which TMA fills with zeros: the bytes that a barrier waits for are always those of a whole tile. Page numbers are
+read a tile ahead, box i's by lane i, and kept until the tile is settled, since its values may be fetched as late
+as that. Rows of the last page beyond the request may hold anything; `_clean` zeroes them.
+
+Leading rows. Votes begin at multiples of ROWS of the request's positions. Where the request's first row is not
+at one (LEADS), its first vote begins before it: queries are fetched from there (TMA takes coordinates below 0,
+too), and the rows that are not the request's neither vote nor are stored.
+
 What was tried, and what came of it, is in kernels/bench/hopper.md.
 """
 
@@ -94,17 +106,24 @@ class _Call:
     q_starts: object
     kv_starts: object
     factors: object
+    table: object  # page numbers, `pages` for each request; None: keys and values are contiguous
+    pages: object
+    min_kv_len: object  # requests with fewer keys skip nothing; None: no such rule
     GROUPS: gl.constexpr
     D: gl.constexpr
     TILE: gl.constexpr
     CAUSAL: gl.constexpr
     ARMED: gl.constexpr
     EMPTY: gl.constexpr  # some item may have no tiles
+    LEADS: gl.constexpr  # the first vote of a request may begin before its first row (`_item`)
+    PAGE: gl.constexpr  # rows of a page of the cache; 0 without a table
+    BOX: gl.constexpr  # rows that one load takes from a page
 
     @gluon.constexpr_function
     def __init__(
         self, q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
-        kv_starts, factors, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY,
+        kv_starts, factors, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS, PAGE,
+        BOX,
     ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
@@ -119,12 +138,18 @@ class _Call:
         self.q_starts = gl.constexpr(None) if q_starts is None else q_starts
         self.kv_starts = gl.constexpr(None) if kv_starts is None else kv_starts
         self.factors = gl.constexpr(None) if factors is None else factors
+        self.table = gl.constexpr(None) if table is None else table
+        self.pages = gl.constexpr(None) if pages is None else pages
+        self.min_kv_len = gl.constexpr(None) if min_kv_len is None else min_kv_len
         self.GROUPS = gl.constexpr(GROUPS)
         self.D = gl.constexpr(D)
         self.TILE = gl.constexpr(TILE)
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.ARMED = gl.constexpr(ARMED)
         self.EMPTY = gl.constexpr(EMPTY)
+        self.LEADS = gl.constexpr(LEADS)
+        self.PAGE = gl.constexpr(PAGE)
+        self.BOX = gl.constexpr(BOX)
 
 
 @_aggregate
@@ -155,7 +180,7 @@ class _Item:
     request: gl.tensor
     head: gl.tensor
     kv_head: gl.tensor
-    row: gl.tensor  # first row of the block
+    row: gl.tensor  # first row of the block; below 0 where the first vote begins before the request's rows
     q_start: gl.tensor  # where the request's rows start in the tensors
     kv_start: gl.tensor
     q_len: gl.tensor
@@ -193,18 +218,23 @@ def _item(number, c):
     held = c.q_len
     if c.q_starts is not None:
         q_start = uniform(gl.load(c.q_starts + request))
-        kv_start = uniform(gl.load(c.kv_starts + request))
         q_len = uniform(gl.load(c.q_starts + request + 1)) - q_start
-        kv_len = uniform(gl.load(c.kv_starts + request + 1)) - kv_start
         held = q_len
+    if c.kv_starts is not None:
+        kv_start = uniform(gl.load(c.kv_starts + request))
+        kv_len = uniform(gl.load(c.kv_starts + request + 1)) - kv_start
     if c.q_lens is not None:
         q_len = gl.minimum(uniform(gl.load(c.q_lens + request)), q_len)
     if c.kv_lens is not None:
         kv_len = gl.minimum(uniform(gl.load(c.kv_lens + request)), kv_len)
+    row = block * (ROWS * c.GROUPS)
+    if c.LEADS:
+        # Votes begin at multiples of ROWS of the request's positions, so that they do not depend on how a
+        # prompt was cut. The rows before the request's first one are another's or nobody's.
+        row -= gl.maximum(kv_len - q_len, 0) % ROWS
     return _Item(
-        request, kv_head * c.group + member, kv_head, block * (ROWS * c.GROUPS), q_start, kv_start,
-        q_len, kv_len, held,
-    )  # fmt: skip
+        request, kv_head * c.group + member, kv_head, row, q_start, kv_start, q_len, kv_len, held
+    )
 
 
 @gluon.jit
@@ -217,7 +247,10 @@ def _tiles(item, row, rows, c):
         offset = item.kv_len - item.q_len
         seen = gl.minimum(seen, gl.maximum(offset + end, 0))
         whole = gl.minimum(whole, gl.maximum(offset + row + 1, 0))
-    visited = gl.where(end > row, (seen + c.TILE - 1) // c.TILE, 0)
+    first = row
+    if c.LEADS:
+        first = gl.maximum(row, 0)
+    visited = gl.where(end > first, (seen + c.TILE - 1) // c.TILE, 0)
     return visited, gl.minimum(whole // c.TILE, visited)
 
 
@@ -240,7 +273,41 @@ def _fetch(source, batch, head, row, tiles, full, slot, BYTES: gl.constexpr):
 
 
 @gluon.jit
-def _settle(n, v, batch, head, row, fetched, s, c):
+def _pages(item, tile, visited, c):
+    """The numbers of the pages that hold a tile's boxes of rows: box i's in lane i, -1 where no key is.
+
+    Only entries of the table are read whose keys are visited: the others may be anything.
+    """
+    box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    key = tile * c.TILE + box * c.BOX
+    wanted = (box < c.TILE // c.BOX) & (key < item.kv_len) & (tile < visited)
+    return gl.load(c.table + item.request * c.pages + key // c.PAGE, mask=wanted, other=-1)
+
+
+@gluon.jit
+def _fetch_tile(source, batch, head, row, pages, tiles, full, slot, c):
+    """Fetches a tile of keys or values into a slot, from row `row` of `batch` on, or out of `pages`."""
+    if c.PAGE == 0:
+        _fetch(source, batch, head, row, tiles, full, slot, c.TILE * c.D * 2)
+    else:
+        mbarrier.expect(full.index(slot), c.TILE * c.D * 2)
+        box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        for i in gl.static_range(c.TILE // c.BOX):
+            # Without a key in it, the number is -1, and what TMA finds there is zeros.
+            page = gl.max(gl.where(box == i, pages, -1), 0)
+            inside = i * c.BOX % c.PAGE
+            if c.TILE % c.PAGE != 0:
+                inside = (row + i * c.BOX) % c.PAGE
+            _tma_load(
+                source,
+                [page, head, inside, 0],
+                full.index(slot),
+                tiles.index(slot).slice(i * c.BOX, c.BOX, dim=2),
+            )
+
+
+@gluon.jit
+def _settle(n, v, batch, head, row, pages, fetched, s, c):
     """Waits for all decisions on tile `n`, and fetches its values if they are wanted and not there yet.
 
     Returns whether any warpgroup keeps the tile.
@@ -252,7 +319,7 @@ def _settle(n, v, batch, head, row, fetched, s, c):
         keep |= read(KEEP_AT + 4 * (slot * c.GROUPS + w))
     if fetched == 0:
         if keep != 0:
-            _fetch(v, batch, head, row, s.v, s.v_full, slot, c.TILE * c.D * 2)
+            _fetch_tile(v, batch, head, row, pages, s.v, s.v_full, slot, c)
         else:  # nobody reads the slot: its phase completes without a load
             mbarrier.arrive(s.v_full.index(slot), count=1)
     return keep
@@ -268,7 +335,6 @@ def _give(number, turn):
 
 @gluon.jit
 def _produce(q, k, v, s, c, counter):
-    TILE_BYTES: gl.constexpr = c.TILE * c.D * 2
     number = gl.program_id(0)
     turn = 0
     q_phase = 1
@@ -283,6 +349,16 @@ def _produce(q, k, v, s, c, counter):
     head2 = 0
     row1 = 0
     row2 = 0
+    # Page numbers of the tile being fetched, and of the next one, which are read a tile ahead.
+    pages = 0
+    ahead = 0
+    pages1 = 0
+    pages2 = 0
+    if c.PAGE:
+        pages = gl.full([32], -1, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+        ahead = pages
+        pages1 = pages
+        pages2 = pages
     while number < c.items:
         _give(number, turn)
         turn += 1
@@ -293,8 +369,13 @@ def _produce(q, k, v, s, c, counter):
             following = gl.num_programs(0) + uniform(gl.atomic_add(counter, 1, sem="relaxed"))
         batch = _tensor_batch(item, c)
         visited, shared = _tiles(item, item.row, ROWS * c.GROUPS, c)
+        if c.PAGE:
+            ahead = _pages(item, 0, visited, c)
         for tile in range(visited):
             key = item.kv_start + tile * c.TILE
+            if c.PAGE:
+                pages = ahead
+                ahead = _pages(item, tile + 1, visited, c)
             k_slot = n % K_STAGES
             v_slot = n % V_STAGES
             v_phase = (n // V_STAGES) & 1 ^ 1
@@ -305,24 +386,28 @@ def _produce(q, k, v, s, c, counter):
                 # A warpgroup that skips frees the slot without waiting for its values: they may be in flight.
                 wait_for(V_FREE + v_slot, v_phase)
                 mbarrier.wait(s.v_full.index(v_slot), v_phase)
-            _fetch(k, batch, item.kv_head, key, s.k, s.k_full, k_slot, TILE_BYTES)
+            _fetch_tile(k, batch, item.kv_head, key, pages, s.k, s.k_full, k_slot, c)
             if c.ARMED:
                 if n >= 2:
-                    keep = _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
+                    keep = _settle(n - 2, v, batch2, head2, row2, pages2, fetched2, s, c)
                 # After a kept tile the next ones will probably be kept: their values are fetched ahead.
                 if (keep != 0) & (fetched1 == 0) & (n >= 1):
-                    _fetch(v, batch1, head1, row1, s.v, s.v_full, (n - 1) % V_STAGES, TILE_BYTES)
+                    _fetch_tile(
+                        v, batch1, head1, row1, pages1, s.v, s.v_full, (n - 1) % V_STAGES, c
+                    )
                     fetched1 = 1
                 if keep != 0:
-                    _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
+                    _fetch_tile(v, batch, item.kv_head, key, pages, s.v, s.v_full, v_slot, c)
                 fetched2 = fetched1
                 batch2 = batch1
                 head2 = head1
                 row2 = row1
+                pages2 = pages1
                 fetched1 = keep
                 batch1 = batch
                 head1 = item.kv_head
                 row1 = key
+                pages1 = pages
             if tile == 0:
                 # Only now: consumers may need values of tile n - 2 before they free the old queries.
                 for w in gl.static_range(c.GROUPS):
@@ -340,15 +425,15 @@ def _produce(q, k, v, s, c, counter):
                 q_phase ^= 1
             if not c.ARMED:
                 wait_for(V_FREE + v_slot, v_phase)
-                _fetch(v, batch, item.kv_head, key, s.v, s.v_full, v_slot, TILE_BYTES)
+                _fetch_tile(v, batch, item.kv_head, key, pages, s.v, s.v_full, v_slot, c)
             n += 1
         if c.ARMED & c.EMPTY:
             if visited == 0:
                 # Why: top of the file. Compiled into calls without such items, this costs up to 5 %.
                 if n >= 2:
-                    _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
+                    _settle(n - 2, v, batch2, head2, row2, pages2, fetched2, s, c)
                 if n >= 1:
-                    _settle(n - 1, v, batch1, head1, row1, fetched1, s, c)
+                    _settle(n - 1, v, batch1, head1, row1, pages1, fetched1, s, c)
                 # The tiles to come settle both again, which then fetches nothing.
                 fetched1 = 1
                 fetched2 = 1
@@ -356,9 +441,9 @@ def _produce(q, k, v, s, c, counter):
     _give(number, turn)
     if c.ARMED:
         if n >= 2:
-            _settle(n - 2, v, batch2, head2, row2, fetched2, s, c)
+            _settle(n - 2, v, batch2, head2, row2, pages2, fetched2, s, c)
         if n >= 1:
-            _settle(n - 1, v, batch1, head1, row1, fetched1, s, c)
+            _settle(n - 1, v, batch1, head1, row1, pages1, fetched1, s, c)
 
 
 # --- Consumers --------------------------------------------------------------------------------------------
@@ -543,7 +628,7 @@ def _clean(values, held, W: gl.constexpr, c):
 @gluon.jit
 def _consume(
     W: gl.constexpr, out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c,
-    STATS: gl.constexpr,
+    STATS: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.TILE, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
@@ -568,13 +653,18 @@ def _consume(
             if c.factors is not None:
                 factor = gl.load(c.factors + item.head)
             threshold = log2_threshold(factor, item.kv_len)
+            if c.min_kv_len is not None:
+                threshold = gl.where(item.kv_len < c.min_kv_len, float("-inf"), threshold)
             if c.dense_last is not None:
                 # With one of the last rows among them, every row keeps all that it sees.
                 dense = row + ROWS > item.q_len - c.dense_last
                 threshold = gl.where(dense, float("-inf"), threshold)
-            # Padding rows never vote.
-            valid = row + gl.arange(0, ROWS, ROW) < item.q_len
-            needed = gl.where(valid, threshold, float("inf"))
+            # Padding rows, and rows of others, never vote: nothing is above NaN.
+            voter = row + gl.arange(0, ROWS, ROW)
+            valid = voter < item.q_len
+            if c.LEADS:
+                valid = valid & (voter >= 0)
+            needed = gl.where(valid, threshold, float("nan"))
         # q_full and Q_FREE change phase once per item with tiles, here as in the producer.
         if visited > 0:
             mbarrier.wait(s.q_full.index(W), q_phase)
@@ -606,7 +696,7 @@ def _consume(
             if keep != 0:  # the last tile's p v; its values are there once it is settled
                 slot = (n - 1) % V_STAGES
                 mbarrier.wait(s.v_full.index(slot), ((n - 1) // V_STAGES) & 1)
-                if (c.kv_lens is not None) | (c.kv_starts is not None):
+                if (c.kv_lens is not None) | (c.kv_starts is not None) | (c.PAGE > 0):
                     held = item.kv_len - (last - 1) * c.TILE
                     if held < c.TILE:
                         _clean(s.v.index(slot).reshape([c.TILE, c.D]), held, W, c)
@@ -633,9 +723,14 @@ def _consume(
             + (item.q_start + rows).to(gl.int64)[:, None] * stride_os
             + columns[None, :]
         )
-        gl.store(place, acc.to(s.v.dtype), mask=(rows < item.held)[:, None])
+        stored = rows < item.held
+        if c.LEADS:
+            stored = stored & (rows >= 0)
+        gl.store(place, acc.to(s.v.dtype), mask=stored[:, None])
         if STATS:
-            at = stats + (item.request * (c.group * c.kv_heads) + item.head) * 2
+            at = stats + item.head * 2
+            if not SUMMED:
+                at += item.request * (c.group * c.kv_heads) * 2
             gl.atomic_add(at, mine.to(gl.int64), sem="relaxed")
             if c.ARMED:
                 gl.atomic_add(at + 1, (mine - kept).to(gl.int64), sem="relaxed")
@@ -645,14 +740,16 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "dense_last", "items", "group", "kv_heads", "blocks", "near"
+        "q_len", "kv_len", "dense_last", "items", "group", "kv_heads", "blocks", "near", "pages", "min_kv_len"
     ]
 )  # fmt: skip
 def _hopper(
-    q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale,
-    q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, stride_ob, stride_oh, stride_os,
-    GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
-    ARMED: gl.constexpr, EMPTY: gl.constexpr, STATS: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
+    q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale,
+    q_len, kv_len, dense_last, min_kv_len, items, group, kv_heads, blocks, near, pages,
+    stride_ob, stride_oh, stride_os,
+    GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, ARMED: gl.constexpr,
+    EMPTY: gl.constexpr, LEADS: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STATS: gl.constexpr,
+    SUMMED: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -681,9 +778,9 @@ def _hopper(
     fence_async_shared()
     c = _Call(
         q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
-        kv_starts, factors, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY,
+        kv_starts, factors, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS, PAGE, BOX,
     )  # fmt: skip
-    place = (out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS)
+    place = (out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS, SUMMED)
     if GROUPS == 2:
         gl.warp_specialize(
             [

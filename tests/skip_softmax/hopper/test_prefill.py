@@ -302,6 +302,7 @@ def test_lengths_and_thresholds_recompile_nothing() -> None:
         )  # fmt: skip
 
     call(1000, 1024, 3.0)
+    call(1024, 1024, 3.0)  # the first row is the first of a vote
     before = compiled()
     for q_len, kv_len, factor in [
         (17, 1099, 0.1), (1024, 1024, 7.0), (16, 16, 2.5), (513, 600, 1.0), (2, 1100, 30.0)
@@ -339,7 +340,7 @@ def test_torch_compile_sees_one_graph() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
     counts = torch.zeros(1, p.q.shape[1], 2, dtype=torch.int64, device=p.q.device)
-    rest = 0.05, None, True, 0.2, 64, None, None, None, None, 165
+    rest = 0.05, None, True, 0.2, 64, 0, None, None, None, None, None, 165, 300, 7
     torch.library.opcheck(
         torch.ops.skip_softmax.hopper.default,
         (p.q, p.k, p.v, torch.empty_like(p.q), counts, *rest),
@@ -372,10 +373,6 @@ def refusal(
         ({"tile_kv": 64}, "votes of 64 x 64"),
         ({"window": 9}, "sliding window"),
         ({"kv_start": 8}, "kv_start 8"),
-        ({"min_kv_len": 9}, "min_kv_len 9"),
-        ({"q_len": 63}, "may lie inside a query tile"),
-        ({"ragged": True}, "may lie inside a query tile"),
-        ({"table": torch.zeros(1, 1, dtype=torch.int32)}, "in pages"),
         ({"scale": -1.0}, "scale -1.0"),
         ({"q": torch.zeros(1, 2, 64, 256, dtype=torch.bfloat16)[..., ::2]}, "strides"),
     ],
@@ -383,6 +380,7 @@ def refusal(
 def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     assert refusal() is None
     assert refusal(dense_last=64) is None
+    assert refusal(min_kv_len=9, q_len=63, ragged=True) is None
     assert words in refusal(**change)
 
 

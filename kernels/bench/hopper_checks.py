@@ -6,8 +6,8 @@
     compute-sanitizer --tool racecheck python kernels/bench/hopper_checks.py control
 
 `points`: the points of the table, each once. `small`: one and several items per program, contiguous and in
-pages, compared with the reference. `control`: a kernel in plain Gluon that only passes words from one warp partition to another; what
-racecheck reports there is about partitions and mbarriers, not about our kernel.
+pages, compared with the reference. `control`: a kernel in plain Gluon that only passes words from one warp
+partition to another; what racecheck reports there is about partitions and mbarriers, not about our kernel.
 """
 
 from __future__ import annotations

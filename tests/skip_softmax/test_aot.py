@@ -183,8 +183,8 @@ def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False, page
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
     heavy, light = hopper.registers(groups, box)
     constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
-                     LEADS=bool(lengths), PAGE=page, BOX=box, STATS=bool(lengths), SUMMED=page > 0, HEAVY=heavy,
-                     LIGHT=light)
+                     LEADS=bool(lengths), PAGE=page, BOX=box, STATS=bool(lengths), SUMMED=page > 0,
+                     HEAVY=heavy, LIGHT=light)
     given = {
         "q_starts": lengths == "packed", "kv_starts": lengths == "packed" and not page,
         "q_lens": lengths == "padded", "kv_lens": lengths == "padded" or page, "table": page, "pages": page,
@@ -246,7 +246,9 @@ if arch == 90:
             f"hopper {head_dim} paged 64": lambda d=head_dim: hopper_case(
                 d, True, "packed", page=64, min_kv_len=True
             ),
-            f"hopper {head_dim} paged 256 dense": lambda d=head_dim: hopper_case(d, False, "packed", page=256),
+            f"hopper {head_dim} paged 256 dense": lambda d=head_dim: hopper_case(
+                d, False, "packed", page=256
+            ),
         }
 print(json.dumps({"triton": triton.__version__, "arch": arch, "kernels": {n: case() for n,
 case in cases.items()}}))

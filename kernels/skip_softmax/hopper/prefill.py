@@ -88,7 +88,7 @@ def box_of(page: int) -> int:
 
 def registers(groups: int, box: int) -> tuple[int, int]:
     """Registers per thread of consumers and producer, whose loads take `box` rows each."""
-    return (REGISTERS_FOR_BOXES if TILE_KV > 2 * box else REGISTERS)[groups]
+    return (REGISTERS_FOR_BOXES if 2 * box < TILE_KV else REGISTERS)[groups]
 
 
 def _near(kv_heads: int, size: int) -> int:

@@ -28,17 +28,17 @@ are thus settled by tiles of later items, or at the end. An item without tiles s
 the producer would wait for ITEM_FREE while the consumers wait for v_full. Where such items can occur (EMPTY),
 the producer settles both tiles at each of them.
 
-Pages. With a block table, keys and values are pages of PAGE rows, and a tile comes in TILE / BOX boxes of rows,
-each inside one page: loads of their own into their part of the slot. A part is whole swizzle atoms of 8 rows,
-so the tile lies as one load would leave it. One arrival announces the bytes of all boxes, before the first of
-them is requested: for the barriers, a tile of pages is one load as any other. A box without keys is page -1,
-which TMA fills with zeros: the bytes that a barrier waits for are always those of a whole tile. Page numbers are
-read a tile ahead, box i's by lane i, and kept until the tile is settled, since its values may be fetched as late
-as that. Rows of the last page beyond the request may hold anything; `_clean` zeroes them.
+Pages. With a block table, keys and values are pages of PAGE rows, and a tile comes in TILE / BOX boxes of
+rows, each inside one page: loads of their own into their part of the slot. A part is whole swizzle atoms of 8
+rows, so the tile lies as one load would leave it. One arrival announces the bytes of all boxes before the
+first is requested: for the barriers, a tile of pages is one load like any other. A box without keys is page
+-1, which TMA fills with zeros, so a barrier always waits for the bytes of a whole tile. Page numbers are
+read a tile ahead, box i's by lane i, and kept until the tile is settled: its values may be fetched as late.
+Rows of the last page behind the request's end may hold anything; `_clean` zeroes them.
 
-Leading rows. Votes begin at multiples of ROWS of the request's positions. Where the request's first row is not
-at one (LEADS), its first vote begins before it: queries are fetched from there (TMA takes coordinates below 0,
-too), and the rows that are not the request's neither vote nor are stored.
+Leading rows. Votes begin at multiples of ROWS of the request's positions. Where the request's first row may
+lie between two of them (LEADS), its first vote begins before it: queries are fetched from there (TMA takes
+coordinates below 0, too), and rows that are not the request's neither vote nor are stored.
 
 What was tried, and what came of it, is in kernels/bench/hopper.md.
 """
@@ -180,7 +180,7 @@ class _Item:
     request: gl.tensor
     head: gl.tensor
     kv_head: gl.tensor
-    row: gl.tensor  # first row of the block; below 0 where the first vote begins before the request's rows
+    row: gl.tensor  # first row of the block; below 0 if its vote begins before the request's
     q_start: gl.tensor  # where the request's rows start in the tensors
     kv_start: gl.tensor
     q_len: gl.tensor

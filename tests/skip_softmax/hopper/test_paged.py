@@ -27,13 +27,15 @@ NOBODYS = (2**31 - 1, -7, 10**6)  # what a table may hold where no key is
 
 
 def planted(**shape: Any) -> Planted:
-    return plant(**{"head_dim": 128, "tile_kv": 128, "dtype": torch.bfloat16, "device": "cuda", **shape})
+    return plant(
+        **{"head_dim": 128, "tile_kv": 128, "dtype": torch.bfloat16, "device": "cuda", **shape}
+    )
 
 
 def in_pages(
     p: Planted, page: int, kv_lens: list[int], seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cache in shuffled pages, NaN where no request's key is, and a table with nonsense where no page is."""
+    """The cache in shuffled pages, NaN where no key is, and a table with nonsense where no page is."""
     draw = Random(seed)
     columns = -(-p.k.shape[2] // page) + 1
     free = list(range(len(kv_lens) * columns))
@@ -75,7 +77,7 @@ def test_pages_give_the_bits_of_the_contiguous_call(page: int, head_dim: int) ->
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page", [16, 64, 256])
 def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, head_dim: int) -> None:
-    """Rows of other requests before a request's first, which begins inside a vote, neither vote nor are lost."""
+    """Before the first row of a request, in the same vote, lie rows of another: they must not count."""
     p = planted(batch=5, heads=4, kv_heads=2, q_len=700, kv_len=2011, head_dim=head_dim)
     q_lens, kv_lens = [700, 1, 0, 65, 500], [2011, 1900, 300, 1065, 500]
     q = torch.cat([x[:, :n] for x, n in zip(p.q, q_lens, strict=True)], 1).transpose(0, 1)
@@ -84,7 +86,12 @@ def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, hea
     counts = torch.zeros(4, 2, dtype=torch.int64, device="cuda")
     out = torch.full((len(q) + 3, 4, head_dim), 7.0, dtype=q.dtype, device="cuda")
     place = (starts, None, 700, 2011)
-    call = {"scale_factor": p.scale_factor, "block_table": table, "kv_lens": kv_lens, "backend": "hopper"}
+    call = {
+        "scale_factor": p.scale_factor,
+        "block_table": table,
+        "kv_lens": kv_lens,
+        "backend": "hopper",
+    }
     got, stats = ss.attention_varlen(
         q, k, v, *place, out=out[:-3], counts=counts, return_stats=True, **call
     )
@@ -102,7 +109,8 @@ def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, hea
         rows = out[starts[b] : starts[b + 1]].transpose(0, 1)
         assert (rows.double() - truth).abs().max() < 0.02
     assert counts.tolist() == [
-        [v, s] for v, s in zip(stats.visited.sum(0).tolist(), stats.skipped.sum(0).tolist(), strict=True)
+        [v, s]
+        for v, s in zip(stats.visited.sum(0).tolist(), stats.skipped.sum(0).tolist(), strict=True)
     ]
     before = counts.clone()
     ss.attention_varlen(q, k, v, *place, counts=counts, **call)
@@ -171,7 +179,12 @@ def test_the_layout_of_an_engine() -> None:
     p = planted(batch=2, heads=4, kv_heads=2, q_len=300, kv_len=900)
     k, v, table = in_pages(p, 16, [900, 650])
     cache = torch.stack([k, v], 1).transpose(2, 3).contiguous().transpose(2, 3)
-    call = {"kv_lens": [900, 650], "scale_factor": p.scale_factor, "block_table": table, "backend": "hopper"}
+    call = {
+        "kv_lens": [900, 650],
+        "scale_factor": p.scale_factor,
+        "block_table": table,
+        "backend": "hopper",
+    }
     found = ss.attention(p.q, cache[:, 0], cache[:, 1], **call)
     assert torch.equal(found, ss.attention(p.q, k, v, **call))
 
@@ -182,12 +195,19 @@ def test_the_layout_of_an_engine() -> None:
 @pytest.mark.parametrize("page", [16, 128])
 def test_blocks_beyond_short_requests_hold_nothing_up(page: int, head_dim: int) -> None:
     """A long request among short and empty ones, in a cache: most blocks have no tiles."""
-    p = planted(batch=6, heads=14, kv_heads=2, q_len=1899, kv_len=4000, head_dim=head_dim, sparsity=0.95)
+    p = planted(
+        batch=6, heads=14, kv_heads=2, q_len=1899, kv_len=4000, head_dim=head_dim, sparsity=0.95
+    )
     q_lens, kv_lens = [1233, 1, 1899, 0, 1, 1242], [1250, 1, 4000, 0, 1900, 1279]
     k, v, table = in_pages(p, page, kv_lens)
     starts = torch.tensor([0, *q_lens], device="cuda").cumsum(0).int()
     q = torch.cat([x[:, :n] for x, n in zip(p.q, q_lens, strict=True)], 1).transpose(0, 1)
-    call = {"scale_factor": p.scale_factor, "block_table": table, "kv_lens": kv_lens, "return_stats": True}
+    call = {
+        "scale_factor": p.scale_factor,
+        "block_table": table,
+        "kv_lens": kv_lens,
+        "return_stats": True,
+    }
     first = None
     for _ in range(20):  # which program takes which block differs from run to run
         out, stats = ss.attention_varlen(
@@ -233,13 +253,17 @@ def test_a_captured_graph_follows_new_lengths_and_pages() -> None:
         assert counts[:, 1].sum() > 0
 
 
-def refusal(page: int, head_dim: int = 128, layout: Callable[[torch.Tensor], torch.Tensor] | None = None) -> str:
+def refusal(
+    page: int, head_dim: int = 128, layout: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> str:
     """What the kernel says of a cache in pages of a size, on a device that need not be here."""
     q = torch.zeros(1, 2, 64, head_dim, dtype=torch.bfloat16)
     k = torch.zeros(8, 2, page, head_dim, dtype=torch.bfloat16)
     k = k if layout is None else layout(k)
     table = torch.zeros(1, 4, dtype=torch.int32)
-    call = call_of(q, k, k, tile_q=64, tile_kv=128, scale=0.1, window=None, table=table, ragged=True)
+    call = call_of(
+        q, k, k, tile_q=64, tile_kv=128, scale=0.1, window=None, table=table, ragged=True
+    )
     return hopper.why_not(call, Device(9)) or ""
 
 

@@ -780,7 +780,10 @@ def _hopper(
         q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
         kv_starts, factors, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS, PAGE, BOX,
     )  # fmt: skip
-    place = (out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS, SUMMED)
+    tally = stats
+    if not STATS:
+        tally = 0  # a tuple with None in it cannot be added to another
+    place = (out, tally, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS, SUMMED)
     if GROUPS == 2:
         gl.warp_specialize(
             [

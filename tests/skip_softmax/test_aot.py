@@ -183,12 +183,11 @@ def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False, page
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
     heavy, light = hopper.registers(groups, box)
     constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
-                     LEADS=bool(lengths), PAGE=page, BOX=box, STATS=bool(lengths), SUMMED=page > 0,
-                     HEAVY=heavy, LIGHT=light)
+                     LEADS=bool(lengths), PAGE=page, BOX=box, SUMMED=page > 0, HEAVY=heavy, LIGHT=light)
     given = {
         "q_starts": lengths == "packed", "kv_starts": lengths == "packed" and not page,
         "q_lens": lengths == "padded", "kv_lens": lengths == "padded" or page, "table": page, "pages": page,
-        "factors": lengths, "dense_last": dense_last, "min_kv_len": min_kv_len,
+        "factors": lengths, "stats": lengths, "dense_last": dense_last, "min_kv_len": min_kv_len,
     }
     constants |= {name: None for name, there in given.items() if not there}
     return compile(_hopper, types, constants, 90, 4, source=GluonASTSource)

@@ -182,6 +182,5 @@ def hopper(
             None if table is None else table.shape[1], *out.stride()[:3],
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal, ARMED=armed,
             EMPTY=ragged or (causal and most_kv < most_q), LEADS=most_lead > 0, PAGE=page, BOX=box,
-            STATS=counts is not None, SUMMED=counts is not None and counts.dim() == 2,
-            HEAVY=heavy, LIGHT=light, num_warps=4,
+            SUMMED=counts is not None and counts.dim() == 2, HEAVY=heavy, LIGHT=light, num_warps=4,
         )  # fmt: skip

@@ -106,6 +106,7 @@ class _Call:
     q_starts: object
     kv_starts: object
     factors: object
+    stats: object
     table: object  # page numbers, `pages` for each request; None: keys and values are contiguous
     pages: object
     min_kv_len: object  # requests with fewer keys skip nothing; None: no such rule
@@ -118,12 +119,13 @@ class _Call:
     LEADS: gl.constexpr  # the first vote of a request may begin before its first row (`_item`)
     PAGE: gl.constexpr  # rows of a page of the cache; 0 without a table
     BOX: gl.constexpr  # rows that one load takes from a page
+    SUMMED: gl.constexpr  # `stats` are summed over requests
 
     @gluon.constexpr_function
     def __init__(
         self, q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
-        kv_starts, factors, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS, PAGE,
-        BOX,
+        kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS,
+        PAGE, BOX, SUMMED,
     ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
@@ -138,6 +140,7 @@ class _Call:
         self.q_starts = gl.constexpr(None) if q_starts is None else q_starts
         self.kv_starts = gl.constexpr(None) if kv_starts is None else kv_starts
         self.factors = gl.constexpr(None) if factors is None else factors
+        self.stats = gl.constexpr(None) if stats is None else stats
         self.table = gl.constexpr(None) if table is None else table
         self.pages = gl.constexpr(None) if pages is None else pages
         self.min_kv_len = gl.constexpr(None) if min_kv_len is None else min_kv_len
@@ -150,6 +153,7 @@ class _Call:
         self.LEADS = gl.constexpr(LEADS)
         self.PAGE = gl.constexpr(PAGE)
         self.BOX = gl.constexpr(BOX)
+        self.SUMMED = gl.constexpr(SUMMED)
 
 
 @_aggregate
@@ -627,8 +631,7 @@ def _clean(values, held, W: gl.constexpr, c):
 
 @gluon.jit
 def _consume(
-    W: gl.constexpr, out, stats, factor, scale, stride_ob, stride_oh, stride_os, s, c,
-    STATS: gl.constexpr, SUMMED: gl.constexpr,
+    W: gl.constexpr, out, factor, scale, stride_ob, stride_oh, stride_os, s, c
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.TILE, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
@@ -727,9 +730,9 @@ def _consume(
         if c.LEADS:
             stored = stored & (rows >= 0)
         gl.store(place, acc.to(s.v.dtype), mask=stored[:, None])
-        if STATS:
-            at = stats + item.head * 2
-            if not SUMMED:
+        if c.stats is not None:
+            at = c.stats + item.head * 2
+            if not c.SUMMED:
                 at += item.request * (c.group * c.kv_heads) * 2
             gl.atomic_add(at, mine.to(gl.int64), sem="relaxed")
             if c.ARMED:
@@ -748,8 +751,8 @@ def _hopper(
     q_len, kv_len, dense_last, min_kv_len, items, group, kv_heads, blocks, near, pages,
     stride_ob, stride_oh, stride_os,
     GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, ARMED: gl.constexpr,
-    EMPTY: gl.constexpr, LEADS: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STATS: gl.constexpr,
-    SUMMED: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
+    EMPTY: gl.constexpr, LEADS: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, SUMMED: gl.constexpr,
+    HEAVY: gl.constexpr, LIGHT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -778,12 +781,10 @@ def _hopper(
     fence_async_shared()
     c = _Call(
         q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
-        kv_starts, factors, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS, PAGE, BOX,
+        kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS,
+        PAGE, BOX, SUMMED,
     )  # fmt: skip
-    tally = stats
-    if not STATS:
-        tally = 0  # a tuple with None in it cannot be added to another
-    place = (out, tally, factor, scale, stride_ob, stride_oh, stride_os, s, c, STATS, SUMMED)
+    place = (out, factor, scale, stride_ob, stride_oh, stride_os, s, c)
     if GROUPS == 2:
         gl.warp_specialize(
             [

@@ -353,16 +353,15 @@ def _produce(q, k, v, s, c, counter):
     head2 = 0
     row1 = 0
     row2 = 0
-    # Page numbers of the tile being fetched, and of the next one, which are read a tile ahead.
-    pages = 0
-    ahead = 0
+    ahead = 0  # page numbers of the next tile
     pages1 = 0
     pages2 = 0
     if c.PAGE:
-        pages = gl.full([32], -1, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-        ahead = pages
-        pages1 = pages
-        pages2 = pages
+        # Each a value of its own: of names that begin as one, Triton carries only some around the loop.
+        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        ahead = gl.full([32], -1, gl.int32, LANES)
+        pages1 = gl.full([32], -1, gl.int32, LANES)
+        pages2 = gl.full([32], -1, gl.int32, LANES)
     while number < c.items:
         _give(number, turn)
         turn += 1
@@ -377,8 +376,8 @@ def _produce(q, k, v, s, c, counter):
             ahead = _pages(item, 0, visited, c)
         for tile in range(visited):
             key = item.kv_start + tile * c.TILE
+            pages = ahead
             if c.PAGE:
-                pages = ahead
                 ahead = _pages(item, tile + 1, visited, c)
             k_slot = n % K_STAGES
             v_slot = n % V_STAGES

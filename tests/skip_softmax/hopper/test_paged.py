@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from planting import Planted, call_alone, expected, plant
+from planting import Planted, assert_accurate, call_alone, expected, plant
 
 import skip_softmax as ss
 
@@ -30,6 +30,10 @@ def planted(**shape: Any) -> Planted:
     return plant(
         **{"head_dim": 128, "tile_kv": 128, "dtype": torch.bfloat16, "device": "cuda", **shape}
     )
+
+
+def starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
 
 
 def in_pages(
@@ -62,14 +66,16 @@ def test_pages_give_the_bits_of_the_contiguous_call(page: int, head_dim: int) ->
     k, v, table = in_pages(p, page, kv_lens)
     call = {"q_lens": q_lens, "kv_lens": kv_lens, "backend": "hopper", "return_stats": True}
     for factor in (p.scale_factor, 0.0):
-        for causal in (True, False):
-            call |= {"scale_factor": factor, "causal": causal}
-            true, counted = ss.attention(p.q, p.k, p.v, **call)
-            out, stats = ss.attention(p.q, k, v, block_table=table, **call)
-            assert torch.equal(out, true)
-            assert torch.equal(stats.visited, counted.visited)
-            assert torch.equal(stats.skipped, counted.skipped)
-            assert (stats.skipped.sum() > 0) == (factor > 0)
+        call |= {
+            "scale_factor": factor,
+            "causal": page != 48,
+        }  # every variant is compiled on its own
+        true, counted = ss.attention(p.q, p.k, p.v, **call)
+        out, stats = ss.attention(p.q, k, v, block_table=table, **call)
+        assert torch.equal(out, true)
+        assert torch.equal(stats.visited, counted.visited)
+        assert torch.equal(stats.skipped, counted.skipped)
+        assert (stats.skipped.sum() > 0) == (factor > 0)
 
 
 @on_hopper
@@ -81,11 +87,11 @@ def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, hea
     p = planted(batch=5, heads=4, kv_heads=2, q_len=700, kv_len=2011, head_dim=head_dim)
     q_lens, kv_lens = [700, 1, 0, 65, 500], [2011, 1900, 300, 1065, 500]
     q = torch.cat([x[:, :n] for x, n in zip(p.q, q_lens, strict=True)], 1).transpose(0, 1)
-    starts = torch.tensor([0, *q_lens], device="cuda").cumsum(0).int()
+    at = starts(q_lens)
     k, v, table = in_pages(p, page, kv_lens)
     counts = torch.zeros(4, 2, dtype=torch.int64, device="cuda")
     out = torch.full((len(q) + 3, 4, head_dim), 7.0, dtype=q.dtype, device="cuda")
-    place = (starts, None, 700, 2011)
+    place = (at, None, 700, 2011)
     call = {
         "scale_factor": p.scale_factor,
         "block_table": table,
@@ -103,11 +109,10 @@ def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, hea
             continue
         mine = Planted(p.q[b : b + 1, :, :q_len], p.k[b : b + 1, :, :kv_len], p.v[b : b + 1, :, :kv_len],
                        p.scale_factor, p.quiet)  # fmt: skip
-        truth, visited, skipped = expected(mine, alone)
+        _, visited, skipped = expected(mine, alone)
         assert stats.visited[b].tolist() == visited.tolist()
         assert stats.skipped[b].tolist() == skipped.tolist()
-        rows = out[starts[b] : starts[b + 1]].transpose(0, 1)
-        assert (rows.double() - truth).abs().max() < 0.02
+        assert_accurate(out[at[b] : at[b + 1]].transpose(0, 1), mine, alone)
     assert counts.tolist() == [
         [v, s]
         for v, s in zip(stats.visited.sum(0).tolist(), stats.skipped.sum(0).tolist(), strict=True)
@@ -161,9 +166,8 @@ def test_what_others_hold_decides_nothing(head_dim: int) -> None:
     k, v, table = in_pages(p, 64, [1530])
     q = torch.full((4, 900, head_dim), torch.inf, dtype=p.q.dtype, device="cuda")
     q[:, 100:600] = p.q[0]
-    starts = torch.tensor([0, 100, 600, 900], dtype=torch.int32, device="cuda")
     out, stats = ss.attention_varlen(
-        q.transpose(0, 1), k, v, starts, None, 500, 1530, scale_factor=p.scale_factor,
+        q.transpose(0, 1), k, v, starts([100, 500, 300]), None, 500, 1530, scale_factor=p.scale_factor,
         block_table=table.expand(3, -1), kv_lens=[100, 1530, 300], backend="hopper", return_stats=True,
     )  # fmt: skip
     alone, counted = ss.attention(
@@ -193,29 +197,26 @@ def test_the_layout_of_an_engine() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page", [16, 128])
-def test_blocks_beyond_short_requests_hold_nothing_up(page: int, head_dim: int) -> None:
-    """A long request among short and empty ones, in a cache: most blocks have no tiles."""
+def test_values_that_are_fetched_late_are_those_of_their_tile(page: int, head_dim: int) -> None:
+    """Most tiles are skipped and most blocks have none: values are settled by other items, or without any."""
     p = planted(
-        batch=6, heads=14, kv_heads=2, q_len=1899, kv_len=4000, head_dim=head_dim, sparsity=0.95
+        batch=6, heads=14, kv_heads=2, q_len=1899, kv_len=4000, head_dim=head_dim, sparsity=0.9
     )
     q_lens, kv_lens = [1233, 1, 1899, 0, 1, 1242], [1250, 1, 4000, 0, 1900, 1279]
     k, v, table = in_pages(p, page, kv_lens)
-    starts = torch.tensor([0, *q_lens], device="cuda").cumsum(0).int()
-    q = torch.cat([x[:, :n] for x, n in zip(p.q, q_lens, strict=True)], 1).transpose(0, 1)
-    call = {
-        "scale_factor": p.scale_factor,
-        "block_table": table,
-        "kv_lens": kv_lens,
-        "return_stats": True,
-    }
-    first = None
+
+    def packed(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        return torch.cat([x[b, :, :n] for b, n in enumerate(lengths)], 1).transpose(0, 1)
+
+    q, at, keys_at = packed(p.q, q_lens), starts(q_lens), starts(kv_lens)
+    call = {"scale_factor": p.scale_factor, "backend": "hopper", "return_stats": True}
+    together = packed(p.k, kv_lens), packed(p.v, kv_lens), at, keys_at, 1899, 4000
+    true, counted = ss.attention_varlen(q, *together, **call)
+    assert counted.skipped.sum() > 0 and not counted.visited[3].any()
+    call |= {"block_table": table, "kv_lens": kv_lens}
     for _ in range(20):  # which program takes which block differs from run to run
-        out, stats = ss.attention_varlen(
-            q, k, v, starts, None, 1899, 4000, backend="hopper", **call
-        )
-        first = out if first is None else first
-        assert torch.equal(out, first) and torch.isfinite(out).all()
-    assert stats.skipped.sum() > 0 and not stats.visited[3].any()
+        out, stats = ss.attention_varlen(q, k, v, at, None, 1899, 4000, **call)
+        assert torch.equal(out, true) and torch.equal(stats.skipped, counted.skipped)
 
 
 @on_hopper
@@ -223,14 +224,14 @@ def test_a_captured_graph_follows_new_lengths_and_pages() -> None:
     p = planted(batch=3, heads=8, kv_heads=2, q_len=200, kv_len=700)
     k, v, table = in_pages(p, 32, [700, 650, 700])
     nothing = torch.full_like(table, 2**31 - 1)
-    place, starts = nothing.clone(), torch.zeros(4, dtype=torch.int32, device="cuda")
+    place, at = nothing.clone(), starts([0, 0, 0])
     kv_lens = torch.zeros(3, dtype=torch.int32, device="cuda")
     q = p.q.transpose(1, 2).flatten(0, 1)
     out, counts = torch.zeros_like(q), torch.zeros(8, 2, dtype=torch.int64, device="cuda")
 
     def call(out: torch.Tensor, counts: torch.Tensor | None) -> None:
         ss.attention_varlen(
-            q, k, v, starts, None, 200, 700, scale_factor=p.scale_factor, min_kv_len=660, kv_lens=kv_lens,
+            q, k, v, at, None, 200, 700, scale_factor=p.scale_factor, min_kv_len=660, kv_lens=kv_lens,
             block_table=place, backend="hopper", out=out, counts=counts,
         )  # fmt: skip
 
@@ -241,7 +242,7 @@ def test_a_captured_graph_follows_new_lengths_and_pages() -> None:
     with torch.cuda.graph(graph):
         call(out, counts)
     for lengths, keys in (([200, 200, 200], [700, 650, 700]), ([200, 0, 77], [700, 650, 690])):
-        starts.copy_(torch.tensor([0, *lengths]).cumsum(0))
+        at.copy_(starts(lengths))
         kv_lens.copy_(torch.tensor(keys))
         place.copy_(table)
         counts.zero_()

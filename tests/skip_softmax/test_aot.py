@@ -181,9 +181,10 @@ def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False, page
               "near": "i32", "q_len": "i32", "kv_len": "i32", "dense_last": "i32", "min_kv_len": "i32",
               "table": "*i32", "pages": "i32",
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
-    heavy, light = hopper.registers(groups, box)
+    warps, heavy, light = hopper.partition(groups, box)
     constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
-                     LEADS=bool(lengths), PAGE=page, BOX=box, SUMMED=page > 0, HEAVY=heavy, LIGHT=light)
+                     LEADS=bool(lengths), PAGE=page, BOX=box, SUMMED=page > 0, WARPS=warps, HEAVY=heavy,
+                     LIGHT=light)
     given = {
         "q_starts": lengths == "packed", "kv_starts": lengths == "packed" and not page,
         "q_lens": lengths == "padded", "kv_lens": lengths == "padded" or page, "table": page, "pages": page,
@@ -265,8 +266,13 @@ MAY_SPILL = {
     # At head_dim 64 three warpgroups share the registers, and the producer has 32: nearly all of it is there.
     (90, "hopper 64"): 2400, (90, "hopper 64 dense"): 400, (90, "hopper 64 packed"): 2400,
     (90, "hopper 64 padded, not causal"): 2100,
+    (90, "hopper 64 paged 16"): 2400, (90, "hopper 64 paged 64"): 2400,
+    (90, "hopper 64 paged 256 dense"): 400,
     # At head_dim 128 the producer has 24, and settles the last tiles after an item without any.
     (90, "hopper 128"): 64, (90, "hopper 128 packed"): 64, (90, "hopper 128 padded, not causal"): 64,
+    # A page number for each of two tiles that are not settled, and what TMA wants to know of every load.
+    (90, "hopper 128 paged 16"): 320, (90, "hopper 128 paged 64"): 128,
+    (90, "hopper 128 paged 256 dense"): 16,
     # Products of fp32 are made of parts, which take registers: the speed of fp32 is no goal.
     **{(arch, name): 4096 for arch in (80, 90, 100) for name in ("prefill fp32", "decode fp32")},
     # A block of head_dim 256 takes all 255 registers of a thread.

@@ -24,9 +24,6 @@ from skip_softmax.meaning.call import Call, Requests
 ROWS = 64  # query rows of a warpgroup, which vote together
 # Registers per thread of consumers and producer, by consumer warpgroups: all that a multiprocessor has.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
-# The same where a tile comes in more than two boxes, whose addresses the producer keeps. Of three warpgroups
-# none can spare a register: at 152, ptxas no longer runs products in the background.
-REGISTERS_FOR_BOXES = {**REGISTERS, 2: (224, 56)}
 # At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
 GROUPS = {64: 3, 128: 2}
 TILE_KV = 128
@@ -86,9 +83,15 @@ def box_of(page: int) -> int:
     return math.gcd(page, TILE_KV)
 
 
-def registers(groups: int, box: int) -> tuple[int, int]:
-    """Registers per thread of consumers and producer, whose loads take `box` rows each."""
-    return (REGISTERS_FOR_BOXES if 2 * box < TILE_KV else REGISTERS)[groups]
+def partition(groups: int, box: int) -> tuple[int, int, int]:
+    """Warps of the producer, and registers per thread of consumers and producer, by rows of a load.
+
+    Where a tile comes in more than two boxes, the producer keeps an address for each. Three warpgroups cannot
+    spare a register: at 152, ptxas no longer runs products in the background.
+    """
+    if groups == 2 and 2 * box < TILE_KV:
+        return 1, 224, 56
+    return 1, *REGISTERS[groups]
 
 
 def _near(kv_heads: int, size: int) -> int:
@@ -166,7 +169,7 @@ def hopper(
     processors = device_of(q.device).processors
     # Counts the items handed out after each program's first.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
-    heavy, light = registers(groups, box)
+    warps, heavy, light = partition(groups, box)
     few = items < FEW_ITEMS * processors
     near = _near(k.shape[1], 2 * most_kv * head_dim * k.element_size()) if few else 1
     # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
@@ -182,5 +185,6 @@ def hopper(
             None if table is None else table.shape[1], *out.stride()[:3],
             GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal, ARMED=armed,
             EMPTY=ragged or (causal and most_kv < most_q), LEADS=most_lead > 0, PAGE=page, BOX=box,
-            SUMMED=counts is not None and counts.dim() == 2, HEAVY=heavy, LIGHT=light, num_warps=4,
+            SUMMED=counts is not None and counts.dim() == 2, WARPS=warps, HEAVY=heavy, LIGHT=light,
+            num_warps=4,
         )  # fmt: skip

@@ -34,6 +34,8 @@ rows, so the tile lies as one load would leave it. One arrival announces the byt
 first is requested: for the barriers, a tile of pages is one load like any other. A box without keys is page
 -1, which TMA fills with zeros, so a barrier always waits for the bytes of a whole tile. Page numbers are
 read a tile ahead, box i's by lane i, and kept until the tile is settled: its values may be fetched as late.
+Several producer warps (WARPS) do the same and share the loads; both arrive at ITEM_THERE. None gets a phase
+ahead of another: no phase of k_full or v_full completes before the loads of all warps are there.
 Rows of the last page behind the request's end may hold anything; `_clean` zeroes them.
 
 Leading rows. Votes begin at multiples of ROWS of the request's positions. Where the request's first row may
@@ -120,12 +122,13 @@ class _Call:
     PAGE: gl.constexpr  # rows of a page of the cache; 0 without a table
     BOX: gl.constexpr  # rows that one load takes from a page
     SUMMED: gl.constexpr  # `stats` are summed over requests
+    WARPS: gl.constexpr  # of the producer
 
     @gluon.constexpr_function
     def __init__(
         self, q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
         kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS,
-        PAGE, BOX, SUMMED,
+        PAGE, BOX, SUMMED, WARPS,
     ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
@@ -154,6 +157,7 @@ class _Call:
         self.PAGE = gl.constexpr(PAGE)
         self.BOX = gl.constexpr(BOX)
         self.SUMMED = gl.constexpr(SUMMED)
+        self.WARPS = gl.constexpr(WARPS)
 
 
 @_aggregate
@@ -282,7 +286,7 @@ def _pages(item, tile, visited, c):
 
     Only entries of the table are read whose keys are visited: the others may be anything.
     """
-    box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [c.WARPS], [0]))
     key = tile * c.TILE + box * c.BOX
     wanted = (box < c.TILE // c.BOX) & (key < item.kv_len) & (tile < visited)
     return gl.load(c.table + item.request * c.pages + key // c.PAGE, mask=wanted, other=-1)
@@ -295,7 +299,7 @@ def _fetch_tile(source, batch, head, row, pages, tiles, full, slot, c):
         _fetch(source, batch, head, row, tiles, full, slot, c.TILE * c.D * 2)
     else:
         mbarrier.expect(full.index(slot), c.TILE * c.D * 2)
-        box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [c.WARPS], [0]))
         for i in gl.static_range(c.TILE // c.BOX):
             # Without a key in it, the number is -1, and what TMA finds there is zeros.
             page = gl.max(gl.where(box == i, pages, -1), 0)
@@ -358,7 +362,7 @@ def _produce(q, k, v, s, c, counter):
     pages2 = 0
     if c.PAGE:
         # Each a value of its own: of names that begin as one, Triton carries only some around the loop.
-        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [c.WARPS], [0])
         ahead = gl.full([32], -1, gl.int32, LANES)
         pages1 = gl.full([32], -1, gl.int32, LANES)
         pages2 = gl.full([32], -1, gl.int32, LANES)
@@ -751,7 +755,7 @@ def _hopper(
     stride_ob, stride_oh, stride_os,
     GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, ARMED: gl.constexpr,
     EMPTY: gl.constexpr, LEADS: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, SUMMED: gl.constexpr,
-    HEAVY: gl.constexpr, LIGHT: gl.constexpr,
+    WARPS: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -775,13 +779,13 @@ def _hopper(
         init(V_FREE + i, 4 * GROUPS)
         init(DECIDED + i, 4 * GROUPS)
     for i in gl.static_range(2):
-        init(ITEM_THERE + i, 1)
+        init(ITEM_THERE + i, WARPS)
         init(ITEM_FREE + i, 4 * GROUPS)
     fence_async_shared()
     c = _Call(
         q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
         kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS,
-        PAGE, BOX, SUMMED,
+        PAGE, BOX, SUMMED, WARPS,
     )  # fmt: skip
     place = (out, factor, scale, stride_ob, stride_oh, stride_os, s, c)
     if GROUPS == 2:
@@ -791,7 +795,7 @@ def _hopper(
                 (_consume, (1,) + place),
                 (_produce, (q, k, v, s, c, counter)),
             ],
-            [4, 1],
+            [4, WARPS],
             [HEAVY, LIGHT],
         )
     else:
@@ -802,6 +806,6 @@ def _hopper(
                 (_consume, (2,) + place),
                 (_produce, (q, k, v, s, c, counter)),
             ],
-            [4, 4, 1],
+            [4, 4, WARPS],
             [HEAVY, HEAVY, LIGHT],
         )

@@ -37,6 +37,12 @@ NEW = 4
 FACTOR = 55.0
 
 
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every manager collects the garbage of the whole process when it ends, which takes most of the time."""
+    monkeypatch.setattr(continuous_api.gc, "collect", lambda: 0)
+
+
 def model(family: str = "llama", attention: str = "sdpa") -> Any:
     built: Any = tiny.model(family, 400.0)  # so sharp that tiles can be skipped
     built.set_attn_implementation(attention)

@@ -3,7 +3,8 @@
 Attention is replaced where the model's code looks it up, so that code is not touched (`route.py`). Masks are
 not built: each call learns from the mask's recipe which keys a row may see (`masks.py`). Layers are those
 that a pass of four tokens found (`layers.py`). Anything but plain causal, windowed or full attention is left
-to the model (`calls.py`). Continuous batching tells which rows belong to which request (`continuous.py`).
+to the model (`calls.py`). In continuous batching, the scheduler tells which rows belong to which request
+(`continuous.py`, `packed.py`).
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from skip_softmax.huggingface.calls import DecodeHandler, Handler, Steps, understood
-from skip_softmax.huggingface.continuous import batched, is_packed, packed
+from skip_softmax.huggingface.continuous import batched
 from skip_softmax.huggingface.layers import Inspected, inspected
+from skip_softmax.huggingface.packed import is_packed, packed
 from skip_softmax.huggingface.route import Given, length_of_prompt, routed
 
 _log = logging.getLogger(__name__)

@@ -164,7 +164,7 @@ FOREIGN = {
     "hopper": {"triton"},
     "blackwell": {"triton"},
     "huggingface": {"transformers"},
-    "vllm": {"vllm"},
+    "vllm": {"vllm", "prometheus_client"},
 }
 
 

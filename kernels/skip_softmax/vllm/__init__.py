@@ -11,4 +11,7 @@ def register() -> None:
     """Makes the backend known to vLLM under the name CUSTOM; may be called again."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from skip_softmax.vllm import metrics
+
+    metrics.offer()
     register_backend(AttentionBackendEnum.CUSTOM, "skip_softmax.vllm.backend.SkipSoftmaxBackend")

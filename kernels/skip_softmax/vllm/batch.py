@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import (
 )
 
 from skip_softmax.thresholds.types import Phase
-from skip_softmax.vllm import startup
+from skip_softmax.vllm import answers, startup
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         startup.check_pages(vllm_config, kv_cache_spec, device)
+        answers.answer(vllm_config)
 
     def build(
         self,

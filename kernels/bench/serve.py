@@ -353,7 +353,7 @@ def time_run(chosen: Setting, points: list[Point], options: argparse.Namespace) 
             "ttft_each_ms": [round(x, 3) for x in firsts], "tpot_each_ms": [round(x, 4) for x in steps],
             "steps": options.steps, "tokens": [tokens[:8] for tokens in passes[0].tokens],
         }  # fmt: skip
-        if options.profile:
+        if wanted.length * wanted.batch <= options.profile:
             row["kernels_ms"] = kernels(
                 lambda prompts=prompts: served.run(llm, prompts, options.steps)
             )
@@ -484,7 +484,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, default=CHUNK, help="most tokens of a step")
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a pass")
     parser.add_argument("--enough", type=float, default=ENOUGH_S, help="repeat for so long [s]")
-    parser.add_argument("--profile", action="store_true", help="also one pass under the profiler")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="TOKENS",
+        help="also one pass under the profiler, of points that have at most so many tokens in all",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="rows are added to this file")
     parser.add_argument("--commit", default=provenance.commit())
     options = parser.parse_args(arguments)

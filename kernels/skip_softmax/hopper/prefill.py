@@ -86,11 +86,12 @@ def box_of(page: int) -> int:
 def partition(groups: int, box: int) -> tuple[int, int, int]:
     """Warps of the producer, and registers per thread of consumers and producer, by rows of a load.
 
-    Where a tile comes in more than two boxes, the producer keeps an address for each. Three warpgroups cannot
-    spare a register: at 152, ptxas no longer runs products in the background.
+    A tile of more than two boxes takes one warp about as long to request as to compute with. At head_dim 128 a
+    box is two loads, of 64 columns, which two warps share; they need more registers than one. At 64 a box is
+    one load, and three warpgroups have no registers to spare.
     """
     if groups == 2 and 2 * box < TILE_KV:
-        return 1, 224, 56
+        return 2, 232, 40
     return 1, *REGISTERS[groups]
 
 

@@ -254,6 +254,15 @@ def test_a_captured_graph_follows_new_lengths_and_pages() -> None:
         assert counts[:, 1].sum() > 0
 
 
+@pytest.mark.parametrize("groups", hopper.GROUPS.values())
+@pytest.mark.parametrize("box", [16, 32, 64, 128])
+def test_warpgroups_share_all_registers_of_a_multiprocessor(groups: int, box: int) -> None:
+    """A launch gives all threads as many, a multiple of 8; the producer's warps count as a warpgroup."""
+    warps, heavy, light = hopper.partition(groups, box)
+    each = 2**16 // (128 * (groups + 1)) // 8 * 8
+    assert warps <= 4 and groups * heavy + light == (groups + 1) * each
+
+
 def refusal(
     page: int, head_dim: int = 128, layout: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> str:

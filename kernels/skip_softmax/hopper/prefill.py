@@ -86,8 +86,8 @@ def box_of(page: int) -> int:
 def partition(groups: int, box: int) -> tuple[int, int, int]:
     """Warps of the producer, and registers per thread of consumers and producer, by rows of a load.
 
-    A tile of more than two boxes takes one warp about as long to request as to compute with. At head_dim 128 a
-    box is two loads, of 64 columns, which two warps share; they need more registers than one. At 64 a box is
+    A tile of more than two boxes takes one warp about as long to request as to compute with. At head_dim 128
+    a box is two loads, of 64 columns, which two warps share; they need more registers than one. At 64 it is
     one load, and three warpgroups have no registers to spare.
     """
     if groups == 2 and 2 * box < TILE_KV:

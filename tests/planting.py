@@ -143,6 +143,30 @@ def paged(p: Planted, page: int, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
     return *pages, table.to(p.k.device)
 
 
+def served_pages(
+    p: Planted,
+    page: int,
+    q_lens: list[int],
+    kv_lens: list[int],
+    window: int | None = None,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pages as an engine keeps them, tokens before heads in memory and keys beside values, and their table.
+
+    Three pages that nobody owns are NaN, and entries of the table that no request needs are far out of range.
+    """
+    k, v, table = paged(p, page, seed)
+    both = torch.nn.functional.pad(
+        torch.cat([k, v], -1).transpose(1, 2), (0, 0) * 3 + (3, 0), value=torch.nan
+    )
+    table = table + 3
+    for b, (rows, keys) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        table[b, -(-keys // page) if rows else 0 :] = 10**9
+        if window is not None:
+            table[b, : max(keys - rows + 1 - window, 0) // page] = -(10**9)
+    return *both.transpose(1, 2).split(k.shape[-1], -1), table
+
+
 def check_prefill(
     p: Planted,
     backend: Backend,

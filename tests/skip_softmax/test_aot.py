@@ -45,7 +45,7 @@ def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSou
     names = kernel.arg_names
     types = {**{n: "i32" for n in names if n.startswith("stride")}, **types}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = [n for n, t in signature.items() if t.startswith("*") or n.startswith("stride")]
+    aligned = [n for n, t in signature.items() if t[0] == "*" or (t == "i32" and n.startswith("stride"))]
     source = source(
         kernel, signature, {(names.index(n),): v for n, v in constants.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
@@ -81,17 +81,17 @@ def tile_type(on, rows, columns):
 
 
 def prefill_case(
-    arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False, served=False
+    arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False, served=False, page=0
 ):
-    config = prefill.choose(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE)
+    config = prefill.choose(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE, page)
     number = "*fp32" if single else "*bf16"
     kv = number if single else tile_type(config.tma, TILE, head_dim)
     types = {"q": number, "k": kv, "v": kv, "out": number, "stats": "*i64", "factor": "fp32",
     "scale": "fp32",
              "q_len": "i32", "kv_len": "i32", "window": "i32", "dense_last": "i32", "min_kv_len": "i32",
-             "q_starts": "*i32", "kv_starts": "*i32", "factors": "*fp32"}
+             "q_starts": "*i32", "kv_starts": "*i32", "factors": "*fp32", "table": "*i32", "kv_lens": "*i32"}
     constants = dict(
-        q_lens=None, kv_lens=None, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
+        q_lens=None, PAGE=page, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim,
         WIDTH_V=head_dim, BLOCK_M=config.block_m, TILE_Q=64, TILE_KV=TILE, CAUSAL=True, WINDOWED=window,
         ARMED=armed,
@@ -104,6 +104,7 @@ def prefill_case(
         constants["dense_last"] = None
     if not packed:
         constants.update(q_starts=None, kv_starts=None)
+    constants |= dict(kv_starts=None) if page else dict(table=None, stride_table=None, kv_lens=None)
     if not served:
         constants |= dict(factors=None, min_kv_len=None)
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
@@ -224,6 +225,13 @@ if arch < 100 or KNOWS_BLACKWELL:
         "prefill 64 dense last": lambda: prefill_case(arch, 64, True, dense_last=True),
         "prefill 128 packed, served": lambda: prefill_case(arch, 128, True, packed=True, served=True),
         "prefill 64 packed, served": lambda: prefill_case(arch, 64, True, packed=True, served=True),
+        **{
+            f"prefill {d} paged {page}": lambda d=d, page=page: prefill_case(
+                arch, d, True, packed=True, served=True, page=page
+            )
+            for d in (64, 128) for page in (16, 64, 128)
+        },
+        "prefill 128 paged 64 dense": lambda: prefill_case(arch, 128, False, packed=True, page=64),
         "statistics": lambda: statistics_case(arch, False),
         "statistics, lead": lambda: statistics_case(arch, False, lead=True),
         "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
@@ -284,6 +292,11 @@ MAY_SPILL = {
     (80, "statistics, lead"): 20480, (90, "statistics, lead"): 256, (100, "statistics, lead"): 512,
     # Products arrive in tensor memory, and are read through registers.
     (100, "prefill 128"): 512, (100, "prefill 64 window packed"): 256,
+    # The addresses of every row of every page take registers too.
+    (80, "prefill 128 paged 64 dense"): 64, (90, "prefill 128 paged 64 dense"): 64,
+    **{(90, f"prefill {d} paged {page}"): 128 for d in (64, 128) for page in (16, 64, 128)},
+    **{(100, f"prefill {d} paged {page}"): 256 for d in (64, 128) for page in (16, 64, 128)},
+    (100, "prefill 128 paged 64 dense"): 16,
     (100, "prefill 128 packed, served"): 512, (100, "prefill 64 packed, served"): 256,
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from planting import DEVICE, DTYPES, Planted, paged, plant
+from planting import DEVICE, DTYPES, Planted, paged, plant, served_pages
 
 import skip_softmax as ss
 
@@ -106,6 +106,39 @@ def check_packed(draw: Random, backend: str, **fixed: Any) -> None:
     call |= {"scale_factor": p.scale_factor, "return_stats": True}
     true = ss.attention_varlen(*doubled(q, k, v), *place, backend="reference", **call)
     agree(ss.attention_varlen(q, k, v, *place, backend=backend, **call), true, p.q.dtype)
+
+
+def check_paged(draw: Random, backend: str, **fixed: Any) -> None:
+    """Requests with a cached prefix in pages, packed or padded, against contiguous keys in the reference."""
+    p, call = prefill_case(draw, **fixed)
+    q_lens, kv_lens = lengths(draw, p)
+    tile = call["tile_kv"]
+    page = draw.choice([n for n in (16, 32, 64, 128, 256, 3 * tile) if not (tile % n and n % tile)])
+    for b, (rows, keys) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        p.q[b, :, rows:] = p.k[b, :, keys:] = p.v[b, :, keys:] = torch.nan
+    k, v, table = served_pages(p, page, q_lens, kv_lens, call["window"], draw.randrange(9))
+    call |= {"scale_factor": p.scale_factor, "return_stats": True}
+    call["min_kv_len"] = draw.choice([0, 0, draw.randint(1, p.k.shape[2])])
+    ragged = {"q_lens": q_lens, "kv_lens": kv_lens}
+    true = ss.attention(*doubled(p.q, p.k, p.v), backend="reference", **ragged, **call)
+    call |= {"block_table": table, "backend": backend}
+    if draw.random() < 0.5:
+        found = ss.attention(p.q, k, v, **ragged, **call)
+        agree(found, true, p.q.dtype)
+    else:
+        q = torch.cat([p.q[b, :, :n] for b, n in enumerate(q_lens)], 1).transpose(0, 1)
+        starts = torch.tensor([0, *q_lens], device=DEVICE).cumsum(0).int()
+        lens = torch.tensor(kv_lens, device=DEVICE)
+        found = ss.attention_varlen(
+            q, k, v, starts, None, max(q_lens), max(kv_lens), kv_lens=lens, **call
+        )
+        rows = [out[:, :n] for out, n in zip(true[0], q_lens, strict=True)]
+        agree(found, (torch.cat(rows, 1).transpose(0, 1), true[1]), p.q.dtype)
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_random_prompts_in_pages_match_contiguous_ones(case: int) -> None:
+    check_paged(Random(case), "triton")
 
 
 @pytest.mark.parametrize("case", range(CASES))

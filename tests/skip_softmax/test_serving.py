@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from planting import DEVICE, Planted, paged, plant
+from planting import DEVICE, Planted, plant, served_pages
 
 import skip_softmax as ss
 
@@ -38,23 +38,40 @@ def packed(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return torch.cat([x[b, :, :n] for b, n in enumerate(lengths)], 1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
-@pytest.mark.parametrize("page", [16, 48])
-def test_pages_give_what_contiguous_keys_give(batch: Planted, page: int, backend: str) -> None:
-    p, call = batch, call_of(batch, backend, return_stats=True)
-    k, v, table = paged(p, page)
+@pytest.mark.parametrize(
+    "backend, page, dtype, window",
+    [
+        ("reference", 48, torch.float32, None),
+        ("reference", 16, torch.float16, 37),
+        ("triton", 16, torch.float16, 37),
+        ("triton", 32, torch.float32, None),
+        ("triton", 96, torch.float16, 37),
+    ],
+    ids=str,
+)
+def test_pages_give_what_contiguous_keys_give(
+    batch: Planted, backend: str, page: int, dtype: torch.dtype, window: int | None
+) -> None:
+    """Tiles of 32 keys: a page holds one tile, several, or half of one."""
+    p = Planted(
+        *(x.to(dtype, copy=True) for x in (batch.q, batch.k, batch.v)),
+        batch.scale_factor,
+        batch.quiet,
+    )
+    call = call_of(p, backend, window=window, return_stats=True)
     lengths = {"q_lens": Q_LENS, "kv_lens": KV_LENS}
     true, counted = ss.attention(p.q, p.k, p.v, **lengths, **call)
-    out, stats = ss.attention(p.q, k, v, block_table=table, **lengths, **call)
-    assert torch.equal(out, true) and counted.skipped.sum() > 0
-    assert torch.equal(stats.skipped, counted.skipped)
-    # Entries behind a request's last page, and all of one without rows, may be anything.
-    table = table.clone()
+    assert counted.skipped.sum() > 0
     for b, n in enumerate(KV_LENS):
-        table[b, -(-n // page) if Q_LENS[b] else 0 :] = 10**6
+        p.k[b, :, n:] = p.v[b, :, n:] = torch.nan
+    k, v, table = served_pages(p, page, Q_LENS, KV_LENS, window)
+    out, stats = ss.attention(p.q, k, v, block_table=table, **lengths, **call)
+    assert torch.equal(out, true)
+    assert torch.equal(stats.skipped, counted.skipped)
     where = starts(Q_LENS), None, 70, 120
+    lens = torch.tensor(KV_LENS, device=DEVICE)
     together, stats = ss.attention_varlen(
-        packed(p.q, Q_LENS), k, v, *where, block_table=table, kv_lens=torch.tensor(KV_LENS), **call
+        packed(p.q, Q_LENS), k, v, *where, block_table=table.long(), kv_lens=lens, **call
     )
     assert torch.equal(together, packed(true, Q_LENS))
     assert torch.equal(stats.skipped, counted.skipped)
@@ -124,12 +141,12 @@ def test_counts_are_added_up(batch: Planted, backend: str) -> None:
     assert torch.equal(counts, 1 + 2 * total) and torch.equal(again.skipped, stats.skipped)
 
 
-def test_torch_compile_sees_what_a_call_writes_into(batch: Planted) -> None:
-    p, lengths = batch, {"q_lens": Q_LENS, "kv_lens": KV_LENS}
+def test_torch_compile_sees_what_a_call_writes_into() -> None:
+    p = plant(q_len=30, kv_len=70, tile_q=16)
 
     def step(out: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         counts += 1
-        call = call_of(p, "triton", **lengths)
+        call = call_of(p, "triton")
         return ss.attention(p.q, p.k, p.v, out=out, counts=counts, **call) + counts.sum()
 
     found = []
@@ -179,3 +196,83 @@ def test_packed_requests_have_lengths_of_one_kind() -> None:
         table["block_table"][0, 2] = 9
         with pytest.raises(ValueError, match=words):
             ss.attention_varlen(*tensors, cu, cu_k, 20, 40, backend="reference", **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [16, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_prompts_in_pages_are_those_of_contiguous_keys(head_dim: int, page: int) -> None:
+    """Chunks of 4000, 700 and 1 rows behind prefixes that no tile divides, in bf16."""
+    p = plant(
+        batch=3, heads=8, kv_heads=2, q_len=4000, kv_len=9001, head_dim=head_dim, tile_kv=128,
+        dtype=torch.bfloat16, sparsity=0.7,
+    )  # fmt: skip
+    q_lens, kv_lens = [4000, 700, 1], [9001, 5003, 8100]
+    for window in (None, 1500):
+        call = {
+            "scale_factor": p.scale_factor,
+            "window": window,
+            "backend": "triton",
+            "return_stats": True,
+        }
+        true, counted = ss.attention(p.q, p.k, p.v, q_lens=q_lens, kv_lens=kv_lens, **call)
+        k, v, table = served_pages(p, page, q_lens, kv_lens, window)
+        out, stats = ss.attention_varlen(
+            packed(p.q, q_lens), k, v, starts(q_lens), None, 4000, 9001, block_table=table,
+            kv_lens=torch.tensor(kv_lens, device=DEVICE), **call,
+        )  # fmt: skip
+        assert torch.equal(stats.skipped, counted.skipped) and counted.skipped.sum() > 0
+        assert torch.equal(stats.visited, counted.visited)
+        assert (out - packed(true, q_lens)).abs().max() <= 16 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_new_lengths_and_pages() -> None:
+    """A padded batch: requests without rows and keys, and numbers of pages that do not exist."""
+    p = plant(
+        batch=4,
+        heads=8,
+        kv_heads=2,
+        q_len=300,
+        kv_len=700,
+        head_dim=64,
+        tile_kv=128,
+        dtype=torch.bfloat16,
+    )
+    k, v, table = served_pages(p, 16, [300] * 4, [700] * 4)
+    given = {
+        "cu_seqlens_q": starts([0] * 4), "kv_lens": torch.zeros(4, dtype=torch.int32, device="cuda"),
+        "block_table": torch.full_like(table, 10**9).int(),
+    }  # fmt: skip
+    fixed = {"cu_seqlens_k": None, "max_seqlen_q": 300, "max_seqlen_k": 700, "min_kv_len": 500,
+             "scale_factor": p.scale_factor, "backend": "triton"}  # fmt: skip
+    q = packed(p.q, [300] * 4).contiguous()
+    out, counts = torch.full_like(q, 7.0), torch.zeros(8, 2, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        ss.attention_varlen(q, k, v, out=out, counts=counts, **given, **fixed)
+
+    step()
+    torch.cuda.synchronize()
+    assert (out == 7).all() and not counts.any()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for q_lens, kv_lens in (
+        ([300, 17, 0, 0], [700, 600, 0, 0]),
+        ([1, 200, 300, 5], [450, 700, 499, 640]),
+    ):
+        given["cu_seqlens_q"].copy_(starts(q_lens))
+        given["kv_lens"].copy_(torch.tensor(kv_lens))
+        given["block_table"].copy_(table)
+        out.fill_(7.0)
+        counts.zero_()
+        graph.replay()
+        rows = sum(q_lens)
+        assert (out[rows:] == 7).all()
+        eager, stats = ss.attention_varlen(
+            q, k, v, return_stats=True, **given, **fixed | {"backend": "reference"}
+        )
+        assert (out[:rows] - eager[:rows]).abs().max() <= 16 * torch.finfo(torch.bfloat16).eps
+        total = torch.stack([stats.visited.sum(0), stats.skipped.sum(0)], 1)
+        assert torch.equal(counts, total) and (total > 0).all()

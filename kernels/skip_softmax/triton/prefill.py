@@ -49,8 +49,8 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"tile_kv {call.tile_kv} is not between 16 and 256"
     if call.tile_q is None or not 4 <= call.tile_q <= 128:
         return f"tile_q {call.tile_q} is not between 4 and 128 (a block has 128 rows and at most 32 votes)"
-    if call.page:
-        return "keys and values in pages (a block table) are not supported"
+    if call.page % 16 or (call.page % call.tile_kv and call.tile_kv % call.page):
+        return f"page size {call.page} is no multiple of 16 that divides tile_kv {call.tile_kv} or is divided"
     rows = max(call.tile_q, 64) if call.dtype == torch.float32 else 0
     return (
         why_not_here(call, device)
@@ -74,11 +74,13 @@ def run(
     prefill(
         q, k, v, out, counts, factor, factors, call.causal, call.scale, call.window, call.tile_q,
         call.tile_kv, call.dense_last, call.min_kv_len, requests.q_lens, requests.kv_lens,
-        requests.q_starts, requests.kv_starts, call.q_len, call.kv_len, call.most_lead,
+        requests.q_starts, requests.kv_starts, requests.table, call.q_len, call.kv_len, call.most_lead,
     )  # fmt: skip
 
 
-def choose(major: int, shared: int, size: int, columns: int, tile_q: int, tile_kv: int) -> Config:
+def choose(
+    major: int, shared: int, size: int, columns: int, tile_q: int, tile_kv: int, page: int = 0
+) -> Config:
     """The fastest known configuration of a shape; measured on an H100, see kernels/bench/results.
 
     Args:
@@ -88,6 +90,7 @@ def choose(major: int, shared: int, size: int, columns: int, tile_q: int, tile_k
         columns: of a tile of k or v, whichever is wider.
         tile_q: query rows per vote.
         tile_kv: keys per tile.
+        page: rows of a page, 0 without.
     """
     if size == 4:
         config = Config(64, warps=8, stages=1, tma=False)
@@ -109,6 +112,12 @@ def choose(major: int, shared: int, size: int, columns: int, tile_q: int, tile_k
     block_m = max(config.block_m, tile_q)
     room = shared - size * block_m * columns - 2048
     tile = size * tile_kv * columns
+
+    def steps(wanted: int, fitting: int) -> int:
+        stages = max(1, min(wanted, fitting))
+        # Page numbers are loaded as far ahead of what is on the page as that is of its use.
+        return 2 * stages - 1 if page else stages
+
     return replace(
         config,
         private=config.two_ways
@@ -119,9 +128,10 @@ def choose(major: int, shared: int, size: int, columns: int, tile_q: int, tile_k
         block_m=block_m,
         warps=8 if block_m > config.block_m else config.warps,
         registers=config.registers if block_m == config.block_m and major == 9 else None,
-        stages=max(1, min(config.stages, room // (2 * tile))),
-        sparse_stages=max(1, min(config.sparse_stages, room // tile - (1 if major >= 9 else 2))),
-        tma=config.tma and major >= 9,
+        stages=steps(config.stages, room // (2 * tile)),
+        sparse_stages=steps(config.sparse_stages, room // tile - (1 if major >= 9 else 2)),
+        # One box is one tile, so it must lie in one page.
+        tma=config.tma and major >= 9 and (not page or page >= tile_kv),
     )
 
 
@@ -145,6 +155,7 @@ def prefill(
     kv_lens: torch.Tensor | None,
     q_starts: torch.Tensor | None,
     kv_starts: torch.Tensor | None,
+    table: torch.Tensor | None,
     most_q: int,
     most_kv: int,
     most_lead: int,
@@ -153,8 +164,8 @@ def prefill(
 
     Args:
         q: queries [B, Hq, Sq, D]; packed requests are one batch entry [1, Hq, total, D].
-        k: keys [B, Hkv, Skv, D].
-        v: values [B, Hkv, Skv, Dv].
+        k: keys [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
+        v: values [B, Hkv, Skv, Dv], or pages as `k`.
         out: takes the output [B, Hq, Sq, Dv], padding rows as zeros; rows of no packed request stay as they
             are.
         counts: visited and skipped tiles are added to it, int64 [requests, Hq, 2], or [Hq, 2] for their sum
@@ -171,7 +182,8 @@ def prefill(
         q_lens: valid rows per request, int32 [B], or None.
         kv_lens: KV length per request, int32 [B], or None.
         q_starts: where each packed request starts, and the end, int32 [requests + 1]; None: not packed.
-        kv_starts: the same for keys.
+        kv_starts: the same for keys, or None.
+        table: page numbers, int32 [requests, pages per request], or None.
         most_q: rows of the longest request.
         most_kv: keys of the longest request.
         most_lead: most rows of a request's first query tile that lie before its first row (`Call.lead`).
@@ -179,7 +191,8 @@ def prefill(
     from skip_softmax.triton.prefill_kernel import _prefill
 
     on, columns = device_of(q.device), max(width(q.shape[-1]), width(v.shape[-1]))
-    config = choose(on.major, on.shared, q.element_size(), columns, tile_q, tile_kv)
+    page = 0 if table is None else k.shape[2]
+    config = choose(on.major, on.shared, q.element_size(), columns, tile_q, tile_kv, page)
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
     if not out.numel():
@@ -194,14 +207,15 @@ def prefill(
             descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
             descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
             out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
-            factor, scale * LOG2E, most_q, most_kv, window or 0,
+            table, factor, scale * LOG2E, most_q, most_kv, window or 0,
             # None compiles the kernel without the rule.
             min(dense_last, most_q) or None if armed else None,
             min_kv_len or None if armed else None,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            None if table is None else table.stride(0),
             GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
             WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
-            TILE_KV=tile_kv, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
+            TILE_KV=tile_kv, PAGE=page, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
             TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
             TMA=tma, LEADS=most_lead > 0, STATS=counts is not None,
             SUMMED=counts is not None and counts.dim() == 2, PRECISION=precision(q.dtype, tile_kv),

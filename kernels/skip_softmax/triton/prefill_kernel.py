@@ -17,6 +17,8 @@ A block may contain several votes of `tile_q` rows. The branch skips a tile that
 some do, their rows get zero weights. So decisions are those of `tile_q` x `tile_kv` for every BLOCK_M.
 A vote with one of the last `dense_last` rows has a threshold of 0, and so keeps every tile that it sees.
 
+Keys and values may be in pages of PAGE rows: a page is a whole number of tiles, or a tile of pages.
+
 Votes begin at multiples of `tile_q` of the request's positions. LEADS: the first row may lie inside one, and
 then the first block begins before it, with rows that are not there.
 """
@@ -32,6 +34,7 @@ from skip_softmax.triton.primitives import (
     load_tile,
     log2_threshold,
     online_softmax,
+    pages_of,
     place_of,
     private_votes,
     visible,
@@ -43,11 +46,12 @@ from skip_softmax.triton.primitives import (
 @triton.jit
 def _walk(
     first, last, acc, l, m, kept, busy, q, k, v, k_offset, v_offset, k_place, v_place, k_stride,
-    v_stride, position, ballot, kv_len, window, scale, threshold, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_KV: tl.constexpr,
-    VOTES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
-    ARMED: tl.constexpr, AHEAD: tl.constexpr, PRIVATE: tl.constexpr, TMA: tl.constexpr,
-    STATS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    v_stride, paging, position, ballot, kv_len, window, scale, threshold,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    TILE_KV: tl.constexpr, PAGE: tl.constexpr, VOTES: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, MASKED: tl.constexpr, ARMED: tl.constexpr, AHEAD: tl.constexpr,
+    PRIVATE: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks tiles `first` to `last`; MASKED where some row of the block does not see all of their keys.
 
@@ -56,13 +60,18 @@ def _walk(
     """
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * TILE_KV
+        table, k_page, v_page, begin = paging
+        pages = 0
+        if PAGE > 0:
+            pages = pages_of(table, start, begin, kv_len, TILE_KV, PAGE, MASKED)
         keys = load_tile(
             k, k_offset, k_place, k_stride, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, TMA, MASKED, False,
+            pages, k_page, begin, PAGE,
         )  # fmt: skip
         if AHEAD:
             values = load_tile(
                 v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA,
-                MASKED, True,
+                MASKED, True, pages, v_page, begin, PAGE,
             )  # fmt: skip
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
@@ -91,7 +100,7 @@ def _walk(
             if bits != 0:
                 values = load_tile(
                     v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA,
-                    MASKED, True,
+                    MASKED, True, pages, v_page, begin, PAGE,
                 )  # fmt: skip
                 weights, l, acc = online_softmax(
                     scores, scale, m, m_new, absent, l, acc, MASKED, VOTES > 1
@@ -106,14 +115,15 @@ def _walk(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "window", "dense_last", "min_kv_len"])
 def _prefill(
-    q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, factor, scale, q_len, kv_len,
+    q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale, q_len, kv_len,
     window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, GROUP: tl.constexpr,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_table, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, ARMED: tl.constexpr, TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr,
-    PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr, LEADS: tl.constexpr, STATS: tl.constexpr,
-    SUMMED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr, TWO_WAYS: tl.constexpr,
+    PRIVATE: tl.constexpr, PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr, LEADS: tl.constexpr,
+    STATS: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SPARSE_STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     # The last rows of a causal call see most keys: they start first, so that no long program starts last.
@@ -130,18 +140,20 @@ def _prefill(
     if q_starts is None:
         q_offset += batch.to(tl.int64) * stride_qb
         o_offset += batch.to(tl.int64) * stride_ob
-        k_offset += batch.to(tl.int64) * stride_kb
-        v_offset += batch.to(tl.int64) * stride_vb
+        if PAGE == 0:
+            k_offset += batch.to(tl.int64) * stride_kb
+            v_offset += batch.to(tl.int64) * stride_vb
     else:  # packed requests, one after another
         q_start = tl.load(q_starts + batch)
-        kv_start = tl.load(kv_starts + batch)
         q_len = tl.load(q_starts + batch + 1) - q_start
-        kv_len = tl.load(kv_starts + batch + 1) - kv_start
         most_rows = q_len
         q_offset += q_start.to(tl.int64) * stride_qs
         o_offset += q_start.to(tl.int64) * stride_os
-        k_offset += kv_start.to(tl.int64) * stride_ks
-        v_offset += kv_start.to(tl.int64) * stride_vs
+        if PAGE == 0:
+            kv_start = tl.load(kv_starts + batch)
+            kv_len = tl.load(kv_starts + batch + 1) - kv_start
+            k_offset += kv_start.to(tl.int64) * stride_ks
+            v_offset += kv_start.to(tl.int64) * stride_vs
     if q_lens is not None:
         q_len = tl.minimum(tl.load(q_lens + batch), q_len)
     if kv_lens is not None:
@@ -186,6 +198,19 @@ def _prefill(
         first_row, count, low, high, q_len, kv_len, window, TILE_KV, CAUSAL, WINDOWED
     )
 
+    # The request's table, the way from one page to the next (for a descriptor in rows), and the first key
+    # that the block needs: the pages of earlier ones may be gone.
+    paging = (0, 0, 0, 0)
+    if PAGE > 0:
+        begin = kv_len - q_len + first_row - window + 1 if WINDOWED else 0
+        table += batch.to(tl.int64) * stride_table
+        if TMA:
+            k_page = (stride_kb // stride_ks).to(tl.int32)
+            v_page = (stride_vb // stride_vs).to(tl.int32)
+            paging = (table, k_page, v_page, begin)
+        else:
+            paging = (table, stride_kb, stride_vb, begin)
+
     # Three walks, one state: masked tiles at the window's edge, whole tiles, masked tiles at the diagonal.
     acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -198,8 +223,8 @@ def _prefill(
     if WINDOWED:
         acc, l, m, kept, busy = _walk(
             low, low_full, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-            stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
-            HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD,
+            stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
+            HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD,
             PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
         )  # fmt: skip
     if ARMED and TWO_WAYS:
@@ -215,15 +240,15 @@ def _prefill(
             if sparse:
                 acc, l, m, kept, busy = _walk(
                     tile, stop, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
-                    v_place, stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, False,
+                    v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
+                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, False,
                     ARMED, False, False, TMA, STATS, PRECISION, SPARSE_STAGES,
                 )  # fmt: skip
             else:
                 acc, l, m, kept, busy = _walk(
                     tile, stop, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
-                    v_place, stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, False,
+                    v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
+                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, False,
                     ARMED, True, PRIVATE, TMA, STATS, PRECISION, STAGES,
                 )  # fmt: skip
                 if PRIVATE:
@@ -234,15 +259,15 @@ def _prefill(
     else:
         acc, l, m, kept, busy = _walk(
             low_full, high_full, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
-            v_place, stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
-            HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, False, ARMED, EDGE_AHEAD,
-            PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+            v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
+            HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, False, ARMED,
+            EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
         )  # fmt: skip
     acc, l, m, kept, busy = _walk(
         high_full, high, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-        stride_ks, stride_vs, position, ballot, kv_len, window, scale, threshold, HEAD_DIM, HEAD_DIM_V,
-        WIDTH, WIDTH_V, TILE_KV, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD, PRIVATE, TMA, STATS,
-        PRECISION, EDGE_STAGES,
+        stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
+        HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD, PRIVATE,
+        TMA, STATS, PRECISION, EDGE_STAGES,
     )  # fmt: skip
 
     # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.

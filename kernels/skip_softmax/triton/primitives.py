@@ -171,28 +171,65 @@ def place_of(offset, stride):
 
 
 @triton.jit
+def pages_of(
+    table, first, begin, limit, ROWS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Page number of each of the keys `first` to `first + ROWS`, or one for all where a page contains them.
+
+    Keys and values share it. MASKED: only keys from `begin` up to `limit` are in use; what the table says of
+    others is not read.
+    """
+    if PAGE >= ROWS:
+        return tl.load(table + first // PAGE)
+    else:
+        keys = first + tl.arange(0, ROWS)
+        if MASKED:
+            return tl.load(table + keys // PAGE, mask=(keys >= begin) & (keys < limit), other=0)
+        else:
+            return tl.load(table + keys // PAGE)
+
+
+@triton.jit
 def load_tile(
     x, offset, place, stride, first, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr, pages=0,
+    page_stride=0, begin=0, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
     """Rows `first` to `first + ROWS` of one head, [ROWS, WIDTH]; columns beyond COLUMNS are zero.
 
     The head starts at `offset` for pointers, at row and column `place` for a descriptor.
     MASKED: rows from `limit` on may be outside the tensor. CLEAN: they must read as zero, because a cache may
     contain anything there, even NaN (scores are masked anyway, values are not).
+    PAGE: rows of a page, 0 without. With pages the head starts there in each; `pages` are those of the rows
+    (`pages_of`), `page_stride` apart (for a descriptor in rows), and rows before `begin` are not there.
     """
     if TMA:
-        tile = x.load([place[0] + first, place[1]])
+        if PAGE == 0:
+            tile = x.load([place[0] + first, place[1]])
+        else:
+            tile = x.load([place[0] + pages * page_stride + first % PAGE, place[1]])
         if MASKED and CLEAN:
-            tile = tl.where((first + tl.arange(0, ROWS) < limit)[:, None], tile, 0.0)
+            there = first + tl.arange(0, ROWS) < limit
+            if PAGE > 0:
+                there = there & (first + tl.arange(0, ROWS) >= begin)
+            tile = tl.where(there[:, None], tile, 0.0)
     else:
         rows = tl.arange(0, ROWS)
         columns = tl.arange(0, WIDTH)
-        pointers = (
-            x + offset + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-        )
+        if PAGE == 0:
+            pointers = (
+                x + offset + first.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+            )
+        else:
+            # A tile begins where a page does, or lies inside one.
+            inside = first % PAGE + rows if PAGE >= ROWS else rows % PAGE
+            starts = pages.to(tl.int64) * page_stride + inside * stride
+            pointers = x + offset + starts[:, None] + columns[None, :]
         if MASKED:
-            held = (first + rows < limit)[:, None] & (columns < COLUMNS)[None, :]
+            there = first + rows < limit
+            if PAGE > 0:
+                there = there & (first + rows >= begin)
+            held = there[:, None] & (columns < COLUMNS)[None, :]
             tile = tl.load(pointers, mask=held, other=0.0)
         elif WIDTH != COLUMNS:
             tile = tl.load(pointers, mask=(columns < COLUMNS)[None, :], other=0.0)

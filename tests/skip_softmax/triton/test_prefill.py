@@ -14,6 +14,7 @@ from planting import (
     Planted,
     check_decisions_near_the_threshold,
     check_prefill,
+    paged,
     plant,
 )
 
@@ -274,7 +275,7 @@ def test_torch_compile_sees_one_graph() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
     counts = torch.zeros(1, 2, 2, dtype=torch.int64, device=DEVICE)
-    rest = 0.05, None, True, 0.2, None, 64, 32, 64, 0, None, None, None, None, 65, 100, 35
+    rest = 0.05, None, True, 0.2, None, 64, 32, 64, 0, *[None] * 5, 65, 100, 35
     for counted in (counts, counts[0], None):
         torch.library.opcheck(
             torch.ops.skip_softmax.prefill.default,
@@ -294,6 +295,11 @@ def test_torch_compile_sees_one_graph() -> None:
             "128 x 256 numbers of torch.float32 at once are 128 KiB",
         ),
         ({"tile_kv": 8}, "tile_kv 8"),
+        ({"page": 24, "tile_kv": 16}, "page size 24 is no multiple of 16"),
+        (
+            {"page": 48, "tile_kv": 32},
+            "page size 48 is no multiple of 16 that divides tile_kv 32 or is divided",
+        ),
         ({"scale": -1.0}, "scale -1.0"),
     ],
 )
@@ -301,6 +307,11 @@ def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], wo
     shape = {"dtype": torch.float32, "head_dim": 64} | change
     p = plant(q_len=10, kv_len=20, dtype=shape.pop("dtype"), head_dim=shape.pop("head_dim"))
     call = {key: value for key, value in change.items() if key in shape}
+    if page := call.pop("page", 0):
+        k, v, table = paged(p, page)
+        with pytest.raises(NotImplementedError, match=words):
+            ss.attention(p.q, k, v, block_table=table, kv_lens=[20], backend="triton", **call)
+        return
     with pytest.raises(NotImplementedError, match=words):
         ss.attention(p.q, p.k, p.v, backend="triton", **call)
 

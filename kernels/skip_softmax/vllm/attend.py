@@ -171,7 +171,10 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
                 if any(numbers[phase]):
                     # Kernels read fp32 without a copy; the reference compares in fp64, as `applied` does.
                     dtype = torch.float32 if device.type == "cuda" else torch.float64
-                    self.factors[phase] = torch.tensor(numbers[phase], dtype=dtype, device=device)
+                    factors = torch.tensor(numbers[phase], dtype=dtype, device=device)
+                    self.factors[phase] = factors
+                    if phase == "decode":
+                        self.plan.decode.append((factors, factors.clone()))
                 self.counts[phase] = torch.zeros(heads[phase], 2, dtype=torch.int64, device=device)
 
 

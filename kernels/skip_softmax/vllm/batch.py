@@ -1,7 +1,14 @@
 """Reads a batch of vLLM: which requests decode, which read their prompt, and where their pages are.
 
 What is decode follows the thresholds file, not the shape of the batch: a token behind the prompt is decode,
-and every token of the prompt is prefill, also the last chunk of a prompt if it holds one token.
+and every token of the prompt is prefill, also the last chunk of a prompt if it holds one token. Three things
+limit that, because vLLM does not say where a prompt ends:
+
+- A batch in which every request has one token may replay a graph, in which all of them decode. If one of them
+  is the last of its prompt, decode skips nothing in that step.
+- A request that was preempted reads again what it had generated; where that shares a chunk with the end of
+  its prompt, it is prefill.
+- Drafts that are verified are decode, each with the keys that it sees, as if they came one by one.
 """
 
 from __future__ import annotations
@@ -71,6 +78,9 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         startup.check_pages(vllm_config, kv_cache_spec, device)
         answers.answer(vllm_config)
+        self.plan = startup.plan_of(vllm_config)
+        mode = vllm_config.compilation_config.cudagraph_mode
+        self.replays = mode is not None and mode.has_full_cudagraphs()
 
     def build(
         self,
@@ -89,13 +99,27 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
                 "vLLM must say which requests still read their prompt, but this model runner does not; use "
                 "VLLM_USE_V2_MODEL_RUNNER=0"
             )
-        return _read(common_attn_metadata, prompts.tolist())
+        reading: list[bool] = prompts.tolist()
+        if self.replays:
+            self.plan.pause_decode(_ends_alone(common_attn_metadata, reading))
+        return _read(common_attn_metadata, reading)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SkipSoftmaxMetadata:
         """A batch that only decodes; its tensors are those of the batches that replay it."""
         return _read(common_attn_metadata, [False] * common_attn_metadata.num_reqs)
+
+
+def _ends_alone(batch: CommonAttentionMetadata, prompts: list[bool]) -> bool:
+    """Whether a request reads one token behind others of its prompt, in a batch that may replay a graph."""
+    if batch.max_query_len > 1:
+        return False
+    kv_lens = batch.seq_lens_cpu_upper_bound
+    return any(
+        prompt and (kv_lens is None or int(kv_lens[request]) > 1)
+        for request, prompt in enumerate(prompts)
+    )
 
 
 def _read(batch: CommonAttentionMetadata, prompts: list[bool]) -> SkipSoftmaxMetadata:

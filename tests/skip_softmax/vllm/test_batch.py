@@ -37,7 +37,7 @@ def batch(
 def built(common: Any, *, capture: bool = False) -> Any:
     from skip_softmax.vllm.batch import SkipSoftmaxBuilder
 
-    self: Any = SimpleNamespace()
+    self: Any = SimpleNamespace(replays=False)
     if capture:
         return SkipSoftmaxBuilder.build_for_cudagraph_capture(self, common).stretches
     return SkipSoftmaxBuilder.build(self, 0, common).stretches
@@ -80,6 +80,30 @@ def test_a_captured_batch_decodes_in_the_tensors_that_are_filled_at_every_replay
     assert decode.phase == "decode"
     assert decode.kv_lens.data_ptr() == common.seq_lens.data_ptr()
     assert decode.table.data_ptr() == common.block_table_tensor.data_ptr()
+
+
+def test_a_prompt_s_last_token_stops_skipping_in_the_step_that_may_replay_a_graph() -> None:
+    from skip_softmax.vllm.batch import SkipSoftmaxBuilder
+    from skip_softmax.vllm.startup import Plan
+
+    plan = Plan(None, "", (), 4, 2, {"prefill": {}, "decode": {}}, {"prefill": 0, "decode": 0})
+    read, numbers = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
+    plan.decode.append((read, numbers))
+    self: Any = SimpleNamespace(replays=True, plan=plan)
+
+    def step(lengths: list[int], kv_lens: list[int], prompts: list[bool]) -> list[float]:
+        lens = torch.tensor(kv_lens, dtype=torch.int32)
+        SkipSoftmaxBuilder.build(
+            self, 0, batch(lengths, kv_lens, prompts, seq_lens_cpu_upper_bound=lens)
+        )
+        return read.tolist()
+
+    assert step([1, 1], [9, 70], [False, False]) == [3.0, 4.0]
+    assert step([1, 1], [9, 70], [False, True]) == [0.0, 0.0]
+    assert step([1, 1], [10, 71], [False, False]) == [3.0, 4.0]
+    # A prompt of one token has nothing to skip; a batch with a longer chunk replays no such graph.
+    assert step([1, 1], [9, 1], [False, True]) == [3.0, 4.0]
+    assert step([1, 2], [9, 70], [True, True]) == [3.0, 4.0]
 
 
 def test_what_is_not_said_is_not_guessed() -> None:

@@ -82,9 +82,9 @@ def log_probabilities(
 
 
 def check(
-    folder: Path, file: Path, served: Any, requests: list[list[int]]
+    folder: Path, file: Path, served: Any, requests: list[list[int]], **changes: Any
 ) -> dict[str, torch.Tensor]:
-    llm = cleared(served(folder, file, **WHOLE))
+    llm = cleared(served(folder, file, **{**WHOLE, **changes}))
     tokens, logs = log_probabilities(llm, requests)
     wanted_tokens, wanted_logs, wanted = by_applied(folder, file, requests)
     found = counted(llm)
@@ -103,3 +103,35 @@ def test_tiles_and_log_probabilities_are_those_of_applied(
     for phase, tiles in found.items():
         visited, skipped = tiles.sum((0, 1)).tolist()
         assert 0.05 < skipped / visited < 0.95, phase
+
+
+def test_chunks_are_those_that_were_calibrated_and_a_last_token_alone_is_prefill(
+    little: Path, tmp_path: Path, served: Any
+) -> None:
+    geometry = {
+        "prefill": {"tile_q": 16, "tile_kv": 32, "dense_last": 8, "chunk": 256},
+        "decode": {"tile_kv": 32},
+    }
+    file = planted_file.saved(little, tmp_path / "t.yaml", geometry=geometry)
+    requests = [tiny.tokens(length, length)[0].tolist() for length in (257, 513, 700)]
+    # One request at a time: several would share a step, and be cut elsewhere.
+    found = check(little, file, served, requests, max_num_batched_tokens=256, max_num_seqs=1)
+    visited, skipped = found["prefill"].sum((0, 1)).tolist()
+    assert 0.05 < skipped / visited < 0.95
+
+
+def test_a_real_model_skips_what_applied_skips(
+    smollm2_folder: Path, tmp_path: Path, served: Any
+) -> None:
+    file = planted_file.saved(
+        smollm2_folder, tmp_path / "t.yaml", layers=[{"layer": 3, "decode": [0.0, 9.0, 30.0]}],
+        min_kv_len={"prefill": 256, "decode": 40},
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    requests = [
+        torch.randint(2, 49152, (length,), generator=generator).tolist()
+        for length in (50, 300, 450)
+    ]
+    found = check(smollm2_folder, file, served, requests)
+    for phase, tiles in found.items():
+        assert tiles[..., 1].sum() > 0, phase

@@ -71,7 +71,7 @@ def test_a_server_that_fits_says_what_it_runs_in_one_line(
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.INFO):
         plan = planned(server(folder, file))
-    (line,) = [record.getMessage() for record in caplog.records if "t.yaml" in record.getMessage()]
+    (line,) = {record.getMessage() for record in caplog.records if "t.yaml" in record.getMessage()}
     assert line == (
         f"{file} (sha256 {plan.sha256[:12]}) for planted; prefill skips in 2 of 2 layers, scale factors 60 "
         "to 240, tiles 16x32, from 256 keys on; decode skips in 2 of 2 layers, scale factors 4 to 20, tiles "

@@ -59,6 +59,9 @@ def test_dense_requests_that_share_prefixes_chunks_and_too_small_a_cache(
         disable_log_stats=False,
     )  # fmt: skip
     assert together(crowded, prompts) == wanted
+    found = {metric.name: metric for metric in crowded.get_metrics()}
+    assert found["vllm:num_preemptions"].value > 0
+    assert found["vllm:prefix_cache_hits"].value > 0
 
 
 def test_requests_whose_prompts_are_not_cut_skip_as_they_do_alone(

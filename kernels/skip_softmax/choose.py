@@ -46,6 +46,17 @@ def able(operation: Operation, call: Call, device: Device) -> list[str]:
     ]
 
 
+def why_not(operation: Operation, call: Call, device: Device) -> str | None:
+    """Why no kernel can run a call on a device, kernel by kernel; None: one can."""
+    reasons = []
+    for path in KERNELS[operation]:
+        reason = _room(path).why_not(call, device)
+        if reason is None:
+            return None
+        reasons.append(f"{path.split('.')[0]}: {reason}")
+    return "; ".join(reasons) or f"no kernel implements {operation}"
+
+
 def choose(
     operation: Operation, backend: Backend, call: Call, of: torch.device, stacklevel: int = 4
 ) -> ModuleType | None:

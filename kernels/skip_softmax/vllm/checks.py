@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
-
-from skip_softmax.choose import Backend, Operation, backends, choose
+from skip_softmax.choose import why_not
+from skip_softmax.launch import Device
 from skip_softmax.meaning.call import Call
 from skip_softmax.thresholds.evidence import EvidenceSection
 from skip_softmax.thresholds.file import Thresholds
@@ -201,9 +200,9 @@ INSISTED = {
 
 
 def no_kernel(
-    config: Any, spec: Any, device: torch.device, tiles: dict[Phase, dict[str, Any]]
+    config: Any, spec: Any, device: Device, tiles: dict[Phase, dict[str, Any]]
 ) -> str | None:
-    """A geometry that no kernel can run on this device's pages: the reference is far too slow.
+    """Pages or tiles that no kernel can run: the reference is far too slow to serve with.
 
     Args:
         config: vLLM's whole configuration.
@@ -211,8 +210,6 @@ def no_kernel(
         device: where its cache is.
         tiles: keywords of the operations per phase.
     """
-    if device.type == "cpu":
-        return None  # the reference is all there is
     model = config.model_config
     group = model.hf_text_config.num_attention_heads // model.get_total_num_kv_heads()
     usual: dict[Phase, dict[str, Any]] = {
@@ -223,23 +220,14 @@ def no_kernel(
         call = Call(
             q_len=1, kv_len=model.max_model_len, q_heads=spec.num_kv_heads * group,
             kv_heads=spec.num_kv_heads, head_dim=spec.head_size, value_dim=spec.head_size, dtype=spec.dtype,
-            scale=1.0, page=spec.block_size, **{**usual[phase], **tiles[phase]},
+            scale=1.0, ragged=True, page=spec.block_size, **{**usual[phase], **tiles[phase]},
         )  # fmt: skip
-        reasons = [_why_not(phase, name, call, device) for name in backends(phase)]
-        if None not in reasons:
+        reason = why_not(phase, call, device)
+        if reason is not None:
             return (
-                f"a kernel must be able to run {phase}, but none can: {'; '.join(map(str, reasons))}; choose "
-                "another --block-size, or calibrate with other tiles"
+                f"a kernel must be able to run {phase} in pages of {spec.block_size} tokens, but none can "
+                f"({reason}); choose another --block-size, or calibrate with other tiles"
             )
-    return None
-
-
-def _why_not(operation: Operation, name: str, call: Call, device: torch.device) -> str | None:
-    backend: Backend = next(known for known in get_args(Backend) if known == name)
-    try:
-        choose(operation, backend, call, device)
-    except NotImplementedError as error:
-        return str(error)
     return None
 
 

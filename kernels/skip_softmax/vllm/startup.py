@@ -10,6 +10,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from skip_softmax.launch import device_of
 from skip_softmax.thresholds.evidence import EvidenceSection
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
@@ -113,12 +114,19 @@ def plan_of(config: Any) -> Plan:
 
 
 def check_pages(config: Any, spec: Any, device: torch.device) -> None:
-    """Refuses pages or tiles that no kernel can run; `checks.no_kernel` has the arguments.
+    """Refuses pages or tiles that no kernel can run; on a CPU the reference is all there is.
+
+    Args:
+        config: vLLM's whole configuration.
+        spec: of a KV cache group.
+        device: where its cache is.
 
     Raises:
         ValueError: no kernel can.
     """
-    reason = checks.no_kernel(config, spec, device, plan_of(config).tiles)
+    if device.type == "cpu":
+        return
+    reason = checks.no_kernel(config, spec, device_of(device), plan_of(config).tiles)
     if reason is not None:
         raise ValueError(reason)
 

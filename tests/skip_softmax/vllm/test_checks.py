@@ -216,6 +216,21 @@ def test_options_that_are_misspelt_are_refused(folder: Path, section: Any) -> No
         planned(config)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_pages_that_no_kernel_can_read_are_refused(folder: Path, phase: str) -> None:
+    from skip_softmax.launch import Device
+    from skip_softmax.vllm import checks
+
+    def reason(page: int, **tiles: Any) -> str | None:
+        spec = SimpleNamespace(num_kv_heads=2, head_size=32, dtype=torch.bfloat16, block_size=page)
+        given: Any = {"prefill": {}, "decode": {}, phase: tiles}
+        return checks.no_kernel(server(folder, None), spec, Device(9), given)
+
+    assert reason(64) is None
+    assert "in pages of 48 tokens, but none can (" in str(reason(48))
+    assert f"run {phase} in pages of 64 tokens" in str(reason(64, tile_kv=512))
+
+
 # Tensor parallel, and layers.
 
 

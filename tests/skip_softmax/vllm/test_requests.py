@@ -17,7 +17,7 @@ pytestmark = pytest.mark.vllm
 
 REQUESTS = int(os.environ.get("SKIP_SOFTMAX_REQUESTS", "100"))
 LONGEST = 8000
-COUNT = 6
+COUNT = 20
 
 
 def requests(count: int, *, shared: bool) -> list[list[int]]:
@@ -53,9 +53,9 @@ def test_dense_requests_that_share_prefixes_chunks_and_too_small_a_cache(
 ) -> None:
     prompts = requests(REQUESTS, shared=True)
     wanted = alone(served(little, **ONE_BY_ONE), prompts)
-    # 200 pages of 64 tokens hold one long request and a half, so that requests are preempted.
+    # Its pages hold little more than the longest request, so that others are preempted when they grow.
     crowded = served(
-        little, max_model_len=8192, max_num_batched_tokens=1024, num_gpu_blocks_override=200,
+        little, max_model_len=8192, max_num_batched_tokens=1024, num_gpu_blocks_override=540, block_size=16,
         disable_log_stats=False,
     )  # fmt: skip
     assert together(crowded, prompts) == wanted

@@ -7,6 +7,7 @@ from typing import Any
 
 import planted_file
 import pytest
+import serving
 import tiny
 import torch
 
@@ -135,3 +136,37 @@ def test_a_real_model_skips_what_applied_skips(
     found = check(smollm2_folder, file, served, requests)
     for phase, tiles in found.items():
         assert tiles[..., 1].sum() > 0, phase
+
+
+def test_two_ranks_skip_in_their_own_heads_what_one_skips_in_all(
+    little: Path, tmp_path: Path, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skip_softmax.vllm import counters
+
+    file = planted_file.saved(little, tmp_path / "t.yaml")
+    alone = cleared(served(little, file, **WHOLE))
+    tokens = serving.generated(alone, prompts(), COUNT)
+    found = counted(alone)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # else they want a NUMA node each
+    two = cleared(served(little, file, tensor_parallel_size=2, **WHOLE))
+    assert serving.generated(two, prompts(), COUNT) == tokens
+    ranks = two.collective_rpc(counters.read)
+    for phase, tiles in found.items():
+        split = torch.cat([torch.tensor(list(rank[phase].values())) for rank in ranks], 1)
+        assert split.tolist() == tiles.tolist(), phase
+
+
+def test_drafts_are_verified_as_if_they_came_one_by_one(
+    little: Path, tmp_path: Path, served: Any
+) -> None:
+    file = planted_file.saved(little, tmp_path / "t.yaml")
+    wanted = serving.generated(served(little, file, **WHOLE), prompts(), COUNT)
+    drafting = served(
+        little, file, disable_log_stats=False, **WHOLE,
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+        },
+    )  # fmt: skip
+    assert serving.generated(drafting, prompts(), COUNT) == wanted
+    found = {metric.name: metric for metric in drafting.get_metrics()}
+    assert found["vllm:spec_decode_num_draft_tokens"].value > 0

@@ -222,7 +222,7 @@ def test_pages_that_no_kernel_can_read_are_refused(folder: Path, phase: str) -> 
     from skip_softmax.vllm import checks
 
     def reason(page: int, **tiles: Any) -> str | None:
-        spec = SimpleNamespace(num_kv_heads=2, head_size=32, dtype=torch.bfloat16, block_size=page)
+        spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.bfloat16, block_size=page)
         given: Any = {"prefill": {}, "decode": {}, phase: tiles}
         return checks.no_kernel(server(folder, None), spec, Device(9), given)
 

@@ -55,8 +55,8 @@ def test_dense_requests_that_share_prefixes_chunks_and_too_small_a_cache(
     wanted = alone(served(little, **ONE_BY_ONE), prompts)
     # Its pages hold little more than the longest request, so that others are preempted when they grow.
     crowded = served(
-        little, max_model_len=8192, max_num_batched_tokens=1024, num_gpu_blocks_override=540, block_size=16,
-        disable_log_stats=False,
+        little, max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=32,
+        num_gpu_blocks_override=540, block_size=16, disable_log_stats=False,
     )  # fmt: skip
     assert together(crowded, prompts) == wanted
     found = {metric.name: metric for metric in crowded.get_metrics()}

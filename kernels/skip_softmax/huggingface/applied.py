@@ -86,9 +86,9 @@ def applied(
     """Runs a model with a thresholds file; undone on exit, also after an exception.
 
     Continuous batching (`model.generate_batch` and managers that are made inside the block, as transformers
-    5.23 has them) gives each request the numbers and the counts that `generate` gives it alone. Where a
-    prompt is read in chunks (longer than what is left of `max_batch_tokens`, or behind a prefix that is in
-    the cache), a chunk's threshold is that of its end, as in any call with a cache. CUDA graphs and
+    5.21 to 5.23 have them) gives each request the numbers and the counts that `generate` gives it alone.
+    Where a prompt is read in chunks (longer than what is left of `max_batch_tokens`, or behind a prefix that
+    is in the cache), a chunk's threshold is that of its end, as in any call with a cache. CUDA graphs and
     `torch.compile` are refused there. Managers end with the block, and finish their requests first.
 
     Args:

@@ -129,7 +129,7 @@ def packed(given: Given, layer: int, decode_from: int | None, *, in_pages: bool)
     cache = given.keywords["cache"]
     step = step_of(cache)
     if step is None:
-        return "continuous batching of a kind that is not known here (transformers 5.23's is)"
+        return "continuous batching of a kind that is not known here (that of transformers 5.21 to 5.23 is)"
     plain = arguments(given, UNDERSTOOD | _OF_A_STEP)
     if isinstance(plain, str):
         return plain

@@ -128,19 +128,7 @@ def assert_accurate(
 
 def paged(p: Planted, page: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same cache in shuffled pages whose unused rows are NaN, and its table."""
-    batch, heads, kv_len, dim = p.k.shape
-    count = -(-kv_len // page)
-    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).view(
-        batch, count
-    )
-    pages = []
-    for cache in (p.k, p.v):
-        padded = torch.nn.functional.pad(cache, (0, 0, 0, count * page - kv_len), value=torch.nan)
-        split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
-        pages.append(
-            torch.empty_like(split).index_copy_(0, table.flatten().to(cache.device), split)
-        )
-    return *pages, table.to(p.k.device)
+    return inputs.in_pages(p.k, p.v, page, seed)
 
 
 def served_pages(
@@ -151,20 +139,18 @@ def served_pages(
     window: int | None = None,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pages as an engine keeps them, tokens before heads in memory and keys beside values, and their table.
+    """Pages as engines keep them, three of them owned by nobody and NaN, and their table.
 
-    Three pages that nobody owns are NaN, and entries of the table that no request needs are far out of range.
+    Entries of the table that no request needs are far out of range.
     """
     k, v, table = paged(p, page, seed)
-    both = torch.nn.functional.pad(
-        torch.cat([k, v], -1).transpose(1, 2), (0, 0) * 3 + (3, 0), value=torch.nan
-    )
-    table = table + 3
+    nobody = torch.full_like(k[:3], torch.nan)
+    table = table + len(nobody)
     for b, (rows, keys) in enumerate(zip(q_lens, kv_lens, strict=True)):
         table[b, -(-keys // page) if rows else 0 :] = 10**9
         if window is not None:
             table[b, : max(keys - rows + 1 - window, 0) // page] = -(10**9)
-    return *both.transpose(1, 2).split(k.shape[-1], -1), table
+    return *inputs.as_engines_keep(torch.cat([nobody, k]), torch.cat([nobody, v])), table
 
 
 def check_prefill(

@@ -85,3 +85,37 @@ def planted(
         q[..., :1] = STRENGTH
     k[..., : keys.shape[-1]] = (keys * math.sqrt(head_dim) / STRENGTH).to(dtype)
     return q, k, v, kv_len * math.exp(CUT)
+
+
+def in_pages(
+    k: torch.Tensor, v: torch.Tensor, page: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same keys and values in shuffled pages whose unused rows are NaN, and their table.
+
+    Args:
+        k: keys [B, Hkv, Skv, D].
+        v: values [B, Hkv, Skv, D].
+        page: rows of a page.
+        seed: of the order of pages.
+
+    Returns:
+        Pages of keys and of values [pages, Hkv, page, D], page numbers [B, pages per request].
+    """
+    batch, heads, kv_len, dim = k.shape
+    count = -(-kv_len // page)
+    table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).to(
+        k.device
+    )
+
+    def pages(x: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, count * page - kv_len), value=torch.nan)
+        split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+        return torch.empty_like(split).index_copy_(0, table, split)
+
+    return pages(k), pages(v), table.view(batch, count)
+
+
+def as_engines_keep(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages with tokens before heads in memory, and each key beside its value."""
+    both = torch.cat([k, v], -1).transpose(1, 2).contiguous().transpose(1, 2)
+    return both[..., : k.shape[-1]], both[..., k.shape[-1] :]

@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     wrong = []
     for backend in options.backend:
         try:
-            wrong += timings.gate(dtype, backend)
+            pages = options.page if "prefill" in BACKENDS[backend] else ()
+            wrong += timings.gate(dtype, backend, pages=pages)
         except NotImplementedError as error:
             return _refuse(f"--backend {backend} must run on this device, but it says: {error}")
     if wrong:
@@ -124,6 +125,10 @@ def _options(arguments: list[str] | None, prog: str | None) -> argparse.Namespac
     parser.add_argument(
         "--head-dim", nargs="+", type=_positive, default=[128, 64], metavar="SIZE",
         help="for all phases",
+    )  # fmt: skip
+    parser.add_argument(
+        "--page", nargs="+", type=_positive, default=(), metavar="ROWS",
+        help="for prefill: also through a block table, in pages of so many tokens",
     )  # fmt: skip
     parser.add_argument(
         "--decode", nargs="+", type=_case, default=[(64, 16384), (1, 131072)], metavar="BATCHxTOKENS",
@@ -207,7 +212,9 @@ def _measure(options: argparse.Namespace, dtype: Any) -> Iterator[Row]:
                 min(3, options.repeats), math.ceil(options.repeats * min(1, 16384 / length))
             )
             if able.get("prefill"):
-                yield from timings.prefill_rows(length, head_dim, dtype, repeats, able["prefill"])
+                yield from timings.prefill_rows(
+                    length, head_dim, dtype, repeats, able["prefill"], options.page
+                )
             if able.get("statistics"):
                 yield from timings.statistics_rows(
                     length, head_dim, dtype, repeats, able["statistics"]
@@ -216,7 +223,7 @@ def _measure(options: argparse.Namespace, dtype: Any) -> Iterator[Row]:
 
 COLUMNS = (
     "phase", "backend", "shape", "inputs", "sparsity", "ms", "rate", "to cuDNN dense", "to own dense",
-    "of the bound",
+    "of the bound", "time to contiguous",
 )  # fmt: skip
 
 
@@ -232,13 +239,14 @@ def _cells(row: Row) -> list[str]:
         row["backend"],
         f"{row['batch']} × {row['q_heads']}/{row['kv_heads']} heads × {row['q_len']}/{row['kv_len']} × "
         f"{row['head_dim']}",
-        row.get("inputs", "–"),
+        row.get("inputs", "–") + (f", pages of {row['page']}" if "page" in row else ""),
         number("sparsity", "{:.1%}"),
         number("ms", "{:.4g} ms"),
         rate if rate != "–" else number("tb_per_s", "{:.2f} TB/s"),
         number("speedup_to_cudnn", "{:.2f}×"),
         number("speedup_to_dense", "{:.2f}×"),
         number("share_of_bound", "{:.0%}"),
+        number("to_contiguous", "{:.3f}×"),
     ]
 
 
@@ -264,6 +272,7 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     drawn = [row for row in rows if row["phase"] in ("prefill", "decode") and "inputs" in row]
+    drawn = [row for row in drawn if "page" not in row]
     panels = sorted({(row["phase"], row["head_dim"]) for row in drawn}, reverse=True)
     figure, axes = plt.subplots(
         1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4.5), layout="constrained", squeeze=False

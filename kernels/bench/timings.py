@@ -15,7 +15,7 @@ from typing import Any
 import rivals
 import torch
 import triton
-from inputs import Kind, planted
+from inputs import Kind, as_engines_keep, in_pages, planted
 
 import skip_softmax as ss
 from skip_softmax.choose import Backend, backends
@@ -32,7 +32,13 @@ Row = dict[str, Any]
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def gate(dtype: torch.dtype, backend: Backend, q_len: int = 1000, kv_len: int = 1500) -> list[str]:
+def gate(
+    dtype: torch.dtype,
+    backend: Backend,
+    q_len: int = 1000,
+    kv_len: int = 1500,
+    pages: Sequence[int] = (),
+) -> list[str]:
     """Where a backend disagrees with the reference on this device; empty: green."""
     wrong = []
     for head_dim in (64, 128):
@@ -43,6 +49,10 @@ def gate(dtype: torch.dtype, backend: Backend, q_len: int = 1000, kv_len: int = 
             "prefill": partial(ss.attention, q, k, v, scale_factor=factor),
             "dense prefill": partial(ss.attention, q, k, v),
         }
+        for page in pages:
+            calls[f"prefill in pages of {page}"] = partial(
+                _in_pages(q, k, v, page), scale_factor=factor
+            )
         if backend in backends("decode"):
             calls["decode"] = partial(
                 ss.decode_attention, q[:, :, :2], k, v, scale_factor=factor, running_max="seeded"
@@ -64,6 +74,19 @@ def gate(dtype: torch.dtype, backend: Backend, q_len: int = 1000, kv_len: int = 
         if backend in backends("statistics"):
             wrong += _wrong_statistics(q, k, v, backend)
     return wrong
+
+
+def _in_pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page: int) -> Callable[..., Any]:
+    """Prefill of the same keys and values through a block table, as an engine keeps them."""
+    k_pages, v_pages, table = in_pages(k, v, page)
+    kv_lens = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)
+    return partial(
+        ss.attention,
+        q,
+        *as_engines_keep(k_pages, v_pages),
+        block_table=table.int(),
+        kv_lens=kv_lens,
+    )
 
 
 def _wrong_statistics(
@@ -175,22 +198,36 @@ def _beside(
     factor: float,
     backends: Sequence[str],
     repeats: int,
+    paged: dict[int, Callable[..., Any]] | None = None,
 ) -> tuple[dict[str, float], dict[str, float], torch.Tensor]:
-    """Rivals and each backend, dense and armed, in turns: times [ms], sparsities, and one armed output."""
+    """Rivals and each backend, dense and armed, in turns: times [ms], sparsities, and one armed output.
+
+    `paged` calls, by size of page, take turns with them; `_over` names them.
+    """
     calls, sparsities = dict(rivals_ready), {}
     for backend in backends:
-        call = partial(attend, backend=backend)
-        out, stats = call(scale_factor=factor, return_stats=True)
-        sparsities[backend] = (stats.skipped.sum() / stats.visited.sum()).item()
-        calls[f"{backend} dense"] = ready(partial(call, scale_factor=0.0))
-        calls[backend] = ready(partial(call, scale_factor=factor))
+        for page, one in [*(paged or {}).items(), (0, attend)]:
+            name, call = _over(backend, page), partial(one, backend=backend)
+            out, stats = call(scale_factor=factor, return_stats=True)
+            sparsities[name] = (stats.skipped.sum() / stats.visited.sum()).item()
+            calls[f"{name} dense"] = ready(partial(call, scale_factor=0.0))
+            calls[name] = ready(partial(call, scale_factor=factor))
     return median_times(calls, repeats), sparsities, out
 
 
+def _over(backend: str, page: int) -> str:
+    return f"{backend} in pages of {page}" if page else backend
+
+
 def prefill_rows(
-    length: int, head_dim: int, dtype: torch.dtype, repeats: int, backends: Sequence[str]
+    length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    repeats: int,
+    backends: Sequence[str],
+    pages: Sequence[int] = (),
 ) -> Iterator[Row]:
-    """Every sparsity of both kinds of inputs with each backend, and the rivals' rows."""
+    """Every sparsity of both kinds of inputs with each backend, also in pages, and the rivals' rows."""
     flops = 4 * HEADS * length * length / 2 * head_dim
     shape = {
         "phase": "prefill", "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": head_dim,
@@ -209,13 +246,26 @@ def prefill_rows(
     for number, (about, q, k, v, factor) in enumerate(_prefill_inputs(length, head_dim, dtype)):
         call = partial(ss.attention, q, k, v, tile_q=TILE_Q, tile_kv=TILE_KV)
         sdpa = sdpa_ready(q, k, v, causal=True)
-        times, sparsities, out = _beside(sdpa, call, factor, backends, repeats)
+        paged = {
+            page: partial(_in_pages(q, k, v, page), tile_q=TILE_Q, tile_kv=TILE_KV)
+            for page in pages
+        }
+        times, sparsities, out = _beside(sdpa, call, factor, backends, repeats, paged)
         others = {name: times[name] for name in sdpa}
-        for backend, sparsity in sparsities.items():
-            yield {
-                **row(backend, times[backend], times[f"{backend} dense"], sparsity, about),
-                **_taken(repeats), **{f"{name}_ms": ms for name, ms in others.items()},
-            }  # fmt: skip
+        for backend in backends:
+            for page in (0, *pages):
+                name = _over(backend, page)
+                ms, dense = times[name], times[f"{name} dense"]
+                pair = {
+                    "to_contiguous": ms / times[backend],
+                    "dense_to_contiguous": dense / times[f"{backend} dense"],
+                }
+                yield {
+                    **row(backend, ms, dense, sparsities[name], about), **_taken(repeats),
+                    **({"page": page, **pair} if page else {}),
+                    **{f"{name}_ms": ms for name, ms in others.items()},
+                }  # fmt: skip
+        sparsity = sparsities[backends[-1]]
         if number == 0:  # the first inputs skip nothing: `out` is dense attention
             for name, ms in others.items():
                 yield {**row(name, ms, ms, 0.0, {}), **_taken(repeats)}

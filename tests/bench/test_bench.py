@@ -73,7 +73,7 @@ def small(program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr(timings, "SPARSITIES", (0.0, 0.57))
     monkeypatch.setattr(timings, "SINK_SPARSITIES", (0.57,))
     monkeypatch.setattr(timings, "DECODE_SPARSITIES", (0.0, 0.5))
-    monkeypatch.setattr(timings, "gate", lambda dtype, backend: [])
+    monkeypatch.setattr(timings, "gate", lambda dtype, backend, pages: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Abacus")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -186,6 +186,26 @@ def test_each_backend_has_rows_under_its_name_beside_the_same_rivals(
     assert names.count("flash") == 1 and asked.count("hopper") == asked.count("triton")
     assert "hopper" not in {row["backend"] for row in rows if row["phase"] == "decode"}
     assert "hopper has no kernel for decode" in err
+
+
+def test_calls_through_a_block_table_take_turns_with_contiguous_ones(
+    small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "sdpa_ready", lambda *_, causal: {})
+    monkeypatch.setattr(small, "SPARSITIES", (0.57,))
+    monkeypatch.setattr(small, "SINK_SPARSITIES", ())
+    monkeypatch.setattr(
+        small,
+        "median_times",
+        lambda calls, repeats: {name: 3.0 if "pages" in name else 2.0 for name in calls},
+    )
+    code, out, err = verb(*SMALL, "--phase", "prefill", "--page", "64", "128", "--json")
+    assert code == 0, err
+    rows = [row for row in json.loads(out)["rows"] if row["backend"] == "triton"]
+    assert [row.get("page") for row in rows] == [None, 64, 128]
+    assert len({row["sparsity"] for row in rows}) == 1 and rows[0]["sparsity"] > 0
+    assert [row.get("to_contiguous") for row in rows] == [None, 1.5, 1.5]
+    assert "blocks, pages of 64" in err and "1.500×" in err
 
 
 # FlashInfer.
@@ -314,7 +334,7 @@ def test_the_gate_is_green_for_the_kernels_and_red_for_others(
     pytest.importorskip("triton")
     timings = program("timings")
     monkeypatch.setattr(timings, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-    assert timings.gate(torch.float16, "triton", 130, 300) == []
+    assert timings.gate(torch.float16, "triton", 130, 300, pages=[64]) == []
     plain = ss.attention
 
     def never_skips(*arguments: Any, backend: str, **keywords: Any) -> Any:
@@ -323,16 +343,17 @@ def test_the_gate_is_green_for_the_kernels_and_red_for_others(
         return plain(*arguments, backend="reference", **keywords)
 
     monkeypatch.setattr(ss, "attention", never_skips, raising=False)
-    wrong = timings.gate(torch.float16, "hopper", 130, 300)
-    assert len(wrong) == 2 and all(
+    wrong = timings.gate(torch.float16, "hopper", 130, 300, pages=[64])
+    assert len(wrong) == 4 and all(
         "hopper prefill" in line and "tiles, not" in line for line in wrong
     )
+    assert ["in pages of 64" in line for line in wrong] == [False, True, False, True]
 
 
 def test_a_red_gate_exits_1_and_times_nothing(
     small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small, "gate", lambda dtype, backend: [f"{backend} is wrong"])
+    monkeypatch.setattr(small, "gate", lambda dtype, backend, pages: [f"{backend} is wrong"])
     monkeypatch.setattr(small, "median_times", lambda *_: pytest.fail("it was timed"))
     code, out, err = verb(*SMALL)
     assert (code, out) == (1, "")
@@ -342,7 +363,7 @@ def test_a_red_gate_exits_1_and_times_nothing(
 def test_a_backend_that_cannot_run_here_is_refused(
     small: Any, verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gate(dtype: torch.dtype, backend: str) -> list[str]:
+    def gate(dtype: torch.dtype, backend: str, pages: Any) -> list[str]:
         raise NotImplementedError("this device is no sm_90")
 
     monkeypatch.setattr(small, "gate", gate)
@@ -411,7 +432,16 @@ def test_help_names_the_verb_and_every_flag(
 ) -> None:
     code, out, err = verb("--help")
     assert (code, err) == (0, "") and out.startswith("usage: calibrate bench ")
-    for flag in ("--phase", "--backend", "--length", "--head-dim", "--decode", "--dtype", "--json"):
+    for flag in (
+        "--phase",
+        "--backend",
+        "--length",
+        "--head-dim",
+        "--page",
+        "--decode",
+        "--dtype",
+        "--json",
+    ):
         assert flag in out
 
 

@@ -152,7 +152,7 @@ def test_random_packed_prompts_match_the_reference(case: int) -> None:
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an sm_90 device")
-@pytest.mark.parametrize("check", [check_padded_and_whole, check_packed])
+@pytest.mark.parametrize("check", [check_padded_and_whole, check_packed, check_paged])
 @pytest.mark.parametrize("case", range(CASES))
 def test_random_prompts_on_hopper_match_the_reference(
     check: Callable[..., None], case: int

@@ -161,7 +161,7 @@ def hopper(
     groups = GROUPS[head_dim]
     blocks = cdiv(most_q + most_lead, ROWS * groups)
     items = requests * heads * blocks
-    if not items:
+    if not items or not q.numel():
         return
     if not k.numel():  # no key is read, but TMA cannot describe nothing
         k = v = q.new_zeros(1, k.shape[1], TILE_KV, head_dim)

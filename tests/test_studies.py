@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from planting import graded
 from studies import STUDIES, opened
 
+import skip_softmax as ss
 from calibrate.loss.measure import Outcome
 from calibrate.loss.sensitivity import LossModel
 from calibrate.prompts.build import Prompt
@@ -287,3 +289,35 @@ def test_shares_keep_many_small_keys_and_skip_a_lone_one_maxima_do_the_opposite(
         skip = levels < math.log2(25.0)
         assert int(skip.sum()) == 1
         assert tiles.attend(skip[None, None]).item() == pytest.approx(kept, rel=1e-5)
+
+
+def test_decisions_of_a_schedule_are_those_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks that end inside a vote too; and at one threshold chunks of whole votes move nothing."""
+    chunks = opened("chunks")
+    monkeypatch.setattr(chunks, "TILE_Q", 16)
+    monkeypatch.setattr(chunks, "TILE_KV", 16)
+    q, k, v = graded(4, 2, 200, 200, dtype=torch.float32)
+    gaps = ss.tile_gaps(q, k, tile_q=1, tile_kv=16)[0]
+    whole = chunks.decided(gaps, chunks.Schedule(None), 20.0, 200)[0]
+    found = {}
+    for size in (None, 64, 40):
+        schedule = chunks.Schedule(size)
+        rows, visited, skipped = chunks.decided(gaps, schedule, 20.0)
+        total, step = torch.zeros(2, dtype=torch.int64), size or 200
+        for start in range(0, 200, step):
+            part, end = q[:, :, start : start + step], min(start + step, 200)
+            call = {"scale_factor": 20.0, "tile_q": 16, "tile_kv": 16, "return_stats": True}
+            _, stats = ss.attention(part, k[:, :, :end], v[:, :, :end], **call)
+            total += torch.stack([stats.visited.sum(), stats.skipped.sum()])
+        assert [int(visited.sum()), int(skipped.sum())] == total.tolist()
+        moved = rows != chunks.decided(gaps, schedule, 20.0, 200)[0]
+        at_one = int((chunks.decided(gaps, schedule, 20.0, 200)[0] != whole).sum())
+        found[size] = int(skipped.sum()), at_one, bool(moved.any())
+    assert found[None][1:] == (0, False)
+    assert found[64][1:] == (0, True)
+    assert found[40][1] > 0
+    assert found[None][0] < found[64][0] < found[40][0]
+    by_chunk = chunks.Schedule(40, by_position=False)
+    assert [vote[:2] for vote in by_chunk.votes(50)] == [(0, 16), (16, 32), (32, 40), (40, 50)]
+    cut = [(0, 16), (16, 32), (32, 40), (40, 48), (48, 50)]
+    assert [vote[:2] for vote in chunks.Schedule(40).votes(50)] == cut

@@ -108,10 +108,10 @@ class _Evidence(BaseModel):
 
 
 class BoundSection(_Evidence):
-    """A mean over prompts, and its upper confidence bound."""
+    """A mean over prompts, and its upper confidence bound; None: too few prompts show it for a bound."""
 
     mean: float
-    upper: float
+    upper: float | None
 
 
 class LossSection(_Evidence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -55,6 +56,27 @@ def test_show_prints_chunks_and_dense_rows(call: Callable[..., Result], tmp_path
     result = call("show", file)
     assert (result.code, result.stderr) == (0, "")
     assert "64×128, last 64 rows dense, chunks of 1024" in " ".join(result.stdout.split())
+
+
+def test_a_loss_that_too_few_prompts_show_has_no_bound_and_the_file_opens(
+    call: Callable[..., Result], tmp_path: Path
+) -> None:
+    """One held-out prompt with an answer, one without: neither KL of its own has a bound."""
+    (tmp_path / "plain.yaml").write_text(THRESHOLDS)
+    bound = {"mean": 0.004, "upper": 0.006, "confidence": 0.95}
+    loss = {
+        "kl": bound,
+        "kl_text": {**bound, "upper": math.inf, "prompts": 1},
+        "score_drop": bound,
+        "heldout_prompts": 2,
+    }
+    file = Thresholds.load(tmp_path / "plain.yaml").model_copy(
+        update={"evidence": {"verdict": "passed", "loss": loss}}
+    )
+    file.save(tmp_path / "thresholds.yaml")
+    result = call("show", tmp_path / "thresholds.yaml")
+    assert (result.code, result.stderr) == (0, "")
+    assert "0.00400 (upper bound –) nats/token (1 prompts)" in " ".join(result.stdout.split())
 
 
 def test_show_prints_the_evidence_of_a_run(finished: Finished, call: Callable[..., Result]) -> None:

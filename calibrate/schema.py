@@ -223,6 +223,22 @@ class TargetConfig(_Section):
         """Largest scale factor that `min_kv_len > scale_factor` allows [tokens]."""
         return self.min_kv_len[phase] * 0.98
 
+    def first_chunks(self, chunk: int | None, engine: Engine) -> str | None:
+        """Why an engine computes a prompt's first chunks in another way than this run; None: it does not.
+
+        Args:
+            chunk: `geometry.prefill.chunk` [tokens].
+            engine: who will serve.
+        """
+        floor = self.min_kv_len.get("prefill", 0)
+        if engine == "native" or "prefill" not in self.phases or chunk is None or chunk >= floor:
+            return None
+        return (
+            f"`geometry.prefill.chunk >= target.min_kv_len.prefill` must hold for {engine}, which skips "
+            f"below `min_kv_len` too, but got {chunk} and {floor}; lower `target.min_kv_len.prefill`, or "
+            "calibrate for the native engine"
+        )
+
     @property
     def targets(self) -> dict[Phase, float]:
         """The target sparsity of each phase, in (0, 1); empty: the setting is searched for."""
@@ -392,6 +408,9 @@ class RunConfig(_Section):
                 f"`geometry.prefill.chunk` must be left out for `target.engine: {engine}`, which skips only "
                 f"where a whole prompt is one call, but got {chunk}; leave it out"
             )
+        refused = self.target.first_chunks(chunk, engine)
+        if refused is not None:
+            raise ValueError(refused)
         return self
 
     @model_validator(mode="after")

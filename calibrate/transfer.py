@@ -87,6 +87,9 @@ def project_run(
         engine, gpu, source.geometry, skipping, shape.head_dim, shape.q_heads // shape.kv_heads
     )
     ours = _at(run.config, tiles, engine_name, chosen)
+    refused = ours.target.first_chunks(ours.geometry.prefill.chunk, ours.target.engine)
+    if refused is not None:
+        raise UserError(refused)
     found = _projected(run, ours, winner, engine_name)
     return _emitted(run, ours, found, source, engine_name)
 

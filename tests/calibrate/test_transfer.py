@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,6 +215,19 @@ def test_a_projection_uses_the_engine_s_tiles_or_is_refused(
     assert made.evidence["dense"]["prefill"]["reason"] == "the projected number skips no tile there"
     assert made.evidence["sparsity"]["decode"]["achieved"] > 0
     assert {made.per_head(layer, "prefill") for layer in range(4)} == {(0.0,) * 4}
+
+
+def test_no_engine_that_skips_in_every_chunk_gets_a_projection_of_dense_ones(
+    call: Callable[..., Any], copied: Path
+) -> None:
+    for name in ("config.yaml", "thresholds.yaml"):
+        text = (copied / name).read_text(encoding="utf-8")
+        assert re.search(r"tile_q: 16,?\s+tile_kv: 16", text)
+        changed = re.sub(r"(tile_q: 16)(,?\s+)(tile_kv: 16)", r"\1\2\3\2chunk: 64", text, count=1)
+        (copied / name).write_text(changed, encoding="utf-8")
+    code, _, err = call("project", copied, "--engine", "sglang", "--phase", "prefill")
+    law = "`geometry.prefill.chunk >= target.min_kv_len.prefill` must hold for sglang"
+    assert code == 2 and law in err and "but got 64 and 200" in err, err
 
 
 @pytest.mark.usefixtures("tiny_tiles")

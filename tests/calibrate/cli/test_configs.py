@@ -12,7 +12,7 @@ from conftest import (
 )
 
 from calibrate.engines.catalogue import ENGINES
-from calibrate.schema import WHOLE_PROMPTS
+from calibrate.schema import WHOLE_PROMPTS, load_config
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,21 @@ def test_chunks_are_for_engines_that_skip_in_every_chunk(
     law = f"`geometry.prefill.chunk` must be left out for `target.engine: {engine}`"
     refused(run, str(config), law, "but got 64; leave it out")
     assert not (tmp_path / "run").exists()
+
+
+def test_first_chunks_below_the_floor_are_for_our_own_engine_alone(
+    call: Callable[..., Result], smoke: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = smoke("{tile_q: 16, tile_kv: 16}", "{tile_q: 16, tile_kv: 16, chunk: 64}")
+    run = call("run", config, "-o", tmp_path / "run", "--set", "target.engine=trtllm")
+    law = "`geometry.prefill.chunk >= target.min_kv_len.prefill` must hold for trtllm"
+    refused(run, str(config), law, "but got 64 and 200")
+    for change in (
+        "target.engine=native",
+        "geometry.prefill.chunk=208",
+        "target.phases=[decode]",
+    ):
+        load_config(config, ("target.engine=trtllm", change))
 
 
 def test_engines_that_serve_whole_prompts_are_those_whose_servers_say_so() -> None:

@@ -16,10 +16,10 @@ a chunk that ends inside a vote (a server whose decode tokens take a part of the
 The answer, in `chunks.json` beside this file (SmolLM2-135M-Instruct in fp32, tiles of 64 x 128; four prompts
 of 2K, and two of 4K for decisions alone; scale factors 64 and 250):
 
-- Chunks of 1024, 512 and 256 tokens skip 0.9, 1.8 and 2.4 points more than whole prompts of 2K at 64 (18.7 %),
-  and 1.2, 2.3 and 3.0 more at 250 (29.3 %). At 4K, in the dense run's decisions, it is 2.5, 3.2 and 3.7, and
-  2.7, 3.5 and 4.0. Nearly all of it is early: at 2K and 250 the first quarter skips 11.9 % in chunks of 256
-  and 4.6 % whole, the last one 37.9 and 37.2 %.
+- Chunks of 1024, 512 and 256 tokens skip 0.9, 1.8 and 2.4 points more than whole prompts of 2K at 64
+  (18.7 %), and 1.2, 2.3 and 3.0 more at 250 (29.3 %). At 4K, in the dense run's decisions, it is 2.5, 3.2 and
+  3.7, and 2.7, 3.5 and 4.0. Most of it is early: at 2K and 250 the first quarter skips 11.9 % in chunks of
+  256 and 4.6 % whole, the last one 37.9 and 37.2 %.
 - KL, of three of the four prompts, is 0.94 to 1.18 times that of the whole prompt, the middle of these 18 is
   1.01. The fourth, a needle, has 0.64 to 0.76 times at 64, and 0.80, 1.26 and 1.30 times at 250.
 - At one threshold, chunks of whole votes decide every pair as the whole prompt does. Chunks of 500 decide

@@ -5,6 +5,7 @@ A backend asked for by name never falls back: it runs the call or raises an erro
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
@@ -142,17 +143,15 @@ def attention(
     """
     if block_table is not None:
         check_table(block_table, kv_lens, q.shape[0], kv_start)
-    call = call_of(
-        q, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal, kv_start=kv_start,
-        dense_last=dense_last, min_kv_len=min_kv_len, table=block_table,
+    call, room = _settled(
+        "prefill", backend, q, k, v, block_table, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window,
+        causal=causal, kv_start=kv_start, dense_last=dense_last, min_kv_len=min_kv_len,
         ragged=q_lens is not None or kv_lens is not None,
     )  # fmt: skip
     requests = Requests(q_lens, kv_lens, table=block_table)
     if out is not None:
         check_out(out, q, call.value_dim)
-    written, stats = _attend(
-        "prefill", backend, call, q, k, v, scale_factor, requests, out, counts, return_stats
-    )
+    written, stats = _attend(room, call, q, k, v, scale_factor, requests, out, counts, return_stats)
     if out is None:
         out = _forward_only(written, q, k, v)
     return out if stats is None else (out, stats)
@@ -269,9 +268,9 @@ def attention_varlen(
         check_packed(cu_seqlens_k, k.shape[0], max_seqlen_k, "k")
         k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     queries = q.transpose(0, 1)[None]
-    call = call_of(
-        queries, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
-        dense_last=dense_last, min_kv_len=min_kv_len, table=block_table, q_len=max_seqlen_q,
+    call, room = _settled(
+        "prefill", backend, queries, k, v, block_table, tile_q=tile_q, tile_kv=tile_kv, scale=scale,
+        window=window, causal=causal, dense_last=dense_last, min_kv_len=min_kv_len, q_len=max_seqlen_q,
         kv_len=max_seqlen_k,
         # The same tensor twice: no request has a prefix.
         ragged=cu_seqlens_k is not cu_seqlens_q,
@@ -283,17 +282,7 @@ def attention_varlen(
         check_out(out, q, call.value_dim)
     heads_first = None if out is None else out.transpose(0, 1)[None]
     written, stats = _attend(
-        "prefill",
-        backend,
-        call,
-        queries,
-        k,
-        v,
-        scale_factor,
-        requests,
-        heads_first,
-        counts,
-        return_stats,
+        room, call, queries, k, v, scale_factor, requests, heads_first, counts, return_stats
     )
     if out is None:
         out = _forward_only(written[0].transpose(0, 1), q, k, v)
@@ -349,6 +338,11 @@ def decode_attention(
 
     A request of length 0 gives zeros, counts no tile, and its row of the block table is not read.
 
+    With lengths, block table and scale factors in tensors on the GPU, the call never waits for it and may be
+    captured in a CUDA graph, whose replays follow whatever the tensors then hold. Only the table's width, the
+    longest that a request may be, is captured. Programs are shared out on the device: a request gets them in
+    proportion to the KV tiles that it has at that moment, at least one and at most one for every four tiles.
+
     Args:
         q: queries [B, Hq, D], or [B, Hq, T, D] for runs of T tokens.
         k_cache: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with
@@ -380,15 +374,15 @@ def decode_attention(
     run = q if q.dim() == 4 else q[:, :, None]
     if block_table is not None:
         check_table(block_table, kv_lens, q.shape[0], kv_start)
-    call = call_of(
-        run, k_cache, v_cache, tile_q=None, tile_kv=tile_kv, scale=scale, window=window, kv_start=kv_start,
-        running_max=running_max, min_kv_len=min_kv_len, table=block_table,
+    call, room = _settled(
+        "decode", backend, run, k_cache, v_cache, block_table, tile_q=None, tile_kv=tile_kv, scale=scale,
+        window=window, kv_start=kv_start, running_max=running_max, min_kv_len=min_kv_len,
     )  # fmt: skip
     if out is not None:
         check_out(out, q, call.value_dim)
     requests = Requests(kv_lens=kv_lens, table=block_table)
     written, stats = _attend(
-        "decode", backend, call, run, k_cache, v_cache, scale_factor, requests,
+        room, call, run, k_cache, v_cache, scale_factor, requests,
         out if out is None or q.dim() == 4 else out[:, :, None], counts, return_stats,
     )  # fmt: skip
     if out is None:
@@ -396,9 +390,44 @@ def decode_attention(
     return out if stats is None else (out, stats)
 
 
-def _attend(
+# Calls that a kernel runs, by all that decides about them. Every layer of every step asks, and the answer
+# costs more of the host's time than a launch.
+_asked: dict[object, tuple[Call, ModuleType]] = {}
+MOST_ASKED = 1024
+
+
+def _settled(
     operation: Operation,
     backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor | None,
+    **about: Any,
+) -> tuple[Call, ModuleType | None]:
+    """The checked call (`call_of`, with `about`) and the room of the kernel that runs it (`choose`)."""
+    if torch.compiler.is_compiling():
+        call = call_of(q, k, v, table=table, **about)
+        return call, choose(operation, backend, call, q.device)
+    key = (
+        operation, backend, q.device, None if table is None else table.shape, *about.values(),
+        q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
+    )  # fmt: skip
+    found = _asked.get(key)
+    if found is not None:
+        return found
+    call = call_of(q, k, v, table=table, **about)
+    room = choose(operation, backend, call, q.device)
+    if room is None:
+        return call, None
+    if len(_asked) >= MOST_ASKED:
+        _asked.clear()
+    _asked[key] = call, room
+    return call, room
+
+
+def _attend(
+    room: ModuleType | None,
     call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -409,7 +438,7 @@ def _attend(
     counts: torch.Tensor | None,
     return_stats: bool,
 ) -> tuple[torch.Tensor, TileCounts | None]:
-    """Chooses who runs the call, and runs it.
+    """Runs a call, by the reference if `room` is None.
 
     Tiles are counted per request if `return_stats` is set, and added to `counts` if it is given; without
     either, a kernel counts none.
@@ -420,9 +449,10 @@ def _attend(
         raise RuntimeError(
             "`out` takes no gradients, but an input requires one; run under torch.no_grad()"
         )
-    room = choose(operation, backend, call, q.device)
-    shape = (requests.count(q), call.vote_heads, 2)
-    stats = torch.zeros(shape, dtype=torch.int64, device=q.device) if return_stats else None
+    stats = None
+    if return_stats:
+        shape = (requests.count(q), call.vote_heads, 2)
+        stats = torch.zeros(shape, dtype=torch.int64, device=q.device)
     if room is not None:
         factor, factors = kernel_factors(scale_factor, call, q.device)
         if call.kv_len < call.min_kv_len:

@@ -137,9 +137,16 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 def stream_of(device: torch.device) -> int:
     """The current stream of a device, as Triton names it."""
-    from triton.runtime import driver
+    return int(_driver().active.get_current_stream(device.index))
 
-    return int(driver.active.get_current_stream(device.index))
+
+@functools.cache
+def _driver() -> Any:
+    from triton.runtime import (
+        driver,
+    )  # looks for a GPU the first time, and takes its time every time
+
+    return driver
 
 
 class Prepared:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -91,6 +92,14 @@ class Call:
             raise ValueError(
                 f"`running_max` must be ascending or seeded, but got {self.running_max!r}"
             )
+
+    @cached_property
+    def _hashed(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        # Kept: a launch looks its call up, and the fields of one take longer than the look-up.
+        return self._hashed
 
     @property
     def decode(self) -> bool:
@@ -224,7 +233,7 @@ class Requests:
             _kernel_lengths("q_lens", self.q_lens, q.device, requests, call.q_len),
             _kernel_lengths("kv_lens", self.kv_lens, q.device, requests, call.kv_len),
             *(
-                None if x is None else x.to(q.device, torch.int32).contiguous()
+                None if x is None else _as_kernels_read(x, q.device, torch.int32)
                 for x in (self.q_starts, self.kv_starts, self.table)
             ),
         )
@@ -367,9 +376,16 @@ def _kernel_lengths(
             raise ValueError(
                 f"`{name}` must be {requests} numbers, but got shape {tuple(lengths.shape)}"
             )
-        return lengths.to(device, torch.int32).contiguous()
+        return _as_kernels_read(lengths, device, torch.int32)
     values = _on_the_host(name, lengths, requests, most)
     return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _as_kernels_read(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    # Asked first: three calls that change nothing take the host several microseconds.
+    if x.dtype == dtype and x.device == device and x.is_contiguous():
+        return x
+    return x.to(device, dtype).contiguous()
 
 
 def _on_the_host(name: str, lengths: Lengths, batch: int, most: int) -> list[int]:
@@ -412,11 +428,16 @@ def kernel_factors(
         factors = _checked_shape(value, call)
     else:
         factors = scale_factors(value, call, device)
-    return 0.0, factors.to(device, torch.float32).expand(call.vote_heads).contiguous()
+    if factors.dim() == 0:
+        factors = factors.expand(call.vote_heads)
+    return 0.0, _as_kernels_read(factors, device, torch.float32)
 
 
 def _checked_shape(value: ScaleFactor, call: Call) -> torch.Tensor:
-    kind, heads = "KV" if call.decode else "query", call.vote_heads
+    heads = call.vote_heads
+    if isinstance(value, torch.Tensor) and value.shape == (heads,):
+        return value
+    kind = "KV" if call.decode else "query"
     law = f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head)"
     try:
         # A tensor on the device stays there, unread.

@@ -11,6 +11,7 @@ import torch
 from planting import DEVICE, DTYPES, Planted, assert_accurate, call_alone, expected, paged, plant
 
 import skip_softmax as ss
+from skip_softmax import api
 
 pytest.importorskip("triton")
 from skip_softmax.launch import Device
@@ -380,6 +381,31 @@ def test_out_takes_no_gradients() -> None:
         ss.decode_attention(q, p.k, p.v, out=torch.empty_like(p.q))
     with torch.no_grad():
         ss.decode_attention(q, p.k, p.v, out=torch.empty_like(p.q))
+
+
+def test_a_call_is_asked_about_once_and_every_option_is_a_question() -> None:
+    p = planted(heads=4, kv_heads=2, kv_len=200)
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": "triton"}
+    changes: list[dict[str, Any]] = [
+        {}, {"window": 50}, {"scale": 0.5}, {"tile_kv": 64}, {"running_max": "seeded"}, {"min_kv_len": 201},
+    ]  # fmt: skip
+    api._asked.clear()
+    alone = []
+    for change in changes:
+        alone.append(ss.decode_attention(p.q, p.k, p.v, **{**call, **change}))
+        api._asked.clear()
+    for known in (range(1, len(changes) + 1), [len(changes)] * len(changes)):
+        for change, true, count in zip(changes, alone, known, strict=True):
+            assert torch.equal(ss.decode_attention(p.q, p.k, p.v, **{**call, **change}), true)
+            assert len(api._asked) == count
+    assert len({out.sum().item() for out in alone}) > 4  # the options matter
+    wide = torch.empty(1, 4, 1, 64, device=DEVICE)[..., ::2].copy_(p.q)
+    assert torch.equal(ss.decode_attention(wide, p.k, p.v, **call), alone[0])
+    for wrong in (p.q[:, :3], p.q.half(), p.q[..., :16]):
+        with pytest.raises(ValueError):
+            ss.decode_attention(wrong, p.k, p.v, **call)
+    with pytest.raises(NotImplementedError):
+        ss.decode_attention(p.q, p.k, p.v, **{**call, "tile_kv": 8})
 
 
 def test_queries_without_a_token_dimension() -> None:

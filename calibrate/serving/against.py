@@ -107,23 +107,26 @@ def compare(server: Server, dense: Server, prompt: str, tokens: int, repeats: in
     noise: list[float] = []
     equal = noise_equal = True
     for repeat in range(repeats + 1):
-        nonce = secrets.token_hex(8)
+        # Both read the same text; the dense server twice, whose second time is not used, only its numbers.
+        text = prompt if salted else f"[{secrets.token_hex(8)}]\n{prompt}"
 
-        def ask(one: Server, nonce: str = nonce, again: str = "") -> Completion:
-            text = prompt if salted else f"[{nonce}]\n{prompt}"
-            more = {"cache_salt": nonce + again} if salted else {}
+        def ask(one: Server, text: str = text) -> Completion:
+            more = {"cache_salt": secrets.token_hex(8)} if salted else {}
             return one.complete(names[one], text, tokens, logprobs=True, **more)
 
-        pair = {one: ask(one) for one in ((server, dense) if repeat % 2 else (dense, server))}
+        if repeat % 2:
+            mine, theirs = ask(server), ask(dense)
+        else:
+            theirs, mine = ask(dense), ask(server)
         if repeat == 0:
             continue  # the first request of a server compiles, and warms caches
-        again = ask(dense, again="again")
-        here.append(pair[server])
-        there.append(pair[dense])
-        shared, same = _differences(pair[server], pair[dense])
+        again = ask(dense)
+        here.append(mine)
+        there.append(theirs)
+        shared, same = _differences(mine, theirs)
         differences += shared
         equal &= same
-        own, same = _differences(again, pair[dense])
+        own, same = _differences(again, theirs)
         noise += own
         noise_equal &= same
     if not all(answer.logprobs for answer in (*here, *there)):

@@ -99,3 +99,20 @@ def test_every_command_of_the_pages_runs(
         else:
             code = subprocess.run(["bash", "-ec", line], check=False).returncode
         assert code == expected, line
+
+
+def test_the_plug_in_s_page_names_every_refusal_that_a_user_may_overrule() -> None:
+    from skip_softmax.vllm.checks import INSISTED
+
+    text = (PAGES / "vllm_plugin.md").read_text(encoding="utf-8")
+    refusals = text.partition("## What is refused")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", refusals, re.MULTILINE)) == set(INSISTED)
+
+
+def test_the_plug_in_s_page_names_every_metric() -> None:
+    """`calibrate probe` reads them; a server writes them."""
+    from calibrate.serving import probe
+
+    text = (PAGES / "vllm_plugin.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(skip_softmax_\w+)` \|", text, re.MULTILINE))
+    assert named == {probe.VISITED, probe.SKIPPED, probe.INFO, probe.WORKERS}

@@ -27,6 +27,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 PAGE = serving.ROOT / "calibrate" / "engines" / "pages" / "vllm_plugin.md"
+OLD = serving.version() < (0, 23)
 LONGEST = 1100
 # What a CPU needs, and a model of this size.
 OPTIONS = (
@@ -132,6 +133,24 @@ def test_the_page_s_probe(
     assert "skipping  on" in printed.out and "verdict passed" in printed.out
 
 
+def test_beside_itself_a_server_shows_no_sign(server: Server) -> None:
+    """Its log-probabilities are read, and every answer is computed anew."""
+    before = probe(server)
+    found = probe(server, PROMPT, tokens=COUNT, against=server, repeats=2).against
+    assert found is not None
+    assert (found.tokens_compared, found.tokens, found.differs) == (2 * COUNT, 2 * COUNT, False)
+    assert found.largest_difference < 1e-4
+    visited = [
+        {row.phase: row.visited for row in totals(page.tiles)} for page in (before, probe(server))
+    ]
+    own = {row.phase: row.visited for row in totals(probe(server, PROMPT, tokens=COUNT).tiles)}
+    # The one whose tiles are counted; two to warm up, and three for each repeat.
+    assert {phase: visited[1][phase] - visited[0][phase] for phase in own} == {
+        phase: 9 * count for phase, count in own.items()
+    }
+
+
+@pytest.mark.skipif(OLD, reason="its own attention, the dense server's, needs its binaries")
 def test_a_dense_and_a_calibrated_server_under_the_same_load(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent))  # last: other tests import the outer conftest
 
-import serving
+import vllm_serving as serving
 
 if importlib.util.find_spec("vllm") is not None:
     # Before vLLM is imported: it reads its environment, and looks for plug-ins, once.

@@ -1,6 +1,6 @@
 """vLLM's CPU platform, which ignores CUSTOM, made to take the backend that the user selects.
 
-An out-of-tree platform, as plug-ins of vLLM add them; `serving.py` writes its entry point. For tests only.
+An out-of-tree platform, as plug-ins of vLLM add them; `vllm_serving.py` writes its entry point. Tests only.
 """
 
 from __future__ import annotations

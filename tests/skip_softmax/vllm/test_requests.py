@@ -9,8 +9,8 @@ from typing import Any
 
 import planted_file
 import pytest
-import serving
 import tiny
+import vllm_serving as serving
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

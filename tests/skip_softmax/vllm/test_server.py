@@ -14,8 +14,8 @@ from typing import Any
 
 import planted_file
 import pytest
-import serving
 import tiny
+import vllm_serving as serving
 
 import skip_softmax as ss
 from calibrate import cli

@@ -7,9 +7,9 @@ from typing import Any
 
 import planted_file
 import pytest
-import serving
 import tiny
 import torch
+import vllm_serving as serving
 
 import skip_softmax as ss
 

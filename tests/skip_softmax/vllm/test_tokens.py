@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
 import tiny
 import torch
+import vllm_serving as serving
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -51,6 +51,7 @@ CHUNK = 16384  # most tokens of a step: what vLLM's LLM takes by default on an H
 LONGEST = 131072 + 1024
 ENOUGH_S = 6.0  # a point is repeated until it took so long, but at most REPEATS times
 REPEATS = 5
+DEFAULT = 16  # vLLM's page for its own backend [tokens]
 Row = dict[str, Any]
 
 
@@ -331,11 +332,13 @@ def time_run(chosen: Setting, points: list[Point], options: argparse.Namespace) 
             continue  # nothing is skipped, so the prompt does not matter
         done.add((wanted.length, wanted.batch))
         prompts = wanted.prompts(config["vocab_size"])
-        if (
-            wanted.length not in warm
-        ):  # kernels are compiled, and tuned, in the first run of a shape
+        if wanted.length not in warm:
+            # Kernels are compiled, and tuned, in the first run of a shape.
             served.run(llm, prompts[:1], 2)
             warm.add(wanted.length)
+        if wanted.batch > 1:
+            # So are those of steps that hold a prompt beside decodes, or parts of two prompts.
+            served.run(llm, [ids[: options.chunk + 100] for ids in prompts], 2)
         served.clear_counts(llm)
         passes: list[served.Pass] = []
         began = time.perf_counter()
@@ -375,7 +378,7 @@ def kernels(run: Callable[[], Any]) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
     rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
-    return {row.key[:80]: round(row.self_device_time_total / 1000, 3) for row in rows[:12]}
+    return {row.key: round(row.self_device_time_total / 1000, 3) for row in rows[:12]}
 
 
 def rounded(shares: dict[str, float | None]) -> dict[str, float]:
@@ -384,32 +387,28 @@ def rounded(shares: dict[str, float | None]) -> dict[str, float]:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table; ratios are to the fastest `stock` row of the same length and batch."""
+    """Rows as Markdown; ratios are to `stock` rows of the same work: vLLM's default, and the fastest."""
     head = ["tokens", "batch", "engine", "page", "skipped: prefill", "decode"]
-    head += ["first token [ms]", "ratio", "per token [ms]", "ratio"]
+    for name in ("first token", "per token"):
+        head += [f"{name} [ms]", f"to stock:{DEFAULT}", "to fastest stock"]
     lines = [head, ["---:", "---:", "---", *["---:"] * (len(head) - 3)]]
     for row in sorted(rows, key=lambda row: (row["length"], row["batch"])):
         peers = [
             peer for peer in rows
             if peer["backend"] == "stock" and all(peer[key] == row[key] for key in ("length", "batch"))
         ]  # fmt: skip
-        shares = [
+        default = [peer for peer in peers if peer["block"] == DEFAULT]
+        cells = [
             f"{row['sparsity'][phase]:.1%}" if phase in row["sparsity"] else "–"
             for phase in ("prefill", "decode")
         ]
-        times = []
         for key, form in (("ttft_ms", ".1f"), ("tpot_ms", ".3f")):
-            best = min((peer[key] for peer in peers), default=None)
-            times += [f"{row[key]:{form}}", f"{best / row[key]:.3f}×" if best else "–"]
+            cells.append(f"{row[key]:{form}}")
+            for stock in (default, peers):
+                best = min((peer[key] for peer in stock), default=None)
+                cells.append(f"{best / row[key]:.3f}×" if best else "–")
         lines.append(
-            [
-                str(row["length"]),
-                str(row["batch"]),
-                row["backend"],
-                str(row["block"]),
-                *shares,
-                *times,
-            ]
+            [str(row["length"]), str(row["batch"]), row["backend"], str(row["block"]), *cells]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

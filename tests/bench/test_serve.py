@@ -75,7 +75,7 @@ def test_work_that_makes_no_sense_is_refused(work: list[str], capsys: Any) -> No
     assert ", as " in capsys.readouterr().err
 
 
-def test_rows_stand_beside_the_fastest_stock_row_of_the_same_work() -> None:
+def test_rows_stand_beside_the_default_and_the_fastest_stock_row_of_the_same_work() -> None:
     def row(backend: str, block: int, length: int, first: float, step: float) -> dict[str, Any]:
         return {
             "backend": backend, "block": block, "length": length, "batch": 1, "ttft_ms": first,
@@ -92,9 +92,9 @@ def test_rows_stand_beside_the_fastest_stock_row_of_the_same_work() -> None:
         [cell.strip() for cell in line.split("|")[1:-1]] for line in serve.table(rows).splitlines()
     ]
     assert lines[4] == [
-        "1000", "1", "armed", "64", "73.1%", "–", "80.0", "1.250×", "4.000", "1.250×"
+        "1000", "1", "armed", "64", "73.1%", "–", "80.0", "1.375×", "1.250×", "4.000", "1.250×", "1.250×",
     ]  # fmt: skip
-    assert lines[5][-3:] == ["–", "4.000", "–"]
+    assert lines[5][-6:] == ["80.0", "–", "–", "4.000", "–", "–"]
 
 
 def test_random_requests_share_prefixes_and_have_every_length() -> None:

@@ -22,6 +22,7 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         counts: visited and skipped tiles per phase, int64 [heads that vote, 2] on the layer's device; empty
             until the layer has run.
         factors: scale factors per phase, [heads that vote] on the device, or 0.0 where the layer is dense.
+        given: the file's, of those that are tensors.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         self.rank = get_tensor_model_parallel_rank()
         self.counts: dict[Phase, torch.Tensor] = {}
         self.factors: dict[Phase, float | torch.Tensor] = {}
+        self.given: dict[Phase, torch.Tensor] = {}
 
     def do_kv_cache_update(
         self,
@@ -161,6 +163,12 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             **self.plan.tiles[phase],
         }
 
+    def pause_decode(self, pause: bool) -> None:
+        """Stops skipping in decode, or goes on; in graphs too, which read the same tensor. Never waits."""
+        read = self.factors.get("decode")
+        if isinstance(read, torch.Tensor):
+            read.zero_() if pause else read.copy_(self.given["decode"])
+
     def _arm(self, name: str, device: torch.device) -> None:
         """Puts this layer's numbers and counts on its device: in vLLM's first run, before any graph."""
         heads: dict[Phase, int] = {"prefill": self.num_heads, "decode": self.num_kv_heads}
@@ -171,10 +179,8 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
                 if any(numbers[phase]):
                     # Kernels read fp32 without a copy; the reference compares in fp64, as `applied` does.
                     dtype = torch.float32 if device.type == "cuda" else torch.float64
-                    factors = torch.tensor(numbers[phase], dtype=dtype, device=device)
-                    self.factors[phase] = factors
-                    if phase == "decode":
-                        self.plan.decode.append((factors, factors.clone()))
+                    self.factors[phase] = torch.tensor(numbers[phase], dtype=dtype, device=device)
+                    self.given[phase] = torch.tensor(numbers[phase], dtype=dtype, device=device)
                 self.counts[phase] = torch.zeros(heads[phase], 2, dtype=torch.int64, device=device)
 
 

@@ -78,7 +78,9 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         startup.check_pages(vllm_config, kv_cache_spec, device)
         answers.answer(vllm_config)
-        self.plan = startup.plan_of(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.layers = [layers[name].impl for name in layer_names]
+        self.paused = False
         mode = vllm_config.compilation_config.cudagraph_mode
         self.replays = mode is not None and mode.has_full_cudagraphs()
 
@@ -100,8 +102,10 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
                 "VLLM_USE_V2_MODEL_RUNNER=0"
             )
         reading: list[bool] = prompts.tolist()
-        if self.replays:
-            self.plan.pause_decode(_ends_alone(common_attn_metadata, reading))
+        if self.replays and self.paused != _ends_alone(common_attn_metadata, reading):
+            self.paused = not self.paused
+            for layer in self.layers:
+                layer.pause_decode(self.paused)
         return _read(common_attn_metadata, reading)
 
     def build_for_cudagraph_capture(

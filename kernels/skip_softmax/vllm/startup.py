@@ -24,7 +24,7 @@ KEY = "skip_softmax"
 _log = init_logger(f"vllm.{KEY}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What a server runs.
 
@@ -37,8 +37,6 @@ class Plan:
         tiles: keywords of the operations per phase; empty for a phase without tiles, which is dense.
         min_kv_len: shortest KV length that may skip, per phase [tokens].
         names: the layers that have asked for their numbers, by index.
-        decode: the decode numbers of each layer that skips, in the tensor that the kernels read, and again.
-        paused: whether those that the kernels read are 0.
     """
 
     thresholds: Thresholds | None
@@ -49,16 +47,6 @@ class Plan:
     tiles: dict[Phase, dict[str, Any]]
     min_kv_len: dict[Phase, int]
     names: dict[int, str] = field(default_factory=dict)
-    decode: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    paused: bool = False
-
-    def pause_decode(self, pause: bool) -> None:
-        """Stops skipping in decode, or goes on; in graphs too, which read the same tensors. Never waits."""
-        if pause == self.paused:
-            return
-        self.paused = pause
-        for read, numbers in self.decode:
-            read.zero_() if pause else read.copy_(numbers)
 
     def factors(
         self, name: str, rank: int, heads: dict[Phase, int]

@@ -83,13 +83,13 @@ def test_a_captured_batch_decodes_in_the_tensors_that_are_filled_at_every_replay
 
 
 def test_a_prompt_s_last_token_stops_skipping_in_the_step_that_may_replay_a_graph() -> None:
+    from skip_softmax.vllm.attend import SkipSoftmaxImpl
     from skip_softmax.vllm.batch import SkipSoftmaxBuilder
-    from skip_softmax.vllm.startup import Plan
 
-    plan = Plan(None, "", (), 4, 2, {"prefill": {}, "decode": {}}, {"prefill": 0, "decode": 0})
-    read, numbers = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
-    plan.decode.append((read, numbers))
-    self: Any = SimpleNamespace(replays=True, plan=plan)
+    read = torch.tensor([3.0, 4.0])
+    layer: Any = SimpleNamespace(factors={"decode": read}, given={"decode": read.clone()})
+    layer.pause_decode = lambda pause: SkipSoftmaxImpl.pause_decode(layer, pause)
+    self: Any = SimpleNamespace(replays=True, paused=False, layers=[layer])
 
     def step(lengths: list[int], kv_lens: list[int], prompts: list[bool]) -> list[float]:
         lens = torch.tensor(kv_lens, dtype=torch.int32)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.vllm
 
 REQUESTS = int(os.environ.get("SKIP_SOFTMAX_REQUESTS", "100"))
 LONGEST = 8000
-COUNT = 20
+COUNT = 6
 
 
 def requests(count: int, *, shared: bool) -> list[list[int]]:
@@ -48,20 +48,37 @@ ONE_BY_ONE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_dense_requests_that_share_prefixes_chunks_and_too_small_a_cache(
-    little: Path, served: Any
-) -> None:
+def test_dense_requests_that_share_prefixes_and_chunks(little: Path, served: Any) -> None:
     prompts = requests(REQUESTS, shared=True)
     wanted = alone(served(little, **ONE_BY_ONE), prompts)
-    # Its pages hold little more than the longest request, so that others are preempted when they grow.
     crowded = served(
         little, max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=32,
         num_gpu_blocks_override=540, block_size=16, disable_log_stats=False,
     )  # fmt: skip
     assert together(crowded, prompts) == wanted
-    found = {metric.name: metric for metric in crowded.get_metrics()}
-    assert found["vllm:num_preemptions"].value > 0
-    assert found["vllm:prefix_cache_hits"].value > 0
+    assert metric(crowded, "prefix_cache_hits") > 0
+
+
+def test_dense_requests_that_outgrow_their_cache(little: Path, served: Any) -> None:
+    prompts = [tiny.tokens(180 + seed, seed)[0].tolist() for seed in range(24)]
+    wanted = [
+        serving.generated(llm, [prompt], 80)[0]
+        for llm in [served(little, **ONE_BY_ONE)]
+        for prompt in prompts
+    ]
+    # Pages for the prompts of a dozen, and for what half of these generate.
+    small = served(
+        little, max_model_len=1024, max_num_batched_tokens=1024, max_num_seqs=24,
+        num_gpu_blocks_override=160, block_size=16, disable_log_stats=False,
+    )  # fmt: skip
+    assert serving.generated(small, prompts, 80) == wanted
+    assert metric(small, "num_preemptions") > 0
+
+
+def metric(llm: Any, name: str) -> int:
+    (found,) = (metric for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+    count: int = found.value
+    return count
 
 
 def test_requests_whose_prompts_are_not_cut_skip_as_they_do_alone(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -37,7 +38,8 @@ def offer() -> None:
     """
     if _offered:
         return
-    if FOLDER not in os.environ:
+    # A server that was started from within another one's process is not part of it.
+    if FOLDER not in os.environ or multiprocessing.parent_process() is None:
         folder = tempfile.mkdtemp(prefix="skip-softmax-")  # of this user alone
         os.environ[FOLDER] = folder
         atexit.register(_forget, folder, os.getpid())

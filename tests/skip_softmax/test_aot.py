@@ -110,7 +110,9 @@ def prefill_case(
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
-def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False):
+def decode_case(
+    arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False, split=True
+):
     size = tile * head_dim * (4 if single else 2)
     ahead = 2 * size <= decode.AHEAD_BYTES
     config, stages = decode.choose(
@@ -126,7 +128,7 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
     constants = dict(
         TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
-        SPLIT=True, LEAST=4, EARLY=arch >= 90, STATS=served, SUMMED=served,
+        SPLIT=split, LEAST=4, EARLY=split and arch >= 90, STATS=served, SUMMED=served,
         PRECISION="bf16x6" if single else "tf32", AHEAD=ahead, STAGES=stages,
     )
     if not page:
@@ -135,6 +137,8 @@ def decode_case(arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, sing
         constants |= dict(factors=None, min_kv_len=None)
         if not page:
             constants["kv_lens"] = None
+    if not split:
+        constants |= dict(parts=None, lse=None)
     return compile(_decode, types, constants, arch, config.warps)
 
 
@@ -203,6 +207,8 @@ cases = {
     "decode 64 dense": lambda: decode_case(arch, 0, False, head_dim=64),
     "decode 64 paged 16": lambda: decode_case(arch, 16, True, head_dim=64),
     "decode 64 paged 64": lambda: decode_case(arch, 64, True, head_dim=64),
+    "decode whole": lambda: decode_case(arch, 0, True, split=False),
+    "decode whole paged 64": lambda: decode_case(arch, 64, False, split=False, served=True),
     "decode few": lambda: decode_case(arch, 0, True, batch=1),
     "decode paged 16": lambda: decode_case(arch, 16, True, tokens=2),
     "decode paged 128": lambda: decode_case(arch, 128, True),

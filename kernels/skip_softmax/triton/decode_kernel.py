@@ -408,15 +408,17 @@ def _decode(
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     columns = tl.arange(0, WIDTH_V)
     written = (row < TOKENS * GROUP)[:, None] & (columns < HEAD_DIM_V)[None, :]
-    if splits > 1:
-        # Parts and their log-sum-exp, for `_combine`.
-        rows = (program * kv_heads + kv_head).to(tl.int64) * (TOKENS * GROUP) + row
-        tl.store(lse + rows, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)
-        tl.store(parts + rows[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
-    else:
-        rows = batch.to(tl.int64) * stride_ob + token * stride_ot
-        rows += (kv_head * GROUP + row % GROUP) * stride_oh
-        tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=written)
+    rows = TOKENS * GROUP  # of the output
+    if SPLIT:
+        if splits > 1:  # parts and their log-sum-exp, for `_combine`
+            part = (program * kv_heads + kv_head).to(tl.int64) * (TOKENS * GROUP) + row
+            tl.store(lse + part, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)
+            tl.store(parts + part[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
+        rows = tl.where(splits > 1, 0, rows)
+    place = batch.to(tl.int64) * stride_ob + token * stride_ot
+    place += (kv_head * GROUP + row % GROUP) * stride_oh
+    whole = (row < rows)[:, None] & (columns < HEAD_DIM_V)[None, :]
+    tl.store(out + place[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=whole)
     if STATS:
         seen_tiles = tl.where(valid & (row % GROUP == 0), last_tile - first_tile + 1, 0)
         visited = tl.where(split == 0, tl.sum(seen_tiles, 0), 0)

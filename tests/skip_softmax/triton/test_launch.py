@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -132,9 +133,7 @@ print("same")
         ),
     ],
 )
-def test_a_repeated_launch_is_tritons_own(
-    folder: str | None, request: pytest.FixtureRequest
-) -> None:
+def test_a_repeated_launch_is_tritons_own(folder: str | None, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     path = [*filter(None, [folder and os.environ[folder]]), *sys.path]
     done = subprocess.run(
@@ -144,7 +143,7 @@ def test_a_repeated_launch_is_tritons_own(
         env={
             **os.environ,
             "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton")),
+            "TRITON_CACHE_DIR": str(tmp_path),
             "PYTHONPATH": os.pathsep.join(path),
         },
     )

@@ -414,6 +414,7 @@ def test_lengths_and_thresholds_recompile_nothing() -> None:
         return sum(len(cache[0]) for cache in prefill_kernel._prefill.device_caches.values())
 
     call(1000, 1024, 3.0)
+    call(1000, 1000, 3.0)  # without a cached prefix no query tile is cut
     before = compiled()
     for q_len, kv_len, factor in [
         (17, 1099, 0.1), (1024, 1024, 7.0), (16, 16, 2.5), (513, 600, 1.0), (2, 1100, 30.0)

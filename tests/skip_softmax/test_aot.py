@@ -167,7 +167,7 @@ def statistics_case(arch, in_decode, dense_last=False, lead=False):
         BLOCK_N=TILE,
         PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, DECODE=in_decode, LOW=histogram.LOW,
         PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
-        STAGES=3 if tma else 2,
+        STAGES=3,
     )
     if not dense_last:
         constants["dense_last"] = None
@@ -230,14 +230,13 @@ if arch < 100 or KNOWS_BLACKWELL:
         "prefill 128 dense last": lambda: prefill_case(arch, 128, True, dense_last=True),
         "prefill 64 dense last": lambda: prefill_case(arch, 64, True, dense_last=True),
         "prefill 128 packed, served": lambda: prefill_case(arch, 128, True, packed=True, served=True),
-        "prefill 64 packed, served": lambda: prefill_case(arch, 64, True, packed=True, served=True),
+        # A tile of several pages, by pointers; a page of one tile, by TMA where there is one.
         **{
             f"prefill {d} paged {page}": lambda d=d, page=page: prefill_case(
                 arch, d, True, packed=True, served=True, page=page
             )
-            for d in (64, 128) for page in (16, 64, 128)
+            for d, page in ((64, 16), (128, 64), (128, 128))
         },
-        "prefill 128 paged 64 dense": lambda: prefill_case(arch, 128, False, packed=True, page=64),
         "statistics": lambda: statistics_case(arch, False),
         "statistics, lead": lambda: statistics_case(arch, False, lead=True),
         "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
@@ -292,18 +291,18 @@ MAY_SPILL = {
     # A block of head_dim 256 takes all 255 registers of a thread.
     **{(arch, "decode 256 dense"): 128 for arch in (80, 90, 100)},
     # Statistics keep a weight per bin beside the products, and are taken once per model.
-    (80, "statistics"): 4096, (80, "statistics decode"): 4096,
-    (90, "statistics"): 256, (90, "statistics decode"): 256,
-    (100, "statistics"): 512, (100, "statistics decode"): 512,
-    (80, "statistics, lead"): 20480, (90, "statistics, lead"): 256, (100, "statistics, lead"): 512,
+    **{
+        (arch, f"statistics{what}"): 512 if arch == 100 else 256
+        for arch in (80, 90, 100) for what in ("", " decode", ", lead")
+    },
     # Products arrive in tensor memory, and are read through registers.
     (100, "prefill 128"): 512, (100, "prefill 64 window packed"): 256,
+    (100, "prefill 128 packed, served"): 512,
     # The addresses of every row of every page take registers too.
-    (80, "prefill 128 paged 64 dense"): 64, (90, "prefill 128 paged 64 dense"): 64,
-    **{(90, f"prefill {d} paged {page}"): 128 for d in (64, 128) for page in (16, 64, 128)},
-    **{(100, f"prefill {d} paged {page}"): 256 for d in (64, 128) for page in (16, 64, 128)},
-    (100, "prefill 128 paged 64 dense"): 16,
-    (100, "prefill 128 packed, served"): 512, (100, "prefill 64 packed, served"): 256,
+    **{
+        (arch, f"prefill {where}"): arch * 2
+        for arch in (90, 100) for where in ("64 paged 16", "128 paged 64", "128 paged 128")
+    },
 }  # fmt: skip
 
 

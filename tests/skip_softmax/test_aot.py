@@ -300,7 +300,7 @@ MAY_SPILL = {
     (100, "prefill 128 packed, served"): 512,
     # The addresses of every row of every page take registers too.
     **{
-        (arch, f"prefill {where}"): arch * 2
+        (arch, f"prefill {where}"): 256
         for arch in (90, 100) for where in ("64 paged 16", "128 paged 64", "128 paged 128")
     },
 }  # fmt: skip

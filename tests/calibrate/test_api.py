@@ -53,8 +53,8 @@ def test_public_names_are_there_and_listed() -> None:
     for name in calibrate.__all__:
         assert getattr(calibrate, name).__doc__, name
     assert calibrate.__version__[0].isdigit()
-    with pytest.raises(AttributeError, match="has no attribute 'serving'"):
-        _ = calibrate.serving
+    with pytest.raises(AttributeError, match="has no attribute 'tune'"):
+        _ = calibrate.tune
 
 
 @pytest.fixture(scope="module")

@@ -253,16 +253,14 @@ if arch == 90:
             f"hopper {head_dim} dense": lambda d=head_dim: hopper_case(d, False),
             f"hopper {head_dim} packed": lambda d=head_dim: hopper_case(d, True, "packed"),
             f"hopper {head_dim} padded, not causal": lambda d=head_dim: hopper_case(d, True, "padded", False),
-            f"hopper {head_dim} paged 16": lambda d=head_dim: hopper_case(
-                d, True, "packed", page=16, min_kv_len=True
-            ),
             f"hopper {head_dim} paged 64": lambda d=head_dim: hopper_case(
                 d, True, "packed", page=64, min_kv_len=True
             ),
-            f"hopper {head_dim} paged 256 dense": lambda d=head_dim: hopper_case(
-                d, False, "packed", page=256
-            ),
         }
+    cases |= {
+        "hopper 128 paged 16": lambda: hopper_case(128, True, "packed", page=16, min_kv_len=True),
+        "hopper 128 paged 256 dense": lambda: hopper_case(128, False, "packed", page=256),
+    }
 print(json.dumps({"triton": triton.__version__, "arch": arch, "kernels": {n: case() for n,
 case in cases.items()}}))
 """
@@ -279,8 +277,7 @@ MAY_SPILL = {
     # At head_dim 64 three warpgroups share the registers, and the producer has 32: nearly all of it is there.
     (90, "hopper 64"): 2400, (90, "hopper 64 dense"): 400, (90, "hopper 64 packed"): 2400,
     (90, "hopper 64 padded, not causal"): 2100,
-    (90, "hopper 64 paged 16"): 2400, (90, "hopper 64 paged 64"): 2400,
-    (90, "hopper 64 paged 256 dense"): 400,
+    (90, "hopper 64 paged 64"): 2400,
     # At head_dim 128 the producer has 24, and settles the last tiles after an item without any.
     (90, "hopper 128"): 64, (90, "hopper 128 packed"): 64, (90, "hopper 128 padded, not causal"): 64,
     # A page number for each of two tiles that are not settled, and what TMA wants to know of every load.

@@ -19,7 +19,9 @@ def test_every_engine_can_be_a_search_target() -> None:
 
 
 def test_there_is_a_page_for_every_engine() -> None:
-    assert {page.stem for page in PAGES.glob("*.md")} == set(ENGINES) | {"README"}
+    # The plug-in takes the thresholds file itself: it has a page, but nothing to export.
+    others = {"README", "vllm_plugin"}
+    assert {page.stem for page in PAGES.glob("*.md")} == set(ENGINES) | others
 
 
 def test_every_engine_has_a_room_of_its_name() -> None:

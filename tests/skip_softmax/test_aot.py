@@ -246,7 +246,6 @@ if arch == 90:
     for head_dim in (64, 128):
         cases |= {
             f"hopper {head_dim}": lambda d=head_dim: hopper_case(d, True),
-            f"hopper {head_dim} dense last": lambda d=head_dim: hopper_case(d, True, dense_last=True),
             f"hopper {head_dim} packed, dense last": lambda d=head_dim: hopper_case(
                 d, True, "packed", dense_last=True
             ),

@@ -154,20 +154,3 @@ def test_two_ranks_skip_in_their_own_heads_what_one_skips_in_all(
     for phase, tiles in found.items():
         split = torch.cat([torch.tensor(list(rank[phase].values())) for rank in ranks], 1)
         assert split.tolist() == tiles.tolist(), phase
-
-
-@pytest.mark.skipif(serving.version() < (0, 23), reason="its check of drafts needs its binaries")
-def test_drafts_are_verified_as_if_they_came_one_by_one(
-    little: Path, tmp_path: Path, served: Any
-) -> None:
-    file = planted_file.saved(little, tmp_path / "t.yaml")
-    wanted = serving.generated(served(little, file, **WHOLE), prompts(), COUNT)
-    drafting = served(
-        little, file, disable_log_stats=False, **WHOLE,
-        speculative_config={
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
-        },
-    )  # fmt: skip
-    assert serving.generated(drafting, prompts(), COUNT) == wanted
-    found = {metric.name: metric for metric in drafting.get_metrics()}
-    assert found["vllm:spec_decode_num_draft_tokens"].value > 0

@@ -1,6 +1,6 @@
 """Drafted tokens. The file's name puts it last: after drafts, vLLM 0.32.0 can start no other engine.
 
-Drafts import numba, and vLLM's search of all modules for kernels trips over llvmlite, which has any attribute.
+Drafts import numba, and vLLM's search of all modules for kernels trips over its llvmlite.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def check_lengths(
         given = {"--served-min-len": served.min_len}
         if phase == "prefill":
             given["--chunk-size"] = served.chunk_size
-            given["geometry.prefill.chunk"] = chunk_of(thresholds)
+            given["geometry.prefill.chunk"] = thresholds.geometry.chunk
         for option, tokens in given.items():
             if tokens is None or tokens >= floor:
                 continue
@@ -293,7 +293,7 @@ def check_chunks(
     """
     if engine.absolute or "prefill" not in numbers.scale_factor:
         return []
-    measured, size = chunk_of(thresholds), served.chunk_size
+    measured, size = thresholds.geometry.chunk, served.chunk_size
     if measured is None and size is not None:
         return [
             f"the prefill number was measured on whole prompts: with chunks of {size} tokens all chunks but "
@@ -317,12 +317,6 @@ def check_chunks(
         f"the prefill number was measured in chunks of {measured} tokens: chunks of {size} have smaller "
         "thresholds, and skip less than was measured"
     ]
-
-
-def chunk_of(thresholds: Thresholds) -> int | None:
-    """Chunk of a prompt in which the prefill number was measured [tokens]; None: whole prompts."""
-    prefill = thresholds.geometry.prefill
-    return None if prefill is None else prefill.chunk
 
 
 def reference_length(engine: Engine, numbers: Numbers, served: Served) -> int | None:

@@ -148,8 +148,7 @@ def _unguarded(
     skipped: dict[Phase, list[int]] = {phase: [0] * layers for phase in PHASES}
 
     def handler(call: LayerCall) -> torch.Tensor:
-        chunk = getattr(getattr(thresholds.geometry, call.phase), "chunk", None)
-        return joined([attend(part) for part in call.chunks(chunk)])
+        return joined([attend(part) for part in call.chunks(thresholds.geometry.chunk)])
 
     def attend(call: LayerCall) -> torch.Tensor:
         tiles = getattr(thresholds.geometry, call.phase)

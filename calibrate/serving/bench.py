@@ -20,7 +20,7 @@ from typing import Any
 from calibrate.errors import UserError, WorkFailed
 from calibrate.record.files import write_output
 from calibrate.serving.client import Server
-from calibrate.serving.probe import Tiles, percent, probe, totals
+from calibrate.serving.probe import Tiles, between, percent, probe, totals
 from calibrate.terminal import Table
 from skip_softmax.thresholds.file import Thresholds
 
@@ -190,19 +190,7 @@ def measure(
                     f"the calibrated server does not say that it serves `{thresholds}`; its log is {log}"
                 )
             sha256 = after.serving.sha256
-            seen = {(row.phase, row.layers): row for row in before.tiles}
-            tiles = totals(
-                [
-                    Tiles(
-                        row.phase,
-                        row.layers,
-                        row.visited - (old.visited if old else 0),
-                        row.skipped - (old.skipped if old else 0),
-                    )
-                    for row in after.tiles
-                    for old in [seen.get((row.phase, row.layers))]
-                ]
-            )
+            tiles = totals(between(after.tiles, before.tiles))
     work = {
         name: [row["completed"], row["total_input_tokens"], row["total_output_tokens"]]
         for name, row in results.items()

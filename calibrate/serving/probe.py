@@ -142,6 +142,16 @@ def totals(tiles: list[Tiles]) -> list[Tiles]:
     ]
 
 
+def between(after: list[Tiles], before: list[Tiles]) -> list[Tiles]:
+    """Tiles between two readings of the same counters; what the first lacks was 0."""
+    old = {(row.phase, row.layers): (row.visited, row.skipped) for row in before}
+    found = []
+    for row in after:
+        visited, skipped = old.get((row.phase, row.layers), (0, 0))
+        found.append(Tiles(row.phase, row.layers, row.visited - visited, row.skipped - skipped))
+    return found
+
+
 def probe(
     server: Server,
     prompt: str | None = None,
@@ -247,19 +257,15 @@ def _serving(page: list[Sample]) -> Serving | None:
         ) from None
 
 
-def _tiles(page: list[Sample], before: list[Sample] | None = None) -> list[Tiles]:
-    """Tiles on a page, less those of an earlier one."""
+def _tiles(page: list[Sample]) -> list[Tiles]:
+    """Tiles on a page."""
 
-    def counts(samples: list[Sample], name: str) -> dict[tuple[str, str], int]:
-        rows = [sample for sample in samples if sample.name == name]
+    def counts(name: str) -> dict[tuple[str, str], int]:
+        rows = [sample for sample in page if sample.name == name]
         return {(row.labels["phase"], row.labels["layers"]): round(row.value) for row in rows}
 
-    visited, skipped = counts(page, VISITED), counts(page, SKIPPED)
-    old_visited, old_skipped = counts(before or [], VISITED), counts(before or [], SKIPPED)
-    return [
-        Tiles(*key, visited[key] - old_visited.get(key, 0), skipped[key] - old_skipped.get(key, 0))
-        for key in visited
-    ]
+    visited, skipped = counts(VISITED), counts(SKIPPED)
+    return [Tiles(*key, visited[key], skipped[key]) for key in visited]
 
 
 def _total(page: list[Sample], name: str, **labels: str) -> float:
@@ -285,7 +291,7 @@ def _count(found: Found, server: Server, before: list[Sample], prompt: str, toke
         if all(grown[name] >= wanted[name] for name in wanted) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    found.tiles = _tiles(after, before)
+    found.tiles = between(_tiles(after), _tiles(before))
     busy = [_total(page, "vllm:num_requests_running") for page in (before, after)]
     silent = [_total(page, WORKERS, state="silent") for page in (before, after)]
     found.exact = grown == wanted and not any(busy) and not any(silent)

@@ -126,7 +126,7 @@ def observe(
     seen: list[tuple[int, Phase, int, TileHistogram]] = []
 
     def counted(part: LayerCall) -> tuple[torch.Tensor, TileHistogram]:
-        tiles = getattr(geometry, part.phase).model_dump(exclude={"chunk"})
+        tiles = getattr(geometry, part.phase).keywords
         decode = part.phase == "decode"
         if not decode and part.kv_len < floor:
             tiles["dense_last"] = part.q.shape[2]  # all of its rows are dense

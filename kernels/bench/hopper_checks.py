@@ -22,7 +22,7 @@ if importlib.util.find_spec("skip_softmax") is None:  # a checkout that is not i
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from inputs import planted
+from inputs import in_pages, planted
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -94,21 +94,6 @@ def small() -> bool:
                 right = right and same
                 print(f"    pages of {page}: the same bits {same}")
     return right
-
-
-def in_pages(
-    k: torch.Tensor, v: torch.Tensor, page: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A contiguous cache [1, Hkv, Skv, D] in shuffled pages that end where its keys do, and its table."""
-    heads, kv_len, dim = k.shape[1:]
-    count = -(-kv_len // page)
-    table = torch.randperm(count, device=k.device)
-    caches = []
-    for x in (k, v):
-        padded = torch.nn.functional.pad(x[0], (0, 0, 0, count * page - kv_len))
-        pages = padded.view(heads, count, page, dim).transpose(0, 1)
-        caches.append(torch.empty_like(pages.contiguous()).index_copy_(0, table, pages))
-    return *caches, table[None].int()
 
 
 @gluon.jit

@@ -119,14 +119,7 @@ def applied(
         thresholds = Thresholds.load(thresholds)
     _check_same_shape(model, thresholds)
     shape = thresholds.model
-    # A phase without tiles is dense, and dense attention is the same for any tiles.
-    geometry = {phase: getattr(thresholds.geometry, phase) for phase in PHASES}
-    tiles = {
-        phase: given.model_dump(exclude={"chunk"}) if given else {}
-        for phase, given in geometry.items()
-    }
-    prefill = thresholds.geometry.prefill
-    chunk = None if prefill is None else prefill.chunk
+    tiles = {phase: thresholds.geometry.keywords(phase) for phase in PHASES}
     counts = PhaseCounts(shape.layers, {"prefill": shape.q_heads, "decode": shape.kv_heads})
     factors: dict[tuple[int, Phase, torch.device], float | torch.Tensor] = {}
 
@@ -139,7 +132,9 @@ def applied(
     def attend(call: LayerCall) -> torch.Tensor:
         operation: Any = decode_attention if call.phase == "decode" else attention
         outputs = []
-        for part, dense in _parts(call, getattr(thresholds.min_kv_len, call.phase), chunk):
+        for part, dense in _parts(
+            call, getattr(thresholds.min_kv_len, call.phase), thresholds.geometry.chunk
+        ):
             factor = 0.0 if dense else factor_of(call)
             out = operation(
                 part.q, part.k, part.v, scale_factor=factor, backend=backend, return_stats=count,

@@ -122,9 +122,10 @@ class LayerCall:
         """The call in parts that end at multiples of `size` positions, each with the keys up to its end.
 
         Causal rows see no later key, so these are the calls of a prompt that arrives in chunks, with a cache
-        between them. Others are left whole: nothing can serve them in chunks.
+        between them. Others are left whole: nothing can serve them in chunks. So is decode, whose tokens are
+        calls of their own.
         """
-        if size is None or not self.causal:
+        if size is None or not self.causal or self.phase == "decode":
             yield self
             return
         start, rows = 0, self.q.shape[2]

@@ -115,6 +115,11 @@ class PrefillGeometry(Section):
         unsaid = {key for key in ("dense_last", "chunk") if not getattr(self, key)}
         return {key: value for key, value in values.items() if key not in unsaid}
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `attention` with this tile; how prompts are cut is up to who calls it."""
+        return self.model_dump(exclude={"chunk"})
+
 
 class DecodeGeometry(Section):
     """Decode tile [tokens]: the query heads of one KV head vote together on `tile_kv` keys.
@@ -132,6 +137,11 @@ class DecodeGeometry(Section):
         _require_power_of_two("tile_kv", self.tile_kv)
         return self
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `decode_attention` with this tile."""
+        return self.model_dump()
+
 
 class Geometry(Section):
     """Tiles of both phases, visited in `order`; a phase without tiles is dense."""
@@ -139,6 +149,16 @@ class Geometry(Section):
     prefill: PrefillGeometry | None = None
     decode: DecodeGeometry | None = None
     order: Literal["ascending"] = "ascending"
+
+    @property
+    def chunk(self) -> int | None:
+        """Chunk in which prompts are computed [tokens]; None: whole."""
+        return None if self.prefill is None else self.prefill.chunk
+
+    def keywords(self, phase: Phase) -> dict[str, Any]:
+        """Keywords of a phase's operation; none for a phase without tiles, as dense is the same for any."""
+        tiles = self.prefill if phase == "prefill" else self.decode
+        return {} if tiles is None else tiles.keywords
 
 
 class MinKvLen(Section):

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from skip_softmax.thresholds.evidence import EvidenceSection
 from skip_softmax.thresholds.types import PHASES
-from skip_softmax.vllm import metrics, startup
+from skip_softmax.vllm import counters, metrics, startup
 
 GROUP = 8
 """Neighbouring layers that share a counter: a series per layer and phase would be hundreds."""
@@ -74,8 +74,7 @@ def _told(config: Any) -> dict[str, Any]:
     """What a worker answers: the file, its layers that may skip, and tiles per phase and group of layers."""
     plan = startup.plan_of(config)
     thresholds = plan.thresholds
-    layers = config.compilation_config.static_forward_context
-    ours = {name: layer.impl.counts for name, layer in layers.items() if _is_ours(layer)}
+    ours = counters.by_layer(config)
     counted = [(name, phase, ours[name][phase]) for name in ours for phase in ours[name]]
     tiles: dict[str, dict[str, list[int]]] = {phase: {} for phase in PHASES}
     for (name, phase, _), found in zip(
@@ -102,10 +101,6 @@ def _told(config: Any) -> dict[str, Any]:
         **{f"min_kv_len_{phase}": str(plan.min_kv_len[phase]) for phase in PHASES},
     }
     return {"info": info, "armed": sorted(armed), "tiles": tiles}
-
-
-def _is_ours(layer: Any) -> bool:
-    return hasattr(getattr(layer, "impl", None), "counts")
 
 
 def _group(index: int | None) -> str:

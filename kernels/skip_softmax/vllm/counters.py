@@ -6,7 +6,6 @@ VLLM_ALLOW_INSECURE_SERIALIZATION=1. Reading waits for the device; counting does
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,19 +24,25 @@ def read(worker: Any) -> dict[Phase, dict[str, list[list[int]]]]:
         heads in prefill, KV heads in decode.
     """
     counted: dict[Phase, dict[str, list[list[int]]]] = {phase: {} for phase in PHASES}
-    for name, phase, counts in _tensors(worker):
-        counted[phase][name] = counts.tolist()
+    for name, phases in by_layer(worker.vllm_config).items():
+        for phase, counts in phases.items():
+            counted[phase][name] = counts.tolist()
     return counted
 
 
 def clear(worker: Any) -> None:
     """Sets all counts to 0."""
-    for _, _, counts in _tensors(worker):
-        counts.zero_()
+    for phases in by_layer(worker.vllm_config).values():
+        for counts in phases.values():
+            counts.zero_()
 
 
-def _tensors(worker: Any) -> Iterator[tuple[str, Phase, torch.Tensor]]:
-    layers = worker.vllm_config.compilation_config.static_forward_context
-    for name, layer in layers.items():
-        for phase, counts in getattr(getattr(layer, "impl", None), "counts", {}).items():
-            yield name, phase, counts
+def by_layer(config: Any) -> dict[str, dict[Phase, torch.Tensor]]:
+    """The tensors of our layers by their names, int64 [heads, 2] per phase; none of a layer before it runs.
+
+    Args:
+        config: vLLM's whole configuration.
+    """
+    layers: dict[str, Any] = config.compilation_config.static_forward_context
+    impls: dict[str, Any] = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
+    return {name: impl.counts for name, impl in impls.items() if hasattr(impl, "counts")}

@@ -137,8 +137,9 @@ def _plan(config: Any) -> Plan:
     reason = checks.other_shape(config, thresholds)
     if reason is not None:
         raise ValueError(reason)
-    for word, check in checks.INSISTED.items():
-        if word in allow or not checks.largest(thresholds):
+    # A file that is dense everywhere has nothing to prove.
+    for word, check in checks.INSISTED.items() if checks.largest(thresholds) else ():
+        if word in allow:
             continue
         reason = check(config, thresholds)
         if reason is not None:
@@ -148,7 +149,7 @@ def _plan(config: Any) -> Plan:
         hashlib.sha256(user_path(path).read_bytes()).hexdigest(),
         allow,
         *heads,
-        {phase: _tiles(thresholds, phase) for phase in PHASES},
+        {phase: thresholds.geometry.keywords(phase) for phase in PHASES},
         {phase: getattr(thresholds.min_kv_len, phase) or 0 for phase in PHASES},
     )
     _log.info("%s", _line(path, plan, thresholds))
@@ -170,12 +171,6 @@ def _options(given: Any) -> tuple[str | None, tuple[str, ...]]:
             f"`allow` must be a list of words from {', '.join(checks.INSISTED)}, but got {allow!r}"
         )
     return path, tuple(sorted(allow))
-
-
-def _tiles(thresholds: Thresholds, phase: Phase) -> dict[str, Any]:
-    geometry = getattr(thresholds.geometry, phase)
-    # How vLLM cuts prompts is not up to the operation.
-    return geometry.model_dump(exclude={"chunk"}) if geometry else {}
 
 
 def index_of(name: str) -> int | None:

@@ -32,7 +32,7 @@ class Planted:
     Attributes:
         q: [B, Hq, Sq, D].
         k: [B, Hkv, Skv, D].
-        v: [B, Hkv, Skv, D].
+        v: [B, Hkv, Skv, Dv].
         scale_factor: [tokens].
         quiet: bool [B, Hkv, KINDS, tiles].
     """
@@ -46,14 +46,13 @@ class Planted:
 
 def plant(
     *, batch: int = 1, heads: int = 2, kv_heads: int = 1, q_len: int = 200, kv_len: int = 200,
-    head_dim: int = 32,
-    tile_q: int = 64, tile_kv: int = 32, sparsity: float = 0.6, dtype: torch.dtype = torch.float32,
-    device: str = DEVICE, seed: int = 0,
+    head_dim: int = 32, value_dim: int | None = None, tile_q: int = 64, tile_kv: int = 32,
+    sparsity: float = 0.6, dtype: torch.dtype = torch.float32, device: str = DEVICE, seed: int = 0,
 ) -> Planted:  # fmt: skip
     """Vote i of a request is of kind i % KINDS; `sparsity` is the share of quiet tiles."""
     q, k, v, scale_factor = inputs.planted(
         "blocks", batch, heads, kv_heads, q_len, kv_len, head_dim, tile_kv, sparsity, dtype, device, seed,
-        groups=KINDS, tile_q=tile_q,
+        groups=KINDS, tile_q=tile_q, value_dim=value_dim,
     )  # fmt: skip
     level = k[:, :, ::tile_kv, :KINDS] * inputs.STRENGTH / math.sqrt(head_dim)
     return Planted(q, k, v, scale_factor, (level < inputs.CUT).transpose(2, 3))
@@ -65,7 +64,7 @@ def call_alone(
     """The call of one request of so many tokens, as the reference takes it."""
     (_, q_heads, _, head_dim), kv_heads = p.q.shape, p.k.shape[1]
     return Call(
-        q_len, kv_len, q_heads, kv_heads, head_dim, head_dim, p.q.dtype, head_dim**-0.5, tile_q, tile_kv,
+        q_len, kv_len, q_heads, kv_heads, head_dim, p.v.shape[3], p.q.dtype, head_dim**-0.5, tile_q, tile_kv,
         **about,
     )  # fmt: skip
 

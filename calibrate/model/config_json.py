@@ -58,6 +58,12 @@ class ModelConfigFile:
             )
         return layers, heads, kv_heads, head_dim
 
+    @property
+    def head_dim_v(self) -> int | None:
+        """Columns of values where they are not as many as those of keys; else None."""
+        size = self.data.get("text_config", self.data).get("v_head_dim")
+        return size if isinstance(size, int) and size != self.shape[3] else None
+
     def _of_diffusers(self, key: str) -> Any:
         """A key of a text model's config, in a component of a diffusers pipeline."""
         if key == "num_hidden_layers":

@@ -52,6 +52,7 @@ def section_of(loaded: LoadedModel) -> ModelSection:
         q_heads=layer.q_heads,
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
+        head_dim_v=layer.head_dim_v,
         dtype=loaded.dtype,
     )
 
@@ -90,5 +91,6 @@ def section_of_folder(folder: Path) -> ModelSection:
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        head_dim_v=config.head_dim_v,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "unknown"),
     )

@@ -38,6 +38,7 @@ def planted(
     *,
     groups: int = 1,
     tile_q: int = 1,
+    value_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Queries, keys, values, and (for `blocks`) the scale factor that skips the quiet tiles.
 
@@ -48,7 +49,7 @@ def planted(
         kv_heads: KV heads.
         q_len: query rows per request.
         kv_len: keys per request [tokens].
-        head_dim: columns of all three.
+        head_dim: columns of queries and keys.
         tile_kv: keys per tile [tokens].
         sparsity: share of quiet tiles, in [0, 1]; `sink` takes any and is set by its scale factor.
         dtype: of all three.
@@ -56,9 +57,10 @@ def planted(
         seed: of the random numbers.
         groups: how many groups of rows, each with its own quiet tiles and planted channel (`blocks` only).
         tile_q: rows of a query tile, cut as in attention; those of the call's tile i are of group i % groups.
+        value_dim: columns of values; None: `head_dim`.
 
     Returns:
-        q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D], scale factor [tokens].
+        q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], scale factor [tokens].
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -68,7 +70,7 @@ def planted(
     noise = 0.6 if kind == "blocks" else 1.0  # scores of N(0, noise**4) [nats]
     q = normal(batch, heads, q_len, head_dim).mul_(noise)
     k = normal(batch, kv_heads, kv_len, head_dim).mul_(noise)
-    v = normal(batch, kv_heads, kv_len, head_dim)
+    v = normal(batch, kv_heads, kv_len, head_dim if value_dim is None else value_dim)
     tiles = -(-kv_len // tile_kv)
     if kind == "blocks":
         # Quiet tiles are spread evenly between the sink in tile 0 and the diagonal in the last tiles.
@@ -94,14 +96,14 @@ def in_pages(
 
     Args:
         k: keys [B, Hkv, Skv, D].
-        v: values [B, Hkv, Skv, D].
+        v: values [B, Hkv, Skv, Dv].
         page: rows of a page.
         seed: of the order of pages.
 
     Returns:
         Pages of keys and of values [pages, Hkv, page, D], page numbers [B, pages per request].
     """
-    batch, heads, kv_len, dim = k.shape
+    batch, heads, kv_len, _ = k.shape
     count = -(-kv_len // page)
     table = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed)).to(
         k.device
@@ -109,7 +111,7 @@ def in_pages(
 
     def pages(x: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(x, (0, 0, 0, count * page - kv_len), value=torch.nan)
-        split = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+        split = padded.view(batch, heads, count, page, x.shape[-1]).transpose(1, 2).flatten(0, 1)
         return torch.empty_like(split).index_copy_(0, table, split)
 
     return pages(k), pages(v), table.view(batch, count)

@@ -87,7 +87,7 @@ def why_not_here(call: Call, device: Device) -> str | None:
 
 def why_too_large(call: Call, tokens: int, most: int = MOST_TILE_BYTES) -> str | None:
     """Why a tile of `tokens` rows does not fit in shared memory, or None."""
-    columns = width(max(call.head_dim, call.value_dim))
+    columns = max(sum(pieces(call.head_dim)), width(call.value_dim))
     size = tokens * columns * call.dtype.itemsize
     if size > most:
         return (
@@ -223,8 +223,24 @@ def width(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def descriptor_fits(x: torch.Tensor) -> bool:
-    """Whether TMA can address the tensor [B, H, S, D] as a matrix of rows `stride(2)` apart."""
+def pieces(head_dim: int) -> tuple[int, int]:
+    """Columns of a tile of keys as one or two powers of two: 192 as 128 and 64; the second is 0 without one.
+
+    A product over columns is the sum of two, so keys are not padded to the next power of two.
+    """
+    whole = width(head_dim)
+    first = whole // 2
+    rest = width(head_dim - first)
+    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+
+
+def descriptor_fits(x: torch.Tensor, columns: int) -> bool:
+    """Whether TMA can address the tensor [B, H, S, D] as a matrix of rows `stride(2)` apart.
+
+    Args:
+        x: the tensor.
+        columns: of a tile, in all its pieces.
+    """
     row, column = x.stride()[2:]
     # The stride of a dimension of size 1 is never used, and may be anything.
     batch, head = (
@@ -234,7 +250,7 @@ def descriptor_fits(x: torch.Tensor) -> bool:
     return (
         x.numel() > 0
         and column == 1
-        and x.shape[3] == width(x.shape[3])
+        and x.shape[3] == columns
         and row * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         and x.shape[3] <= row

@@ -81,25 +81,33 @@ def tile_type(on, rows, columns):
 
 
 def prefill_case(
-    arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False, served=False, page=0
+    arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False, served=False, page=0,
+    value_dim=None
 ):
-    config = prefill.choose(arch // 10, SHARED[arch], 4 if single else 2, head_dim, 64, TILE, page)
+    value_dim = value_dim or head_dim
+    first, rest = launch.pieces(head_dim)
+    config = prefill.choose(
+        arch // 10, SHARED[arch], 4 if single else 2, first + rest, value_dim, 64, TILE, page
+    )
     number = "*fp32" if single else "*bf16"
-    kv = number if single else tile_type(config.tma, TILE, head_dim)
-    types = {"q": number, "k": kv, "v": kv, "out": number, "stats": "*i64", "factor": "fp32",
+    tma = config.tma and not single
+    types = {"q": number, "k": tile_type(tma, TILE, first) if tma else number,
+             "k_tail": tile_type(tma, TILE, rest), "v": tile_type(tma, TILE, value_dim) if tma else number,
+             "out": number, "stats": "*i64", "factor": "fp32",
     "scale": "fp32",
              "q_len": "i32", "kv_len": "i32", "window": "i32", "dense_last": "i32", "min_kv_len": "i32",
              "q_starts": "*i32", "kv_starts": "*i32", "factors": "*fp32", "table": "*i32", "kv_lens": "*i32"}
     constants = dict(
-        q_lens=None, PAGE=page, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
-        WIDTH=head_dim,
-        WIDTH_V=head_dim, BLOCK_M=config.block_m, TILE_Q=64, TILE_KV=TILE, CAUSAL=True, WINDOWED=window,
+        q_lens=None, PAGE=page, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=value_dim, WIDTH=first, TAIL=rest,
+        WIDTH_V=value_dim, BLOCK_M=config.block_m, TILE_Q=64, TILE_KV=TILE, CAUSAL=True, WINDOWED=window,
         ARMED=armed,
         TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
         TMA=config.tma, LEADS=packed, STATS=window or served, SUMMED=served,
         PRECISION="bf16x6" if single else "tf32", STAGES=config.stages,
         SPARSE_STAGES=config.sparse_stages,
     )
+    if not rest:
+        constants["k_tail"] = None
     if not dense_last:
         constants["dense_last"] = None
     if not packed:
@@ -163,11 +171,11 @@ def statistics_case(arch, in_decode, dense_last=False, lead=False):
     pack = 16 if in_decode else 1
     constants = dict(
         HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
-        HEAD_DIM_V=D, WIDTH=D, WIDTH_V=D, BLOCK_M=128, SUBS=1, VOTE_ROWS=pack if in_decode else 64,
+        HEAD_DIM_V=D, WIDTH=D, TAIL=0, WIDTH_V=D, BLOCK_M=128, SUBS=1, VOTE_ROWS=pack if in_decode else 64,
         BLOCK_N=TILE,
         PARTS=1, CHUNK=16, CAUSAL=True, WINDOWED=False, SEEDED=in_decode, DECODE=in_decode, LOW=histogram.LOW,
         PER_OCTAVE=histogram.PER_OCTAVE, BINS=histogram.BINS, TMA=tma, TMA_V=tma, PRECISION="tf32",
-        STAGES=3,
+        STAGES=3, k_tail=None,
     )
     if not dense_last:
         constants["dense_last"] = None
@@ -226,6 +234,8 @@ if arch < 100 or KNOWS_BLACKWELL:
         "prefill 64": lambda: prefill_case(arch, 64, True),
         "prefill 64 dense": lambda: prefill_case(arch, 64, False),
         "prefill 64 window packed": lambda: prefill_case(arch, 64, True, packed=True, window=True),
+        "prefill 192 to 128": lambda: prefill_case(arch, 192, True, value_dim=128),
+        "prefill 192 to 128 dense": lambda: prefill_case(arch, 192, False, value_dim=128),
         "prefill fp32": lambda: prefill_case(arch, 128, True, single=True),
         "prefill 128 dense last": lambda: prefill_case(arch, 128, True, dense_last=True),
         "prefill 64 dense last": lambda: prefill_case(arch, 64, True, dense_last=True),

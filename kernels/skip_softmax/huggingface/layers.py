@@ -28,9 +28,10 @@ class Layer:
         name: module path, for example `model.layers.3.self_attn`.
         q_heads: query heads.
         kv_heads: KV heads.
-        head_dim: size of a head.
+        head_dim: columns of a head's queries and keys.
         window: sliding window [tokens] or None.
         reason: why it cannot be calibrated; None: it can be.
+        head_dim_v: columns of its values; None: as many.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Layer:
     head_dim: int
     window: int | None
     reason: str | None
+    head_dim_v: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -142,7 +144,8 @@ def _inspect(model: PreTrainedModel) -> Inspected:
             )
         modules[module] = index
         shape = (q.shape[1], k.shape[1], q.shape[3])
-        found[index] = Layer(index, names[module], *shape, window, reason)
+        other = given.v.shape[3] if given.v.shape[3] != shape[2] else None
+        found[index] = Layer(index, names[module], *shape, window, reason, other)
         return own
 
     _run(model, take)

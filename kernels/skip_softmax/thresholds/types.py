@@ -57,7 +57,22 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The model that the numbers were calibrated for; its shape is checked before the file is used."""
+    """The model that the numbers were calibrated for; its shape is checked before the file is used.
+
+    Heads are those that calibration saw: with latent attention (DeepSeek's), whose keys and values are
+    expanded per head there, `head_dim` is 192 and `head_dim_v` 128, though a server may decode on a cache of
+    576 and 512 columns with one KV head.
+
+    Attributes:
+        name: for humans.
+        sha256: of what decides its numbers.
+        layers: attention layers or others, all of them.
+        q_heads: query heads.
+        kv_heads: KV heads.
+        head_dim: columns of queries and keys.
+        head_dim_v: columns of values; None: as many.
+        dtype: of its weights.
+    """
 
     name: str
     sha256: str
@@ -65,6 +80,7 @@ class ModelSection(Section):
     q_heads: PositiveInt
     kv_heads: PositiveInt
     head_dim: PositiveInt
+    head_dim_v: PositiveInt | None = None
     dtype: str
 
     @model_validator(mode="after")

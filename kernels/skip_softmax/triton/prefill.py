@@ -18,6 +18,7 @@ from skip_softmax.launch import (
     descriptor_fits,
     device_of,
     launching_on,
+    pieces,
     precision,
     why_not_blackwell,
     why_not_here,
@@ -79,39 +80,42 @@ def run(
 
 
 def choose(
-    major: int, shared: int, size: int, columns: int, tile_q: int, tile_kv: int, page: int = 0
-) -> Config:
+    major: int, shared: int, size: int, columns: int, columns_v: int, tile_q: int, tile_kv: int,
+    page: int = 0,
+) -> Config:  # fmt: skip
     """The fastest known configuration of a shape; measured on an H100, see kernels/bench/results.
 
     Args:
         major: major compute capability of the device.
         shared: shared memory that a program may use [bytes].
         size: of an element [bytes].
-        columns: of a tile of k or v, whichever is wider.
+        columns: of a tile of k.
+        columns_v: of a tile of v.
         tile_q: query rows per vote.
         tile_kv: keys per tile.
         page: rows of a page, 0 without.
     """
+    widest = max(columns, columns_v)
     if size == 4:
         config = Config(64, warps=8, stages=1, tma=False)
-    elif columns <= 64 and tile_kv <= 128 and tile_q <= 64:
+    elif widest <= 64 and tile_kv <= 128 and tile_q <= 64:
         # Three small programs per multiprocessor hide each other's waits.
         config = Config(64, warps=4, stages=2, sparse_stages=3, registers=168)
-    elif columns <= 64:
+    elif widest <= 64:
         config = Config(128, warps=8, stages=3, sparse_stages=3)
-    elif columns <= 128 and tile_kv <= 64:
+    elif widest <= 128 and tile_kv <= 64:
         config = Config(128, warps=4, stages=2, sparse_stages=3)
-    elif columns <= 128 and tile_kv <= 128 and major == 9:
+    elif columns <= 192 and columns_v <= 128 and tile_kv <= 128 and major == 9:
         # One large program per multiprocessor: its two paths differ by more than switching costs.
         config = Config(128, warps=8, stages=3, sparse_stages=3, two_ways=True)
     else:
-        config = Config(128 if major > 9 and columns <= 128 else 64, warps=8, stages=2)
-    if major < 9 and size == 2 and columns > 64:
+        config = Config(128 if major > 9 and widest <= 128 else 64, warps=8, stages=2)
+    if major < 9 and size == 2 and widest > 64:
         # Without wgmma the scores of 128 rows do not fit in registers.
         config = Config(64, warps=8, stages=2)
     block_m = max(config.block_m, tile_q)
     room = shared - size * block_m * columns - 2048
-    tile = size * tile_kv * columns
+    keys, values = size * tile_kv * columns, size * tile_kv * columns_v
 
     def steps(wanted: int, fitting: int) -> int:
         stages = max(1, min(wanted, fitting))
@@ -128,8 +132,10 @@ def choose(
         block_m=block_m,
         warps=8 if block_m > config.block_m else config.warps,
         registers=config.registers if block_m == config.block_m and major == 9 else None,
-        stages=steps(config.stages, room // (2 * tile)),
-        sparse_stages=steps(config.sparse_stages, room // tile - (1 if major >= 9 else 2)),
+        stages=steps(config.stages, room // (keys + values)),
+        sparse_stages=steps(
+            config.sparse_stages, (room - (1 if major >= 9 else 2) * values) // keys
+        ),
         # One box is one tile, so it must lie in one page.
         tma=config.tma and major >= 9 and (not page or page >= tile_kv),
     )
@@ -190,22 +196,25 @@ def prefill(
     """
     from skip_softmax.triton.prefill_kernel import _prefill
 
-    on, columns = device_of(q.device), max(width(q.shape[-1]), width(v.shape[-1]))
+    on, (first, rest), columns = device_of(q.device), pieces(q.shape[-1]), width(v.shape[-1])
     page = 0 if table is None else k.shape[2]
-    config = choose(on.major, on.shared, q.element_size(), columns, tile_q, tile_kv, page)
+    config = choose(
+        on.major, on.shared, q.element_size(), first + rest, columns, tile_q, tile_kv, page
+    )
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
     if not out.numel():
         return
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    tma = config.tma and descriptor_fits(k) and descriptor_fits(v)
+    tma = config.tma and descriptor_fits(k, first + rest) and descriptor_fits(v, columns)
     requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
     grid = (q.shape[1], cdiv(most_q + most_lead, config.block_m), requests)
     with launching_on(q):
         _prefill[grid](
             q,
-            descriptor(k, [tile_kv, width(k.shape[-1])]) if tma else k,
-            descriptor(v, [tile_kv, width(v.shape[-1])]) if tma else v,
+            descriptor(k, [tile_kv, first]) if tma else k,
+            None if not rest else descriptor(k, [tile_kv, rest]) if tma else k,
+            descriptor(v, [tile_kv, columns]) if tma else v,
             out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
             table, factor, scale * LOG2E, most_q, most_kv, window or 0,
             # None compiles the kernel without the rule.
@@ -214,7 +223,7 @@ def prefill(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             None if table is None else table.stride(0),
             GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
-            WIDTH=width(k.shape[-1]), WIDTH_V=width(v.shape[-1]), BLOCK_M=config.block_m, TILE_Q=tile_q,
+            WIDTH=first, TAIL=rest, WIDTH_V=columns, BLOCK_M=config.block_m, TILE_Q=tile_q,
             TILE_KV=tile_kv, PAGE=page, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
             TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
             TMA=tma, LEADS=most_lead > 0, STATS=counts is not None,

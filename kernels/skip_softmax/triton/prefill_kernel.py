@@ -31,12 +31,14 @@ import triton.language as tl
 from skip_softmax.triton.primitives import (
     keeps,
     kept_votes,
+    load_queries,
     load_tile,
     log2_threshold,
     online_softmax,
     pages_of,
     place_of,
     private_votes,
+    scores_of,
     visible,
     visited_tiles,
     whole_tiles,
@@ -45,13 +47,13 @@ from skip_softmax.triton.primitives import (
 
 @triton.jit
 def _walk(
-    first, last, acc, l, m, kept, busy, q, k, v, k_offset, v_offset, k_place, v_place, k_stride,
-    v_stride, paging, position, ballot, kv_len, window, scale, threshold,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    TILE_KV: tl.constexpr, PAGE: tl.constexpr, VOTES: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr, ARMED: tl.constexpr, AHEAD: tl.constexpr,
-    PRIVATE: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    first, last, acc, l, m, kept, busy, q, q_tail, k, k_tail, v, k_offset, v_offset, k_place, v_place,
+    k_stride, v_stride, paging, position, ballot, kv_len, window, scale, threshold,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH_V: tl.constexpr, TILE_KV: tl.constexpr, PAGE: tl.constexpr, VOTES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, ARMED: tl.constexpr,
+    AHEAD: tl.constexpr, PRIVATE: tl.constexpr, TMA: tl.constexpr, STATS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks tiles `first` to `last`; MASKED where some row of the block does not see all of their keys.
 
@@ -64,16 +66,15 @@ def _walk(
         pages = 0
         if PAGE > 0:
             pages = pages_of(table, start, begin, kv_len, TILE_KV, PAGE, MASKED)
-        keys = load_tile(
-            k, k_offset, k_place, k_stride, start, kv_len, TILE_KV, HEAD_DIM, WIDTH, TMA, MASKED, False,
-            pages, k_page, begin, PAGE,
+        scores = scores_of(
+            q, q_tail, k, k_tail, k_offset, k_place, k_stride, start, kv_len, TILE_KV, HEAD_DIM, WIDTH,
+            TAIL, TMA, MASKED, PRECISION, pages, k_page, begin, PAGE,
         )  # fmt: skip
         if AHEAD:
             values = load_tile(
                 v, v_offset, v_place, v_stride, start, kv_len, TILE_KV, HEAD_DIM_V, WIDTH_V, TMA,
                 MASKED, True, pages, v_page, begin, PAGE,
             )  # fmt: skip
-        scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
             seen = visible(
                 position, start + tl.arange(0, TILE_KV), kv_len, window, CAUSAL, WINDOWED
@@ -115,15 +116,15 @@ def _walk(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "window", "dense_last", "min_kv_len"])
 def _prefill(
-    q, k, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale, q_len, kv_len,
-    window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    q, k, k_tail, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale, q_len,
+    kv_len, window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_table, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, PAGE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr, TWO_WAYS: tl.constexpr,
-    PRIVATE: tl.constexpr, PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr, LEADS: tl.constexpr,
-    STATS: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    SPARSE_STAGES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr,
+    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
+    TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr, PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr,
+    LEADS: tl.constexpr, STATS: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     # The last rows of a causal call see most keys: they start first, so that no long program starts last.
@@ -178,12 +179,9 @@ def _prefill(
         count = row0 + BLOCK_M - first_row
     vote = tl.arange(0, BLOCK_M) // TILE_Q
     ballot = tl.where(valid, 1 << vote, 0)
-    columns = tl.arange(0, WIDTH)
-    q_tile = tl.load(
-        q + q_offset + rows.to(tl.int64)[:, None] * stride_qs + columns[None, :],
-        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    q_rows = q + q_offset + rows.to(tl.int64) * stride_qs
+    q_tile = load_queries(q_rows, valid, 0, HEAD_DIM, WIDTH)
+    q_tail = load_queries(q_rows, valid, WIDTH, HEAD_DIM, TAIL) if TAIL > 0 else None
 
     if factors is not None:
         factor = tl.load(factors + head)
@@ -222,10 +220,10 @@ def _prefill(
     EDGE_STAGES: tl.constexpr = STAGES if EDGE_AHEAD else SPARSE_STAGES
     if WINDOWED:
         acc, l, m, kept, busy = _walk(
-            low, low_full, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-            stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
-            HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD,
-            PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+            low, low_full, acc, l, m, kept, busy, q_tile, q_tail, k, k_tail, v, k_offset, v_offset, k_place,
+            v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
+            HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, True, ARMED,
+            EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
         )  # fmt: skip
     if ARMED and TWO_WAYS:
         # Two paths through the same tiles. Where nearly all are kept, values are loaded ahead in the
@@ -239,17 +237,17 @@ def _prefill(
             busy = 0
             if sparse:
                 acc, l, m, kept, busy = _walk(
-                    tile, stop, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
-                    v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, False,
-                    ARMED, False, False, TMA, STATS, PRECISION, SPARSE_STAGES,
+                    tile, stop, acc, l, m, kept, busy, q_tile, q_tail, k, k_tail, v, k_offset, v_offset,
+                    k_place, v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale,
+                    threshold, HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL,
+                    WINDOWED, False, ARMED, False, False, TMA, STATS, PRECISION, SPARSE_STAGES,
                 )  # fmt: skip
             else:
                 acc, l, m, kept, busy = _walk(
-                    tile, stop, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
-                    v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
-                    HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, False,
-                    ARMED, True, PRIVATE, TMA, STATS, PRECISION, STAGES,
+                    tile, stop, acc, l, m, kept, busy, q_tile, q_tail, k, k_tail, v, k_offset, v_offset,
+                    k_place, v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale,
+                    threshold, HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL,
+                    WINDOWED, False, ARMED, True, PRIVATE, TMA, STATS, PRECISION, STAGES,
                 )  # fmt: skip
                 if PRIVATE:
                     busy = tl.max(kept - before, 0)
@@ -258,16 +256,16 @@ def _prefill(
             stop = tl.minimum(stop + SPAN, high_full)
     else:
         acc, l, m, kept, busy = _walk(
-            low_full, high_full, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place,
-            v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold,
-            HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, False, ARMED,
-            EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
+            low_full, high_full, acc, l, m, kept, busy, q_tile, q_tail, k, k_tail, v, k_offset, v_offset,
+            k_place, v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale,
+            threshold, HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED,
+            False, ARMED, EDGE_AHEAD, PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
         )  # fmt: skip
     acc, l, m, kept, busy = _walk(
-        high_full, high, acc, l, m, kept, busy, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-        stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
-        HEAD_DIM_V, WIDTH, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD, PRIVATE,
-        TMA, STATS, PRECISION, EDGE_STAGES,
+        high_full, high, acc, l, m, kept, busy, q_tile, q_tail, k, k_tail, v, k_offset, v_offset, k_place,
+        v_place, stride_ks, stride_vs, paging, position, ballot, kv_len, window, scale, threshold, HEAD_DIM,
+        HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, TILE_KV, PAGE, VOTES, CAUSAL, WINDOWED, True, ARMED, EDGE_AHEAD,
+        PRIVATE, TMA, STATS, PRECISION, EDGE_STAGES,
     )  # fmt: skip
 
     # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.

@@ -236,3 +236,51 @@ def load_tile(
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_queries(
+    rows, valid, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Columns FIRST to FIRST + WIDTH of query rows, [rows, WIDTH]; zero beyond HEAD_DIM and where not valid.
+
+    Args:
+        rows: where each row starts.
+        valid: which rows are there.
+        FIRST: the first column.
+        HEAD_DIM: columns of the tensor.
+        WIDTH: columns to load.
+    """
+    columns = FIRST + tl.arange(0, WIDTH)
+    return tl.load(
+        rows[:, None] + columns[None, :],
+        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def scores_of(
+    q, q_tail, k, k_tail, offset, place, stride, first, limit, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, pages=0, page_stride=0, begin=0, PAGE: tl.constexpr = 0,
+):  # fmt: skip
+    """Raw scores of queries and the keys from `first` on, [rows, KEYS].
+
+    A HEAD_DIM that is no power of two comes in two pieces: WIDTH columns, and TAIL more (0: none), for which
+    there are `q_tail` and, with TMA, a descriptor `k_tail` of its own. The rest is as in `load_tile`.
+    """
+    COLUMNS: tl.constexpr = HEAD_DIM if TAIL == 0 else WIDTH
+    keys = load_tile(
+        k, offset, place, stride, first, limit, KEYS, COLUMNS, WIDTH, TMA, MASKED, False, pages,
+        page_stride, begin, PAGE,
+    )  # fmt: skip
+    scores = tl.dot(q, keys.T, input_precision=PRECISION)
+    if TAIL > 0:
+        place_tail = (place[0], place[1] + WIDTH)
+        rest = load_tile(
+            k_tail, offset + WIDTH, place_tail, stride, first, limit, KEYS, HEAD_DIM - WIDTH, TAIL, TMA,
+            MASKED, False, pages, page_stride, begin, PAGE,
+        )  # fmt: skip
+        scores = tl.dot(q_tail, rest.T, scores, input_precision=PRECISION)
+    return scores

@@ -16,6 +16,7 @@ from skip_softmax.launch import (
     device_of,
     launching_on,
     next_power_of_2,
+    pieces,
     precision,
     why_not_blackwell,
     why_not_here,
@@ -84,12 +85,16 @@ def run(
     )
     row_lse = torch.empty(programs, block_m * subs, dtype=torch.float32, device=q.device)
     if items and kv_len:
-        tma, tma_v = (on.major >= 9 and descriptor_fits(x) for x in (k, v))
+        first, rest = pieces(k.shape[-1])
+        columns = width(v.shape[-1])
+        tma = on.major >= 9 and descriptor_fits(k, first + rest)
+        tma_v = on.major >= 9 and descriptor_fits(v, columns)
         with launching_on(q):
             _statistics[(programs,)](
                 q,
-                descriptor(k, [block_n, width(k.shape[-1])]) if tma else k,
-                descriptor(v, [block_n, width(v.shape[-1])]) if tma_v else v,
+                descriptor(k, [block_n, first]) if tma else k,
+                None if not rest else descriptor(k, [block_n, rest]) if tma else k,
+                descriptor(v, [block_n, columns]) if tma_v else v,
                 out, counts, mass, notes[0], notes[1], row_lse,
                 call.scale * LOG2E, q_len, kv_len, call.window or 0,
                 # None compiles the kernel without the rule.
@@ -98,8 +103,8 @@ def run(
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 HEADS=heads, Q_GROUP=group if call.decode else 1, KV_GROUP=1 if call.decode else group,
                 PACK=pack,
-                HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=width(k.shape[-1]),
-                WIDTH_V=width(v.shape[-1]),
+                HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=first, TAIL=rest,
+                WIDTH_V=columns,
                 BLOCK_M=block_m, SUBS=subs, VOTE_ROWS=vote_rows, BLOCK_N=block_n, PARTS=tile_kv // block_n,
                 CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=call.causal, WINDOWED=call.window is not None,
                 SEEDED=call.seeded, DECODE=call.decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,

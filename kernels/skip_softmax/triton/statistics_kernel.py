@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 
 from skip_softmax.triton.primitives import (
+    load_queries,
     load_tile,
     online_softmax,
     place_of,
+    scores_of,
     visible,
     visited_tiles,
     whole_tiles,
@@ -26,24 +28,24 @@ from skip_softmax.triton.primitives import (
 
 @triton.jit
 def _observe(
-    first, last, acc, l, m, before, q, k, v, k_offset, v_offset, k_place, v_place, k_stride, v_stride,
-    position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, NOTE_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr, TMA: tl.constexpr,
-    TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    first, last, acc, l, m, before, q, q_tail, k, k_tail, v, k_offset, v_offset, k_place, v_place, k_stride,
+    v_stride, position, row_first, row_last, kv_len, window, scale, seed, gaps, weights_log2, note,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH_V: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, NOTE_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, SEEDED: tl.constexpr,
+    TMA: tl.constexpr, TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Dense attention over key blocks `first` to `last`, noting each row's gap and weight in each."""
     for block in tl.range(first, last, num_stages=STAGES):
         start = block * BLOCK_N
-        keys = load_tile(
-            k, k_offset, k_place, k_stride, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH, TMA, MASKED, False,
+        scores = scores_of(
+            q, q_tail, k, k_tail, k_offset, k_place, k_stride, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH,
+            TAIL, TMA, MASKED, PRECISION,
         )  # fmt: skip
         values = load_tile(
             v, v_offset, v_place, v_stride, start, kv_len, BLOCK_N, HEAD_DIM_V, WIDTH_V, TMA_V, MASKED,
             True,
         )  # fmt: skip
-        scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
             seen = visible(
                 position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED
@@ -145,15 +147,15 @@ def _tally(
     ]
 )
 def _statistics(
-    q, k, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, dense_last, lead,
-    items, blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
-    stride_vh, stride_vs, stride_ob, stride_oh, stride_os, HEADS: tl.constexpr, Q_GROUP: tl.constexpr,
-    KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, SUBS: tl.constexpr,
-    VOTE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SEEDED: tl.constexpr, DECODE: tl.constexpr,
-    LOW: tl.constexpr, PER_OCTAVE: tl.constexpr, BINS: tl.constexpr, TMA: tl.constexpr,
-    TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    q, k, k_tail, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, dense_last,
+    lead, items, blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, HEADS: tl.constexpr,
+    Q_GROUP: tl.constexpr, KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, SUBS: tl.constexpr, VOTE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    SEEDED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
+    BINS: tl.constexpr, TMA: tl.constexpr, TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NOTE_ROWS: tl.constexpr = BLOCK_M * SUBS  # rows of one item
     TOKENS: tl.constexpr = BLOCK_M // PACK  # query tokens of one block
@@ -184,12 +186,8 @@ def _statistics(
             q_head = head * Q_GROUP + local % PACK
             q_row = batch.to(tl.int64) * stride_qb + q_head.to(tl.int64) * stride_qh
             q_row += token.to(tl.int64) * stride_qs
-            columns = tl.arange(0, WIDTH)
-            q_tile = tl.load(
-                q + q_row[:, None] + columns[None, :],
-                mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
-                other=0.0,
-            )
+            q_tile = load_queries(q + q_row, valid, 0, HEAD_DIM, WIDTH)
+            q_tail = load_queries(q + q_row, valid, WIDTH, HEAD_DIM, TAIL) if TAIL > 0 else None
             k_offset = batch.to(tl.int64) * stride_kb + (head // KV_GROUP).to(tl.int64) * stride_kh
             v_offset = batch.to(tl.int64) * stride_vb + (head // KV_GROUP).to(tl.int64) * stride_vh
 
@@ -228,11 +226,10 @@ def _statistics(
                 ):
                     block = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = block * BLOCK_N
-                    keys = load_tile(
-                        k, k_offset, k_place, stride_ks, start, kv_len, BLOCK_N, HEAD_DIM, WIDTH, TMA,
-                        True, False,
+                    scores = scores_of(
+                        q_tile, q_tail, k, k_tail, k_offset, k_place, stride_ks, start, kv_len, BLOCK_N,
+                        HEAD_DIM, WIDTH, TAIL, TMA, True, PRECISION,
                     )  # fmt: skip
-                    scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
                     seen = visible(
                         position, start + tl.arange(0, BLOCK_N), kv_len, window, CAUSAL, WINDOWED
                     )
@@ -250,22 +247,22 @@ def _statistics(
             note = note_base + sub * BLOCK_M + local
             if WINDOWED:
                 acc, l, m, before = _observe(
-                    low, low_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place,
-                    v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
-                    seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N,
-                    PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
+                    low, low_full, acc, l, m, before, q_tile, q_tail, k, k_tail, v, k_offset, v_offset,
+                    k_place, v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window,
+                    scale, seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V,
+                    BLOCK_N, PARTS, NOTE_ROWS, CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
                 )  # fmt: skip
             acc, l, m, before = _observe(
-                low_full, high_full, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place,
-                v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
-                seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS,
+                low_full, high_full, acc, l, m, before, q_tile, q_tail, k, k_tail, v, k_offset, v_offset,
+                k_place, v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale,
+                seed, gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, BLOCK_N, PARTS,
                 NOTE_ROWS, CAUSAL, WINDOWED, False, SEEDED, TMA, TMA_V, PRECISION, STAGES,
             )  # fmt: skip
             acc, l, m, before = _observe(
-                high_full, high, acc, l, m, before, q_tile, k, v, k_offset, v_offset, k_place, v_place,
-                stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale, seed, gaps,
-                weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, WIDTH_V, BLOCK_N, PARTS, NOTE_ROWS,
-                CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
+                high_full, high, acc, l, m, before, q_tile, q_tail, k, k_tail, v, k_offset, v_offset, k_place,
+                v_place, stride_ks, stride_vs, position, row_first, row_last, kv_len, window, scale, seed,
+                gaps, weights_log2, note, HEAD_DIM, HEAD_DIM_V, WIDTH, TAIL, WIDTH_V, BLOCK_N, PARTS,
+                NOTE_ROWS, CAUSAL, WINDOWED, True, SEEDED, TMA, TMA_V, PRECISION, STAGES,
             )  # fmt: skip
             total = tl.where(l == 0.0, 1.0, l)
             acc = acc / total[:, None]

@@ -517,9 +517,10 @@ def test_latent_attention_runs_the_file_that_was_made_for_it(tmp_path: Path) -> 
     )  # fmt: skip
     model = transformers.DeepseekV3ForCausalLM(config).eval()
     found = inspect_layers(model)
-    assert {layer.head_dim for layer in found} == {24}
+    assert {(layer.head_dim, layer.head_dim_v) for layer in found} == {(24, 16)}
     config.save_pretrained(tmp_path)  # and what `import --model` reads says the same
-    assert read_model_config(tmp_path).shape == (2, 4, 4, 24)
+    read = read_model_config(tmp_path)
+    assert (read.shape, read.head_dim_v) == ((2, 4, 4, 24), 16)
     prompt = tiny.tokens(100)
     with torch.no_grad():
         own = model(prompt).logits

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from skip_softmax import launch
+from skip_softmax.choose import Backend
 from skip_softmax.triton import prefill_kernel
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,60 @@ def test_vote_geometry_is_honoured(tile_q: int, tile_kv: int) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim: int) -> None:
     check(plant(q_len=65, kv_len=100, head_dim=head_dim))
+
+
+# Keys of latent attention in prefill (192, 128), and heads cut as 32 + 16, 64 + 16, one piece of 64.
+VALUE_DIMS = [(192, 128), (48, 32), (72, 128), (60, 16)]
+
+
+@pytest.mark.parametrize("head_dim, value_dim", VALUE_DIMS)
+@pytest.mark.parametrize("causal, window", [(True, None), (False, 40)])
+def test_values_of_another_head_dim(
+    head_dim: int, value_dim: int, causal: bool, window: int | None
+) -> None:
+    p = plant(q_len=65, kv_len=130, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16)
+    out, stats = check(p, causal=causal, window=window)
+    assert out.shape[-1] == value_dim
+    assert window is not None or stats.skipped.sum() > 0
+
+
+@pytest.mark.parametrize("head_dim, value_dim", VALUE_DIMS[:2])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_values_of_another_head_dim_in_pages_and_packed(
+    backend: Backend, head_dim: int, value_dim: int
+) -> None:
+    p = plant(q_len=40, kv_len=128, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16)
+    call = {"scale_factor": p.scale_factor, "tile_kv": 32, "backend": backend, "return_stats": True}
+    plain, counted = ss.attention(p.q, p.k, p.v, **call)
+    assert counted.skipped.sum() > 0
+    k, v, table = paged(p, 16)
+    starts = [torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (40, 128)]
+    first = [x[0].transpose(0, 1) for x in (p.q, p.k, p.v)]
+    for out, stats in (
+        ss.attention(p.q, k, v, block_table=table, kv_lens=[128], **call),
+        ss.attention_varlen(*first, *starts, 40, 128, **call),
+    ):
+        assert torch.equal(out if out.dim() == 4 else out.transpose(0, 1)[None], plain)
+        assert torch.equal(stats.skipped, counted.skipped)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_kv", [64, 128])
+@pytest.mark.parametrize("head_dim, value_dim", [(192, 128), (128, 64), (64, 256), (96, 64)])
+def test_long_prompts_with_values_of_another_head_dim(
+    head_dim: int, value_dim: int, tile_kv: int
+) -> None:
+    p = plant(
+        heads=4, kv_heads=4, q_len=2000, kv_len=3003, head_dim=head_dim, value_dim=value_dim,
+        tile_kv=tile_kv, dtype=torch.bfloat16,
+    )  # fmt: skip
+    _, stats = check(p, tile_kv=tile_kv)
+    assert stats.skipped.sum() > 0
+    check(p, tile_kv=tile_kv, scale_factor=0.0)
+    k, v, table = paged(p, tile_kv)
+    call = {"scale_factor": p.scale_factor, "tile_kv": tile_kv, "backend": "triton"}
+    alike = ss.attention(p.q, k, v, block_table=table, kv_lens=[3003], **call)
+    assert torch.equal(alike, ss.attention(p.q, p.k, p.v, **call))
 
 
 @pytest.mark.parametrize("armed", [True, False])

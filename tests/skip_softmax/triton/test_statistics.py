@@ -60,6 +60,13 @@ def test_large_heads_fit_shared_memory(head_dim: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("head_dim, value_dim", [(192, 128), (48, 32)])
+def test_values_of_another_head_dim(head_dim: int, value_dim: int, decode: bool) -> None:
+    p = plant(q_len=70, kv_len=130, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16)
+    compare(p, decode=decode, tile_kv=32, running_max="seeded", moved=0.02)
+
+
+@pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("window", [30, 150])
 def test_windows(window: int | None, decode: bool) -> None:
     p = plant(q_len=130, kv_len=200)

@@ -37,7 +37,7 @@ PROGRAM = "from calibrate.cli import main; main()"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         # Needs a finished run or the real model.
         if {"smoke_command", "smollm2"} & set(getattr(item, "fixturenames", ())):

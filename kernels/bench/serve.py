@@ -2,6 +2,7 @@
 
     python kernels/bench/serve.py gate stock:16 dense:16 dense:64
     python kernels/bench/serve.py soak dense:16 armed:64
+    python kernels/bench/serve.py stall armed:64
     python kernels/bench/serve.py time stock:16 dense:64 65536x1@0.75 armed:64 65536x1@0 65536x1@0.75
 
 A setting is BACKEND:BLOCK: `stock` is FLASH_ATTN, `dense` our plug-in without a thresholds file, `armed` with
@@ -15,6 +16,9 @@ tokens and log-probabilities with the first setting's. `soak` serves random requ
 preemption, and compares each with the same request alone. Both run a small model in fp16, whose rounding is
 finer than bf16's. Still, rounding decides between tokens that are nearly alike: where both runs give two
 tokens nearly the same probability, either may come, and behind it nothing is compared.
+
+`stall` asks what the first batches of a server wait for: each batch is served twice, and what the first took
+more is compiling, unless Triton finds its kernels on disk (TRITON_CACHE_DIR).
 
 `time` runs a model of Llama-3.1-8B's shape in bf16. Every engine has a process of its own, and each row is
 printed and written as soon as it is known.
@@ -288,6 +292,47 @@ def agreed(what: str, one: Any, other: Any) -> bool:
     return not wrong
 
 
+# `stall`.
+
+
+def stall_batches(vocab: int) -> dict[str, list[list[int]]]:
+    """What a new server may be asked first; steps have up to 2048 tokens."""
+    long = [planted_model.prompt(2100, 0.75, vocab, seed=seed) for seed in range(8)]
+    return {
+        "one prompt": long[:1],
+        "parts of prompts, beside decodes": long,
+        "five short prompts": [ids[:50] for ids in long[:5]],
+        "short beside long": [long[0][:50], *long[1:4], long[4][:7]],
+    }
+
+
+def stall_run(chosen: Setting, dtype: str) -> dict[str, list[float]]:
+    """Time to the last first token of each batch, new and again [ms]; and of the engine's start."""
+    import served
+
+    config, began = planted_model.SMALL, time.perf_counter()
+    llm = served.engine(
+        config, chosen.backend, block=chosen.block, chunk=2048, longest=8192, requests=8, dtype=dtype,
+        gpu_memory_utilization=0.4,
+    )  # fmt: skip
+    taken = {"start": [1000 * (time.perf_counter() - began)]}
+    for name, prompts in stall_batches(config["vocab_size"]).items():
+        taken[name] = [max(served.run(llm, prompts, 8).first_ms) for _ in range(2)]
+    return {name: [round(ms, 1) for ms in both] for name, both in taken.items()}
+
+
+def stall(options: argparse.Namespace) -> int:
+    """Runs `stall`; 0: every engine gave its times."""
+    failed = False
+    for chosen in options.work:
+        taken = in_own_process(stall_run, chosen, options.dtype or "float16")
+        failed |= taken is None
+        print(
+            json.dumps({"setting": str(chosen), "commit": options.commit, "ms": taken}), flush=True
+        )
+    return int(failed)
+
+
 # `time`.
 
 
@@ -336,9 +381,6 @@ def time_run(chosen: Setting, points: list[Point], options: argparse.Namespace) 
             # Kernels are compiled, and tuned, in the first run of a shape.
             served.run(llm, prompts[:1], 2)
             warm.add(wanted.length)
-        if wanted.batch > 1:
-            # So are those of steps that hold a prompt beside decodes, or parts of two prompts.
-            served.run(llm, [ids[: options.chunk + 100] for ids in prompts], 2)
         served.clear_counts(llm)
         passes: list[served.Pass] = []
         began = time.perf_counter()
@@ -461,7 +503,7 @@ def say(message: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one of `gate`, `soak` and `time`.
+    """Runs one of `gate`, `soak`, `stall` and `time`.
 
     Args:
         arguments: command line; None: `sys.argv`.
@@ -472,7 +514,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("gate", "soak", "time"))
+    parser.add_argument("what", choices=("gate", "soak", "stall", "time"))
     parser.add_argument(
         "work", type=word, nargs="+", metavar="BACKEND:BLOCK or LENGTHxBATCH@SPARSITY"
     )
@@ -496,7 +538,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("`time` needs points behind the last setting, as 65536x1@0.75")
     if options.what != "time" and any(points for _, points in grouped(options.work)):
         parser.error(f"`{options.what}` takes settings only, as stock:16")
-    return {"gate": gate, "soak": soak, "time": timed}[options.what](options)
+    return {"gate": gate, "soak": soak, "stall": stall, "time": timed}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSou
     names = kernel.arg_names
     types = {**{n: "i32" for n in names if n.startswith("stride")}, **types}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = [n for n, t in signature.items() if t[0] == "*" or (t == "i32" and n.startswith("stride"))]
+    free = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    there = {n: t for n, t in signature.items() if n not in free}
+    aligned = [n for n, t in there.items() if t[0] == "*" or (t == "i32" and n.startswith("stride"))]
     source = source(
         kernel, signature, {(names.index(n),): v for n, v in constants.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},

@@ -168,8 +168,10 @@ def hopper(
     page = 0 if table is None else k.shape[2]
     box = box_of(page)
     processors = device_of(q.device).processors
-    # Counts the items handed out after each program's first.
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if items > processors else None
+    # Counts the items handed out after each program's first. Over pages also where no item is left: batches
+    # of a server are of any size, and the first without a counter would wait for a kernel of its own.
+    counted = items > processors or table is not None
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if counted else None
     warps, heavy, light = partition(groups, box)
     few = items < FEW_ITEMS * processors
     near = _near(k.shape[1], 2 * most_kv * head_dim * k.element_size()) if few else 1

@@ -744,10 +744,12 @@ def _consume(
         number = _take(turn)
 
 
+# A batch's lengths and tables may begin anywhere: a kernel for each would make the first such batch wait.
 @gluon.jit(
     do_not_specialize=[
         "q_len", "kv_len", "dense_last", "items", "group", "kv_heads", "blocks", "near", "pages", "min_kv_len"
-    ]
+    ],
+    do_not_specialize_on_alignment=["q_lens", "kv_lens", "q_starts", "kv_starts", "table"],
 )  # fmt: skip
 def _hopper(
     q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale,

@@ -182,7 +182,11 @@ def _load_keys(
     return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
 
 
-@triton.jit(do_not_specialize=["kv_len", "window", "min_kv_len", "requests", "programs"])
+# A batch's lengths and tables may begin anywhere: a kernel for each would make the first such batch wait.
+@triton.jit(
+    do_not_specialize=["kv_len", "window", "min_kv_len", "requests", "programs", "stride_table"],
+    do_not_specialize_on_alignment=["kv_lens", "table"],
+)
 def _decode(
     q, k, v, out, parts, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, min_kv_len,
     requests, programs, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb,
@@ -428,7 +432,10 @@ def _decode(
             tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["kv_len", "window", "requests", "programs"])
+@triton.jit(
+    do_not_specialize=["kv_len", "window", "requests", "programs"],
+    do_not_specialize_on_alignment=["kv_lens"],
+)
 def _combine(
     parts, lse, out, kv_lens, kv_len, window, requests, programs, stride_ob, stride_oh, stride_ot,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH_V: tl.constexpr,

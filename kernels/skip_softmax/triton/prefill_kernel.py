@@ -114,7 +114,11 @@ def _walk(
     return acc, l, m, kept, busy
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "window", "dense_last", "min_kv_len"])
+# A batch's lengths and tables may begin anywhere: a kernel for each would make the first such batch wait.
+@triton.jit(
+    do_not_specialize=["q_len", "kv_len", "window", "dense_last", "min_kv_len", "stride_table"],
+    do_not_specialize_on_alignment=["q_lens", "kv_lens", "q_starts", "kv_starts", "table"],
+)
 def _prefill(
     q, k, k_tail, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale, q_len,
     kv_len, window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -9,10 +10,9 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from skip_softmax.api import attention_varlen, decode_attention
 from skip_softmax.thresholds.types import PHASES, Phase
-from skip_softmax.vllm import startup
-from skip_softmax.vllm.batch import SkipSoftmaxMetadata, Stretch
+from skip_softmax.vllm import startup, warm
+from skip_softmax.vllm.batch import SkipSoftmaxMetadata
 
 
 class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
@@ -68,6 +68,11 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         self.counts: dict[Phase, torch.Tensor] = {}
         self.factors: dict[Phase, float | torch.Tensor] = {}
         self.given: dict[Phase, torch.Tensor] = {}
+        self.longest = config.model_config.max_model_len
+        drafts = config.speculative_config
+        self.requests = config.scheduler_config.max_num_seqs
+        self.requests *= 1 + (drafts.num_speculative_tokens if drafts is not None else 0)
+        self.warm = False
 
     def do_kv_cache_update(
         self,
@@ -127,31 +132,15 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             )
         if not self.counts:
             self._arm(layer.layer_name, query.device)
+        if not self.warm and kv_cache.numel() and not _captures(query):
+            self._warm_up(kv_cache)
         if attn_metadata is None:
             return output.fill_(0)
         out = output.view(-1, self.num_heads, self.head_size)
         k, v = _pages(kv_cache, self.head_size)
         for stretch in attn_metadata.stretches:
-            (self._decode if stretch.phase == "decode" else self._prefill)(
-                query, k, v, stretch, out
-            )
+            stretch.attend(query, k, v, out, **self._keywords(stretch.phase))
         return output
-
-    def _prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: Stretch, out: torch.Tensor
-    ) -> None:
-        attention_varlen(
-            q, k, v, s.q_starts, None, s.longest_q, s.longest_kv, block_table=s.table, kv_lens=s.kv_lens,
-            out=out, **self._keywords("prefill"),
-        )  # fmt: skip
-
-    def _decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: Stretch, out: torch.Tensor
-    ) -> None:
-        decode_attention(
-            q[s.tokens], k, v, s.kv_lens, block_table=s.table, out=out[s.tokens],
-            **self._keywords("decode"),
-        )  # fmt: skip
 
     def _keywords(self, phase: Phase) -> dict[str, Any]:
         return {
@@ -169,6 +158,21 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         if isinstance(read, torch.Tensor):
             read.zero_() if pause else read.copy_(self.given["decode"])
 
+    def _warm_up(self, kv_cache: torch.Tensor) -> None:
+        """Compiles the kernels of this layer before the first request, once for all layers alike."""
+        self.warm = True
+        armed = tuple(isinstance(self.factors[phase], torch.Tensor) for phase in PHASES)
+        k, v = _pages(kv_cache, self.head_size)
+        kind = self.num_heads, self.sliding_window, armed, k.shape[1:], k.stride(), k.dtype
+        if not k.is_cuda or kind in self.plan.warm:
+            return
+        self.plan.warm.add(kind)
+        began = time.perf_counter()
+        keywords = {phase: self._keywords(phase) for phase in PHASES}
+        warm.compile_for(keywords, self.num_heads, k, v, self.longest, self.requests)
+        torch.cuda.synchronize(k.device)
+        startup.say_compiled(time.perf_counter() - began, self.sliding_window, armed)
+
     def _arm(self, name: str, device: torch.device) -> None:
         """Puts this layer's numbers and counts on its device: in vLLM's first run, before any graph."""
         heads: dict[Phase, int] = {"prefill": self.num_heads, "decode": self.num_kv_heads}
@@ -182,6 +186,11 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
                     self.factors[phase] = torch.tensor(numbers[phase], dtype=dtype, device=device)
                     self.given[phase] = torch.tensor(numbers[phase], dtype=dtype, device=device)
                 self.counts[phase] = torch.zeros(heads[phase], 2, dtype=torch.int64, device=device)
+
+
+def _captures(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is captured now, in which nothing can be compiled."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

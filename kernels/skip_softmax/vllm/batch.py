@@ -25,33 +25,8 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from skip_softmax.thresholds.types import Phase
 from skip_softmax.vllm import answers, startup
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Neighbouring requests of a batch that are in the same phase.
-
-    Attributes:
-        phase: theirs.
-        tokens: their rows in the tensors of the batch.
-        q_starts: where the queries of each request start, and the end, int32 [requests + 1], counted in the
-            whole batch; prefill only.
-        kv_lens: KV length of each request with its new tokens, int32 [requests]; in decode one for each
-            token, which is a request of its own there.
-        table: their page numbers, int32 [as kv_lens, pages].
-        longest_q: most query tokens of a request.
-        longest_kv: an upper bound of the KV lengths.
-    """
-
-    phase: Phase
-    tokens: slice
-    q_starts: torch.Tensor
-    kv_lens: torch.Tensor
-    table: torch.Tensor
-    longest_q: int
-    longest_kv: int
+from skip_softmax.vllm.stretch import Stretch
 
 
 @dataclass(frozen=True)

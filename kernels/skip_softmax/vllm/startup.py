@@ -37,6 +37,7 @@ class Plan:
         tiles: keywords of the operations per phase; empty for a phase without tiles, which is dense.
         min_kv_len: shortest KV length that may skip, per phase [tokens].
         names: the layers that have asked for their numbers, by index.
+        warm: the kinds of layer whose kernels are compiled.
     """
 
     thresholds: Thresholds | None
@@ -47,6 +48,7 @@ class Plan:
     tiles: dict[Phase, dict[str, Any]]
     min_kv_len: dict[Phase, int]
     names: dict[int, str] = field(default_factory=dict)
+    warm: set[Any] = field(default_factory=set)
 
     def factors(
         self, name: str, rank: int, heads: dict[Phase, int]
@@ -117,6 +119,16 @@ def check_pages(config: Any, spec: Any, device: torch.device) -> None:
     reason = checks.no_kernel(config, spec, device_of(device), plan_of(config).tiles)
     if reason is not None:
         raise ValueError(reason)
+
+
+def say_compiled(seconds: float, window: int | None, armed: tuple[bool, ...]) -> None:
+    """Says how long it took until one kind of layer had its kernels."""
+    phases = ", ".join(
+        f"{phase} {'armed' if there else 'dense'}"
+        for phase, there in zip(PHASES, armed, strict=True)
+    )
+    where = "" if window is None else f" with a window of {window}"
+    _log.info("kernels of layers%s (%s) are compiled, in %.1f s", where, phases, seconds)
 
 
 def _plan(config: Any) -> Plan:

@@ -54,6 +54,44 @@ def paged(batch: int, width: int, page: int, pages: int) -> tuple[torch.Tensor, 
     return q, *cache.split(HEAD_DIM, -1), table
 
 
+def prefills(
+    q: torch.Tensor, flat_k: torch.Tensor, flat_v: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """Prefill by both kernels: contiguous, packed, and a server's call over pages, dense and armed."""
+    rows = q[0].transpose(0, 1).contiguous()
+    k, v = (x[0].transpose(0, 1).contiguous() for x in (flat_k, flat_v))
+    starts = torch.tensor([0, 100, 128], device="cuda", dtype=torch.int32)
+    # One allocation per page, as engines have them: keys, then values.
+    cache = torch.randn(64, 2, KV_HEADS, 64, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    table = torch.randint(64, (2, 8), device="cuda", dtype=torch.int32)
+    lengths = torch.tensor([300, 28], device="cuda", dtype=torch.int32)
+    factors = torch.full((HEADS,), 2.0, device="cuda")
+    counts = torch.zeros(HEADS, 2, dtype=torch.int64, device="cuda")
+    calls: dict[str, Callable[[], object]] = {}
+    for backend in ("hopper", "triton"):
+        plain = partial(ss.attention, q, flat_k, flat_v, backend=backend)
+        calls[f"{backend}"] = partial(plain, scale_factor=2.0)
+        calls[f"{backend}, dense"] = plain
+        calls[f"{backend}, packed"] = partial(
+            ss.attention_varlen,
+            rows,
+            k,
+            v,
+            starts,
+            starts,
+            100,
+            100,
+            scale_factor=2.0,
+            backend=backend,
+        )
+        calls[f"{backend}, packed, paged, min_kv_len and counts"] = partial(
+            ss.attention_varlen, rows, cache[:, 0], cache[:, 1], starts, None, 100, 300, scale_factor=factors,
+            block_table=table, kv_lens=lengths, min_kv_len=64, counts=counts, out=torch.empty_like(rows),
+            backend=backend,
+        )  # fmt: skip
+    return calls
+
+
 def host() -> Iterator[dict[str, Any]]:
     """One row per operation."""
     q, k, v, table = paged(4, 1024, 64, 256)
@@ -75,7 +113,7 @@ def host() -> Iterator[dict[str, Any]]:
         "decode, contiguous, one number": partial(
             ss.decode_attention, one, flat_k, flat_v, scale_factor=2.0, running_max="seeded"
         ),
-        "prefill": partial(ss.attention, prompt, flat_k, flat_v, scale_factor=2.0),
+        **{f"prefill, {name}": call for name, call in prefills(prompt, flat_k, flat_v).items()},
         "sdpa, decode": partial(scaled_dot_product_attention, one, flat_k, flat_v, enable_gqa=True),
         "sdpa, prefill": partial(
             scaled_dot_product_attention, prompt, flat_k, flat_v, is_causal=True, enable_gqa=True

@@ -1,4 +1,4 @@
-"""What a serving engine pays for a decode call besides its tiles: the host's part, and too wide a table.
+"""What a serving engine pays for a call besides its tiles: the host's part, and in decode too wide a table.
 
     python kernels/bench/serving.py host > host.jsonl
     python kernels/bench/serving.py graph > graph.jsonl
@@ -11,6 +11,7 @@ so short that the device waits for the host. `graph`: device time of a graph tha
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import json
 import sys
@@ -29,6 +30,8 @@ from timings import median_times, ready
 from torch.nn.functional import scaled_dot_product_attention
 
 import skip_softmax as ss
+from calibrate.record import provenance
+from skip_softmax.choose import backends
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
 LONGEST = 131072
@@ -68,9 +71,9 @@ def prefills(
     factors = torch.full((HEADS,), 2.0, device="cuda")
     counts = torch.zeros(HEADS, 2, dtype=torch.int64, device="cuda")
     calls: dict[str, Callable[[], object]] = {}
-    for backend in ("hopper", "triton"):
+    for backend in backends("prefill"):
         plain = partial(ss.attention, q, flat_k, flat_v, backend=backend)
-        calls[f"{backend}"] = partial(plain, scale_factor=2.0)
+        calls[backend] = partial(plain, scale_factor=2.0)
         calls[f"{backend}, dense"] = plain
         calls[f"{backend}, packed"] = partial(
             ss.attention_varlen,
@@ -92,8 +95,8 @@ def prefills(
     return calls
 
 
-def host() -> Iterator[dict[str, Any]]:
-    """One row per operation."""
+def host_calls() -> dict[str, Callable[[], object]]:
+    """What `host` times, by name."""
     q, k, v, table = paged(4, 1024, 64, 256)
     lengths = torch.tensor([100, 64, 0, 33], device="cuda", dtype=torch.int32)
     factors = torch.full((KV_HEADS,), 2.0, device="cuda")
@@ -106,7 +109,7 @@ def host() -> Iterator[dict[str, Any]]:
     one = run[:1].transpose(1, 2).reshape(1, 1, HEADS, HEAD_DIM).transpose(1, 2)
     flat_k, flat_v = (x[:2].transpose(0, 1).reshape(1, KV_HEADS, 128, HEAD_DIM) for x in (k, v))
     prompt = torch.randn(1, HEADS, 128, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    calls: dict[str, Callable[[], object]] = {
+    return {
         "decode, paged": served,
         "decode, paged, min_kv_len and counts": partial(served, min_kv_len=64, counts=counts),
         "decode, paged, dense": partial(served, scale_factor=0.0),
@@ -119,6 +122,11 @@ def host() -> Iterator[dict[str, Any]]:
             scaled_dot_product_attention, prompt, flat_k, flat_v, is_causal=True, enable_gqa=True
         ),
     }  # fmt: skip
+
+
+def host() -> Iterator[dict[str, Any]]:
+    """One row per operation."""
+    calls = host_calls()
     with torch.no_grad():
         for call in calls.values():
             for _ in range(3):
@@ -163,10 +171,15 @@ def main() -> None:
     """Prints rows as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=["host", "graph"])
-    rows = {"host": host, "graph": graph}[parser.parse_args().part]()
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for row in rows:
-        print(json.dumps({**row, **about}), flush=True)
+    parser.add_argument("--commit", default=provenance.commit(), help="written into each row")
+    options = parser.parse_args()
+    about = {
+        "device": provenance.device("cuda"), "versions": provenance.versions(), "commit": options.commit,
+        "date": datetime.date.today().isoformat(), "dtype": "bfloat16",
+        "q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM,
+    }  # fmt: skip
+    for row in {"host": host, "graph": graph}[options.part]():
+        print(json.dumps(row | about), flush=True)
 
 
 if __name__ == "__main__":

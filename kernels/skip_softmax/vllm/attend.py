@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from skip_softmax.thresholds.types import PHASES, Phase
 from skip_softmax.vllm import startup, warm
 from skip_softmax.vllm.batch import SkipSoftmaxMetadata
+from skip_softmax.vllm.stretch import Stretch
+
+Watch = Callable[
+    ["SkipSoftmaxImpl", torch.Tensor, torch.Tensor, torch.Tensor, Stretch, torch.Tensor], None
+]
+"""Layer, queries of the batch, pages of keys and of values, stretch, and the output, which it writes."""
 
 
 class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
@@ -23,6 +30,8 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             until the layer has run.
         factors: scale factors per phase, [heads that vote] on the device, or 0.0 where the layer is dense.
         given: the file's, of those that are tensors.
+        decode_from: position from which a prompt's tokens are decode; None in service, see `batch.py`.
+        watch: computes a stretch in the place of the operations, see `passes.py`; None in service.
     """
 
     def __init__(
@@ -73,6 +82,9 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         self.requests = config.scheduler_config.max_num_seqs
         self.requests *= 1 + (drafts.num_speculative_tokens if drafts is not None else 0)
         self.warm = False
+        self.name = ""  # known when the layer first runs
+        self.decode_from: int | None = None
+        self.watch: Watch | None = None
 
     def do_kv_cache_update(
         self,
@@ -138,8 +150,12 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             return output.fill_(0)
         out = output.view(-1, self.num_heads, self.head_size)
         k, v = _pages(kv_cache, self.head_size)
+        attend = self.watch
         for stretch in attn_metadata.stretches:
-            stretch.attend(query, k, v, out, **self._keywords(stretch.phase))
+            if attend is not None:
+                attend(self, query, k, v, stretch, out)
+            else:
+                stretch.attend(query, k, v, out, **self._keywords(stretch.phase))
         return output
 
     def _keywords(self, phase: Phase) -> dict[str, Any]:
@@ -173,8 +189,14 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         torch.cuda.synchronize(k.device)
         startup.say_compiled(time.perf_counter() - began, self.sliding_window, armed)
 
+    def run(self, plan: startup.Plan) -> None:
+        """Runs other numbers from the next step on, and counts from 0; not under graphs."""
+        self.plan = plan
+        self.counts.clear()  # so that the next step arms anew
+
     def _arm(self, name: str, device: torch.device) -> None:
         """Puts this layer's numbers and counts on its device: in vLLM's first run, before any graph."""
+        self.name = name
         heads: dict[Phase, int] = {"prefill": self.num_heads, "decode": self.num_kv_heads}
         numbers = self.plan.factors(name, self.rank, heads)
         with torch.inference_mode(False):  # a later step may run outside of it

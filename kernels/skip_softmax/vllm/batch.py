@@ -9,6 +9,9 @@ limit that, because vLLM does not say where a prompt ends:
 - A request that was preempted reads again what it had generated; where that shares a chunk with the end of
   its prompt, it is prefill.
 - Drafts that are verified are decode, each with the keys that it sees, as if they came one by one.
+
+A calibration sends a prompt and its continuation as one prompt, and says where the continuation begins
+(`SkipSoftmaxImpl.decode_from`): from there on tokens are decode, like verified drafts.
 """
 
 from __future__ import annotations
@@ -81,13 +84,13 @@ class SkipSoftmaxBuilder(AttentionMetadataBuilder[SkipSoftmaxMetadata]):
             self.paused = not self.paused
             for layer in self.layers:
                 layer.pause_decode(self.paused)
-        return _read(common_attn_metadata, reading)
+        return _read(common_attn_metadata, reading, self.layers[0].decode_from)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SkipSoftmaxMetadata:
         """A batch that only decodes; its tensors are those of the batches that replay it."""
-        return _read(common_attn_metadata, [False] * common_attn_metadata.num_reqs)
+        return _read(common_attn_metadata, [False] * common_attn_metadata.num_reqs, None)
 
 
 def _ends_alone(batch: CommonAttentionMetadata, prompts: list[bool]) -> bool:
@@ -101,7 +104,9 @@ def _ends_alone(batch: CommonAttentionMetadata, prompts: list[bool]) -> bool:
     )
 
 
-def _read(batch: CommonAttentionMetadata, prompts: list[bool]) -> SkipSoftmaxMetadata:
+def _read(
+    batch: CommonAttentionMetadata, prompts: list[bool], decode_from: int | None
+) -> SkipSoftmaxMetadata:
     if batch.causal is not True:
         raise NotImplementedError(
             "attention must be causal, but vLLM asks for attention that is not; serve this model with "
@@ -111,9 +116,13 @@ def _read(batch: CommonAttentionMetadata, prompts: list[bool]) -> SkipSoftmaxMet
     lengths = [stop - start for start, stop in pairwise(starts)]
     # Requests without tokens pad a batch at its end.
     requests = [request for request, length in enumerate(lengths) if length]
-    stretches = []
+    stretches: list[Stretch] = []
     for prompt, group in groupby(requests, key=prompts.__getitem__):
         there = list(group)
+        if prompt and decode_from is not None:
+            for request in there:
+                stretches += _cut(batch, request, starts[request], lengths[request], decode_from)
+            continue
         first, last = there[0], there[-1] + 1
         tokens = slice(starts[first], starts[last])
         longest = max(lengths[first:last])
@@ -132,6 +141,36 @@ def _read(batch: CommonAttentionMetadata, prompts: list[bool]) -> SkipSoftmaxMet
             )
         )
     return SkipSoftmaxMetadata(tuple(stretches))
+
+
+def _cut(
+    batch: CommonAttentionMetadata, request: int, start: int, length: int, decode_from: int
+) -> list[Stretch]:
+    """A request's rows before and from a position on; asks the device for its KV length."""
+    kv_lens, table = (
+        batch.seq_lens[request : request + 1],
+        batch.block_table_tensor[request : request + 1],
+    )
+    first = int(kv_lens) - length  # position of its first row
+    split = min(max(decode_from - first, 0), length)
+    found = []
+    if split:
+        q_starts = batch.query_start_loc.new_tensor([start, start + split])
+        found.append(
+            Stretch(
+                "prefill", slice(start, start + split), q_starts, kv_lens - (length - split), table, split,
+                batch.max_seq_len,
+            )
+        )  # fmt: skip
+    if split < length:
+        steps = length - split
+        found.append(
+            Stretch(
+                "decode", slice(start + split, start + length), batch.query_start_loc[request : request + 2],
+                *_by_token(kv_lens, table, [steps]), steps, batch.max_seq_len,
+            )
+        )  # fmt: skip
+    return found
 
 
 def _by_token(

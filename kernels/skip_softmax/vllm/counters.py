@@ -43,6 +43,15 @@ def by_layer(config: Any) -> dict[str, dict[Phase, torch.Tensor]]:
     Args:
         config: vLLM's whole configuration.
     """
+    return {name: impl.counts for name, impl in impls(config).items()}
+
+
+def impls(config: Any) -> dict[str, Any]:
+    """Our layers (`SkipSoftmaxImpl`) by their names.
+
+    Args:
+        config: vLLM's whole configuration.
+    """
     layers: dict[str, Any] = config.compilation_config.static_forward_context
-    impls: dict[str, Any] = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
-    return {name: impl.counts for name, impl in impls.items() if hasattr(impl, "counts")}
+    found: dict[str, Any] = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
+    return {name: impl for name, impl in found.items() if hasattr(impl, "counts")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,15 @@ class Plan:
             found[phase] = self.thresholds.per_head(index, phase)[first : first + heads[phase]]
         return found
 
+    def running(self, thresholds: Thresholds | None) -> Plan:
+        """The same server with other numbers; None: every layer is dense."""
+        tiles: dict[Phase, dict[str, Any]] = {phase: {} for phase in PHASES}
+        floors: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+        if thresholds is not None:
+            tiles = {phase: thresholds.geometry.keywords(phase) for phase in PHASES}
+            floors = {phase: getattr(thresholds.min_kv_len, phase) or 0 for phase in PHASES}
+        return replace(self, thresholds=thresholds, tiles=tiles, min_kv_len=floors)
+
 
 _latest: list[tuple[Any, Plan]] = []
 
@@ -103,20 +112,21 @@ def plan_of(config: Any) -> Plan:
     return _latest[0][1]
 
 
-def check_pages(config: Any, spec: Any, device: torch.device) -> None:
+def check_pages(config: Any, spec: Any, device: torch.device, plan: Plan | None = None) -> None:
     """Refuses pages or tiles that no kernel can run; on a CPU the reference is all there is.
 
     Args:
         config: vLLM's whole configuration.
         spec: of a KV cache group.
         device: where its cache is.
+        plan: what is to run; None: what the server runs.
 
     Raises:
         ValueError: no kernel can.
     """
     if device.type == "cpu":
         return
-    reason = checks.no_kernel(config, spec, device_of(device), plan_of(config).tiles)
+    reason = checks.no_kernel(config, spec, device_of(device), (plan or plan_of(config)).tiles)
     if reason is not None:
         raise ValueError(reason)
 
@@ -140,11 +150,10 @@ def _plan(config: Any) -> Plan:
         config.model_config.hf_text_config.num_attention_heads,
         config.model_config.get_total_num_kv_heads(),
     )
+    dense = Plan(None, "", allow, *heads, {}, {}).running(None)
     if path is None:
         _log.info("no thresholds file is given: every layer is dense, with skip_softmax's kernels")
-        return Plan(
-            None, "", allow, *heads, {phase: {} for phase in PHASES}, dict.fromkeys(PHASES, 0)
-        )
+        return dense
     thresholds = Thresholds.load(path)
     reason = checks.other_shape(config, thresholds)
     if reason is not None:
@@ -156,14 +165,8 @@ def _plan(config: Any) -> Plan:
         reason = check(config, thresholds)
         if reason is not None:
             raise ValueError(f'{reason}. To serve in spite of it, add "{word}" to `allow`')
-    plan = Plan(
-        thresholds,
-        hashlib.sha256(user_path(path).read_bytes()).hexdigest(),
-        allow,
-        *heads,
-        {phase: thresholds.geometry.keywords(phase) for phase in PHASES},
-        {phase: getattr(thresholds.min_kv_len, phase) or 0 for phase in PHASES},
-    )
+    sha256 = hashlib.sha256(user_path(path).read_bytes()).hexdigest()
+    plan = replace(dense.running(thresholds), sha256=sha256)
     _log.info("%s", _line(path, plan, thresholds))
     return plan
 

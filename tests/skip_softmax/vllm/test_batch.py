@@ -34,10 +34,10 @@ def batch(
     return CommonAttentionMetadata(**{**fields, **changes})
 
 
-def built(common: Any, *, capture: bool = False) -> Any:
+def built(common: Any, *, capture: bool = False, decode_from: int | None = None) -> Any:
     from skip_softmax.vllm.batch import SkipSoftmaxBuilder
 
-    self: Any = SimpleNamespace(replays=False)
+    self: Any = SimpleNamespace(replays=False, layers=[SimpleNamespace(decode_from=decode_from)])
     if capture:
         return SkipSoftmaxBuilder.build_for_cudagraph_capture(self, common).stretches
     return SkipSoftmaxBuilder.build(self, 0, common).stretches
@@ -69,6 +69,27 @@ def test_several_decode_tokens_of_a_request_are_each_a_request_with_the_keys_it_
     assert decode.tokens == slice(0, 4)
 
 
+@pytest.mark.parametrize(
+    ("rows", "kv_len", "phases"),
+    [
+        (5, 8, [("prefill", slice(0, 5), [8])]),
+        (5, 12, [("prefill", slice(0, 3), [10]), ("decode", slice(3, 5), [11, 12])]),
+        (3, 13, [("decode", slice(0, 3), [11, 12, 13])]),
+    ],
+    ids=["before", "across", "behind"],
+)
+def test_a_calibration_says_where_a_prompt_s_continuation_begins(
+    rows: int, kv_len: int, phases: list[tuple[str, slice, list[int]]]
+) -> None:
+    stretches = built(batch([rows], [kv_len], [True]), decode_from=10)
+    assert [(s.phase, s.tokens, s.kv_lens.tolist()) for s in stretches] == phases
+    for stretch in stretches:
+        assert stretch.table[:, 0].tolist() == [0] * len(stretch.kv_lens)
+        if stretch.phase == "prefill":
+            assert stretch.q_starts.tolist() == [0, stretch.tokens.stop]
+            assert stretch.longest_q == stretch.tokens.stop
+
+
 def test_rows_that_pad_a_batch_belong_to_no_stretch() -> None:
     (decode,) = built(batch([1, 1, 0, 0], [7, 8, 0, 0], [False] * 4))
     assert decode.kv_lens.tolist() == [7, 8] and decode.tokens == slice(0, 2)
@@ -87,7 +108,9 @@ def test_a_prompt_s_last_token_stops_skipping_in_the_step_that_may_replay_a_grap
     from skip_softmax.vllm.batch import SkipSoftmaxBuilder
 
     read = torch.tensor([3.0, 4.0])
-    layer: Any = SimpleNamespace(factors={"decode": read}, given={"decode": read.clone()})
+    layer: Any = SimpleNamespace(
+        factors={"decode": read}, given={"decode": read.clone()}, decode_from=None
+    )
     layer.pause_decode = lambda pause: SkipSoftmaxImpl.pause_decode(layer, pause)
     self: Any = SimpleNamespace(replays=True, paused=False, layers=[layer])
 

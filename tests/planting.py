@@ -8,7 +8,7 @@ decisions are exact.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import inputs
@@ -123,6 +123,27 @@ def assert_accurate(
     error = (out.double() - truth).abs().max()
     assert torch.isfinite(out).all()
     assert error <= 2 * low + 4 * rounding, f"error {error:.2e}, PyTorch in {out.dtype} {low:.2e}"
+
+
+def in_fp8(
+    p: Planted,
+) -> tuple[Planted, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The same, with a cache in e4m3 and a scale per KV head.
+
+    Returns:
+        What the cache means, which every dtype holds exactly; keys and values in FP8; and the keywords.
+    """
+    heads = p.k.shape[1]
+    scales = {
+        name: torch.tensor(numbers, device=p.k.device).repeat(heads)[:heads]
+        for name, numbers in (("k_scale", (0.75, 1.5, 0.5)), ("v_scale", (0.5, 0.75, 3.0)))
+    }
+    quantised, meant = [], []
+    for x, scale in zip((p.k, p.v), scales.values(), strict=True):
+        each = scale.view(-1, 1, 1)
+        quantised.append((x.float() / each).to(torch.float8_e4m3fn))
+        meant.append((quantised[-1].float() * each).to(x.dtype))
+    return replace(p, k=meant[0], v=meant[1]), *quantised, scales
 
 
 def paged(p: Planted, page: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

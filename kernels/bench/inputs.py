@@ -112,7 +112,7 @@ def in_pages(
     def pages(x: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(x, (0, 0, 0, count * page - kv_len), value=torch.nan)
         split = padded.view(batch, heads, count, page, x.shape[-1]).transpose(1, 2).flatten(0, 1)
-        return torch.empty_like(split).index_copy_(0, table, split)
+        return split[table.argsort()]
 
     return pages(k), pages(v), table.view(batch, count)
 

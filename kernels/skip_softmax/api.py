@@ -18,15 +18,19 @@ from skip_softmax.meaning.call import (
     Lengths,
     Requests,
     RunningMax,
+    Scale,
     ScaleFactor,
+    Scales,
     call_of,
     check_counts,
     check_out,
     check_packed,
     check_pages,
     check_table,
+    dequantised,
     kernel_factors,
     scale_factors,
+    scales_of,
     warn_if_dense,
 )
 from skip_softmax.meaning.counts import TileCounts
@@ -60,8 +64,8 @@ def attention(
     block_table: torch.Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
     window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
     min_kv_len: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
-    kv_start: int = ..., out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
-    return_stats: Literal[False] = ...,
+    kv_start: int = ..., k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    counts: torch.Tensor | None = ..., return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -71,8 +75,8 @@ def attention(
     block_table: torch.Tensor | None = ..., causal: bool = ..., scale: float | None = ...,
     window: int | None = ..., tile_q: int = ..., tile_kv: int = ..., dense_last: int = ...,
     min_kv_len: int = ..., backend: Backend = ..., q_lens: Lengths = ..., kv_lens: Lengths = ...,
-    kv_start: int = ..., out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
-    return_stats: Literal[True],
+    kv_start: int = ..., k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    counts: torch.Tensor | None = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -94,6 +98,8 @@ def attention(
     q_lens: Lengths = None,
     kv_lens: Lengths = None,
     kv_start: int = 0,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     out: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     return_stats: bool = False,
@@ -105,7 +111,7 @@ def attention(
 
     Args:
         q: queries [B, Hq, Sq, D], fp16, bf16, fp32 or fp64. The last query is at position
-            kv_len - 1.
+            kv_len - 1. Keys and values have its dtype or are float8_e4m3fn.
         k: keys [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `block_table`; Hq is a
             multiple of Hkv.
         v: values [B, Hkv, Skv, Dv], or pages as `k`.
@@ -127,6 +133,9 @@ def attention(
         kv_lens: KV length per request, counted from position 0 [B]; None: kv_start + Skv. Needed with
             `block_table`.
         kv_start: absolute position of the first key in `k` (sliding caches drop old keys).
+        k_scale: what keys in FP8 are multiplied by, a number, or a tensor with one number or one per KV head;
+            needed exactly where k and v are float8_e4m3fn (sm_89 and later, and the reference).
+        v_scale: the same for values.
         out: takes the output, in its shape and q's dtype with a last stride of 1, and is returned; without
             gradients. None: a new tensor.
         counts: visited and skipped tiles are added to it, summed over requests, int64 [Hq, 2] on q's device.
@@ -151,7 +160,10 @@ def attention(
     requests = Requests(q_lens, kv_lens, table=block_table)
     if out is not None:
         check_out(out, q, call.value_dim)
-    written, stats = _attend(room, call, q, k, v, scale_factor, requests, out, counts, return_stats)
+    scales = scales_of(k_scale, v_scale, call, q.device)
+    written, stats = _attend(
+        room, call, q, k, v, scale_factor, scales, requests, out, counts, return_stats
+    )
     if out is None:
         out = _forward_only(written, q, k, v)
     return out if stats is None else (out, stats)
@@ -164,8 +176,8 @@ def attention_varlen(
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ..., kv_lens: Lengths = ...,
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
     tile_kv: int = ..., dense_last: int = ..., min_kv_len: int = ..., backend: Backend = ...,
-    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
-    return_stats: Literal[False] = ...,
+    k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    counts: torch.Tensor | None = ..., return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -176,7 +188,8 @@ def attention_varlen(
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ..., kv_lens: Lengths = ...,
     causal: bool = ..., scale: float | None = ..., window: int | None = ..., tile_q: int = ...,
     tile_kv: int = ..., dense_last: int = ..., min_kv_len: int = ..., backend: Backend = ...,
-    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ..., return_stats: Literal[True],
+    k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    counts: torch.Tensor | None = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -200,6 +213,8 @@ def attention_varlen(
     dense_last: int = 0,
     min_kv_len: int = 0,
     backend: Backend = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     out: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     return_stats: bool = False,
@@ -226,6 +241,8 @@ def attention_varlen(
         dense_last: last rows of each request whose votes skip nothing [tokens].
         min_kv_len: KV length below which a request skips nothing [tokens].
         backend: `auto`, or one by name.
+        k_scale: of keys in FP8.
+        v_scale: of values in FP8.
         out: takes the output [total_q, Hq, Dv], or None.
         counts: tiles are added to it, int64 [Hq, 2], or None.
         return_stats: also return tile counts.
@@ -282,7 +299,17 @@ def attention_varlen(
         check_out(out, q, call.value_dim)
     heads_first = None if out is None else out.transpose(0, 1)[None]
     written, stats = _attend(
-        room, call, queries, k, v, scale_factor, requests, heads_first, counts, return_stats
+        room,
+        call,
+        queries,
+        k,
+        v,
+        scale_factor,
+        scales_of(k_scale, v_scale, call, q.device),
+        requests,
+        heads_first,
+        counts,
+        return_stats,
     )
     if out is None:
         out = _forward_only(written[0].transpose(0, 1), q, k, v)
@@ -295,8 +322,8 @@ def decode_attention(
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
     running_max: RunningMax = ..., min_kv_len: int = ..., backend: Backend = ..., kv_start: int = ...,
-    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
-    return_stats: Literal[False] = ...,
+    k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    counts: torch.Tensor | None = ..., return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -306,8 +333,8 @@ def decode_attention(
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
     running_max: RunningMax = ..., min_kv_len: int = ..., backend: Backend = ..., kv_start: int = ...,
-    out: torch.Tensor | None = ..., counts: torch.Tensor | None = ...,
-    return_stats: Literal[True],
+    k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    counts: torch.Tensor | None = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
 
@@ -326,6 +353,8 @@ def decode_attention(
     min_kv_len: int = 0,
     backend: Backend = "auto",
     kv_start: int = 0,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     out: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     return_stats: bool = False,
@@ -358,6 +387,9 @@ def decode_attention(
         min_kv_len: a token that sees fewer keys skips nothing [tokens].
         backend: `auto`, or one by name.
         kv_start: absolute position of the first key in `k_cache` (contiguous caches only).
+        k_scale: what keys in FP8 are multiplied by, a number, or a tensor with one number or one per KV head;
+            needed exactly where the caches are float8_e4m3fn. Scores and decisions include it.
+        v_scale: the same for values.
         out: takes the output, in q's shape (the last dimension Dv) and dtype, and is returned; without
             gradients.
         counts: visited and skipped tiles are added to it, summed over requests, int64 [Hkv, 2] on q's device.
@@ -382,8 +414,8 @@ def decode_attention(
         check_out(out, q, call.value_dim)
     requests = Requests(kv_lens=kv_lens, table=block_table)
     written, stats = _attend(
-        room, call, run, k_cache, v_cache, scale_factor, requests,
-        out if out is None or q.dim() == 4 else out[:, :, None], counts, return_stats,
+        room, call, run, k_cache, v_cache, scale_factor, scales_of(k_scale, v_scale, call, q.device),
+        requests, out if out is None or q.dim() == 4 else out[:, :, None], counts, return_stats,
     )  # fmt: skip
     if out is None:
         out = _forward_only(written if q.dim() == 4 else written[:, :, 0], q, k_cache, v_cache)
@@ -433,6 +465,7 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     scale_factor: ScaleFactor,
+    scales: Scales,
     requests: Requests,
     out: torch.Tensor | None,
     counts: torch.Tensor | None,
@@ -468,7 +501,7 @@ def _attend(
         there = requests.as_kernels_read(call, q)
         # Only the sum of the requests is wanted: the kernel adds to it itself.
         tally = counts if stats is None else stats
-        room.run(call, q, k, v, factor, factors, there, out, tally)
+        room.run(call, q, k, v, factor, factors, there, out, tally, scales)
     else:
         per_head = scale_factors(scale_factor, call, q.device)
         each = list(requests.each(call, q))
@@ -479,7 +512,7 @@ def _attend(
             out = q.new_zeros(*q.shape[:3], v.shape[-1])
         elif requests.q_starts is None:
             out.zero_()  # padding rows
-        stats = reference.run(q, k, v, each, per_head, out)
+        stats = reference.run(q, k, v, each, per_head, out, scales)
     if counts is not None and stats is not None:
         counts += stats.sum(0)
     return out, TileCounts(*stats.unbind(-1)) if return_stats and stats is not None else None
@@ -498,6 +531,7 @@ def tile_gaps(
     backend: Backend = "auto",
     q_lens: Lengths = None,
     kv_lens: Lengths = None,
+    k_scale: Scale = None,
 ) -> torch.Tensor:
     """The gap of every tile: row maximum minus running maximum before it, of the row where this is largest.
 
@@ -515,6 +549,7 @@ def tile_gaps(
         backend: `auto`, or one by name.
         q_lens: valid queries per request [B].
         kv_lens: KV length per request [B].
+        k_scale: of keys in FP8.
 
     Returns:
         [B, Hq, Tq, Tkv] nats; -inf where the tile is not visited, +inf at the first visited tile and
@@ -530,7 +565,11 @@ def tile_gaps(
     )  # fmt: skip
     choose("gaps", backend, call, q.device, stacklevel=3)
     each = list(Requests(q_lens, kv_lens).each(call, q))
-    found = [reference.gaps(q[alone.entry], alone.held(k), alone.call) for alone in each]
+    scales = scales_of(k_scale, k_scale, call, q.device)
+    found = []
+    for alone in each:
+        keys = dequantised(alone.held(k), scales.k, scales.k_each, q)
+        found.append(reference.gaps(q[alone.entry], keys, alone.call))
     # Of the request with most query tiles: those of two can differ by where their first rows lie.
     most = max([call.q_len // tile_q, *(alone.call.query_tiles for alone in each)])
     tiles = (most, -(-call.kv_len // tile_kv))
@@ -556,6 +595,8 @@ def tile_statistics(
     running_max: RunningMax = "ascending",
     kv_start: int = 0,
     backend: Backend = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> tuple[torch.Tensor, TileHistogram]:
     """Dense attention that also counts its tiles by critical scale factor, in one pass.
 
@@ -573,6 +614,8 @@ def tile_statistics(
         running_max: decode only, see `DecodeGeometry`.
         kv_start: absolute position of the first key in `k`.
         backend: `auto`, or one by name.
+        k_scale: of keys in FP8.
+        v_scale: of values in FP8.
 
     Returns:
         Dense output [B, Hq, Sq, Dv] and the histogram, summed over the batch.
@@ -585,5 +628,7 @@ def tile_statistics(
         causal=causal, kv_start=kv_start, running_max=running_max, dense_last=dense_last,
     )  # fmt: skip
     room = choose("statistics", backend, call, q.device, stacklevel=3)
-    out, histogram = (reference.batch_statistics if room is None else room.run)(call, q, k, v)
+    scales = scales_of(k_scale, v_scale, call, q.device)
+    run = reference.batch_statistics if room is None else room.run
+    out, histogram = run(call, q, k, v, scales)
     return _forward_only(out, q, k, v), histogram

@@ -24,6 +24,8 @@ LOG2E = math.log2(math.e)
 MOST_TILE_BYTES = 2**16  # of keys or queries; several tiles must fit in shared memory
 # Triton 3.6 crashes on products inside a branch when it compiles for sm_100.
 KNOWS_BLACKWELL = (3, 7)
+# Triton compiles e4m3 for no device before this one, be it 3.6 or 3.9.
+CONVERTS_FP8 = (8, 9)
 # Triton reads the variable when a kernel is decorated, so it cannot change later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -38,6 +40,7 @@ class Device:
         processors: multiprocessors.
         on_cpu: whether there is no GPU, so that only Triton's interpreter can run a kernel.
         triton: version of the Triton that compiles for it.
+        minor: minor compute capability.
     """
 
     major: int
@@ -45,6 +48,7 @@ class Device:
     processors: int = 132
     on_cpu: bool = False
     triton: tuple[int, ...] = (3, 9)
+    minor: int = 0
 
 
 def device_of(of: torch.device) -> Device:
@@ -62,6 +66,7 @@ def _gpu(of: torch.device) -> Device:
         properties.shared_memory_per_block_optin,
         properties.multi_processor_count,
         triton=tuple(int(n) for n in triton.__version__.split(".")[:2]),
+        minor=properties.minor,
     )
 
 
@@ -76,6 +81,11 @@ def why_not_here(call: Call, device: Device) -> str | None:
         return f"criterion {call.criterion} is not max"
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {call.dtype} is not fp16, bf16 or fp32"
+    if call.kv_dtype is not None and (device.major, device.minor) < CONVERTS_FP8:
+        return (
+            f"keys and values are FP8, which a device of compute capability {device.major}.{device.minor} "
+            "does not convert; it must be 8.9 or more"
+        )
     if max(call.head_dim, call.value_dim) > 256:
         return f"head_dim {max(call.head_dim, call.value_dim)} is above 256"
     if not call.scale > 0:  # NaN included

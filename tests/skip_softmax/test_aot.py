@@ -78,13 +78,21 @@ def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSou
 SHARED = {80: 166912, 90: 232448, 100: 232448}
 
 
-def tile_type(on, rows, columns):
-    return f"tensordesc<bf16[{rows}, {columns}]>" if on else "*bf16"
+def tile_type(on, rows, columns, fp8=False):
+    number = "fp8e4nv" if fp8 else "bf16"
+    return f"tensordesc<{number}[{rows}, {columns}]>" if on else f"*{number}"
+
+
+def fp8_types(fp8):
+    # With a scale per head on the device, which takes most code.
+    types = {"k_scales": "*fp32", "v_scales": "*fp32", "v_scale": "fp32"}
+    there = dict(v_scale=None) if fp8 else dict.fromkeys(types)
+    return types, {**there, "K_EACH": fp8, "V_EACH": fp8}
 
 
 def prefill_case(
     arch, head_dim, armed, packed=False, window=False, single=False, dense_last=False, served=False, page=0,
-    value_dim=None
+    value_dim=None, fp8=False,
 ):
     value_dim = value_dim or head_dim
     first, rest = launch.pieces(head_dim)
@@ -93,13 +101,17 @@ def prefill_case(
     )
     number = "*fp32" if single else "*bf16"
     tma = config.tma and not single
-    types = {"q": number, "k": tile_type(tma, TILE, first) if tma else number,
-             "k_tail": tile_type(tma, TILE, rest), "v": tile_type(tma, TILE, value_dim) if tma else number,
+    scales, scaled = fp8_types(fp8)
+    types = {"q": number, "k": number if single else tile_type(tma, TILE, first, fp8),
+             "k_tail": tile_type(tma, TILE, rest),
+             "v": number if single else tile_type(tma, TILE, value_dim, fp8),
              "out": number, "stats": "*i64", "factor": "fp32",
     "scale": "fp32",
              "q_len": "i32", "kv_len": "i32", "window": "i32", "dense_last": "i32", "min_kv_len": "i32",
-             "q_starts": "*i32", "kv_starts": "*i32", "factors": "*fp32", "table": "*i32", "kv_lens": "*i32"}
+             "q_starts": "*i32", "kv_starts": "*i32", "factors": "*fp32", "table": "*i32", "kv_lens": "*i32",
+             **scales}
     constants = dict(
+        **scaled,
         q_lens=None, PAGE=page, GROUP=16, HEAD_DIM=head_dim, HEAD_DIM_V=value_dim, WIDTH=first, TAIL=rest,
         WIDTH_V=value_dim, BLOCK_M=config.block_m, TILE_Q=64, TILE_KV=TILE, CAUSAL=True, WINDOWED=window,
         ARMED=armed,
@@ -121,22 +133,25 @@ def prefill_case(
 
 
 def decode_case(
-    arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False, split=True
+    arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False, split=True,
+    fp8=False,
 ):
-    size = tile * head_dim * (4 if single else 2)
+    size = tile * head_dim * (4 if single else 1 if fp8 else 2)
+    scales, scaled = fp8_types(fp8)
+    kv = "*fp8e4nv" if fp8 else "*fp32" if single else "*bf16"
     ahead = 2 * size <= decode.AHEAD_BYTES
     config, stages = decode.choose(
-        batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0
+        batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0, fp8=fp8
     )
     if not ahead:
         stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
     number = "*fp32" if single else "*bf16"
-    types = {"q": number, "k": number, "v": number, "out": "*bf16", "parts": "*fp32", "lse": "*fp32",
+    types = {**scales, "q": number, "k": kv, "v": kv, "out": "*bf16", "parts": "*fp32", "lse": "*fp32",
              "stats": "*i64", "kv_lens": "*i32", "table": "*i32", "factor": "fp32", "scale": "fp32",
              "kv_len": "i32", "window": "i32", "min_kv_len": "i32", "factors": "*fp32",
              "requests": "i32", "programs": "i32"}
     constants = dict(
-        TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
+        **scaled, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
         WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
         SPLIT=split, LEAST=4, EARLY=split and arch >= 90, STATS=served, SUMMED=served,
         PRECISION="bf16x6" if single else "tf32", AHEAD=ahead, STAGES=stages,
@@ -162,16 +177,18 @@ def combine_case(arch, alike):
     return compile(_combine, types, constants, arch, 4)
 
 
-def statistics_case(arch, in_decode, dense_last=False, lead=False):
+def statistics_case(arch, in_decode, dense_last=False, lead=False, fp8=False):
     tma = arch >= 90
-    kv = tile_type(tma, TILE, D)
+    kv = tile_type(tma, TILE, D, fp8)
+    scales, scaled = fp8_types(fp8)
     types = {"q": "*bf16", "k": kv, "v": kv, "out": "*bf16", "counts": "*i64", "mass": "*i64",
     "gaps": "*fp32",
-             "weights_log2": "*fp32", "row_lse": "*fp32", "scale": "fp32", "q_len": "i32", "kv_len": "i32",
-             "window": "i32", "dense_last": "i32", "lead": "i32", "items": "i32", "blocks": "i32",
-             "note_blocks": "i32"}
+             "weights_log2": "*fp32", "row_lse": "*fp32", "cache_scale": "fp32", "q_len": "i32",
+             "kv_len": "i32", **scales, "window": "i32", "dense_last": "i32", "lead": "i32", "items": "i32",
+             "blocks": "i32", "note_blocks": "i32"}
     pack = 16 if in_decode else 1
     constants = dict(
+        **scaled,
         HEADS=4 if in_decode else 64, Q_GROUP=pack, KV_GROUP=1 if in_decode else 16, PACK=pack, HEAD_DIM=D,
         HEAD_DIM_V=D, WIDTH=D, TAIL=0, WIDTH_V=D, BLOCK_M=128, SUBS=1, VOTE_ROWS=pack if in_decode else 64,
         BLOCK_N=TILE,
@@ -254,6 +271,20 @@ if arch < 100 or KNOWS_BLACKWELL:
         "statistics dense last": lambda: statistics_case(arch, False, dense_last=True),
         "statistics decode": lambda: statistics_case(arch, True),
     }
+if arch >= 90:  # sm_80 has no instruction for e4m3, and Triton no other way
+    cases |= {
+        "decode fp8": lambda: decode_case(arch, 0, True, fp8=True),
+        "decode fp8 dense": lambda: decode_case(arch, 0, False, fp8=True),
+        "decode fp8 paged 64, served": lambda: decode_case(arch, 64, True, served=True, fp8=True),
+    }
+    if KNOWS_BLACKWELL or arch == 90:
+        cases |= {
+            "prefill fp8": lambda: prefill_case(arch, 128, True, fp8=True),
+            "prefill fp8 paged 64": lambda: prefill_case(
+                arch, 128, True, packed=True, served=True, page=64, fp8=True
+            ),
+            "statistics fp8": lambda: statistics_case(arch, False, fp8=True),
+        }
 if arch == 90:
     for head_dim in (64, 128):
         cases |= {
@@ -306,6 +337,9 @@ MAY_SPILL = {
     # Products arrive in tensor memory, and are read through registers.
     (100, "prefill 128"): 512, (100, "prefill 64 window packed"): 256,
     (100, "prefill 128 packed, served"): 512,
+    # What is converted from FP8 stands in registers before it is in shared memory again.
+    **{(arch, f"{what} fp8{how}"): 128 for arch in (90, 100)
+       for what, how in (("prefill", ""), ("prefill", " paged 64"), ("statistics", ""))},
     # The addresses of every row of every page take registers too.
     **{
         (arch, f"prefill {where}"): 256

@@ -19,7 +19,7 @@ from skip_softmax.launch import (
     launching_on,
     why_not_here,
 )
-from skip_softmax.meaning.call import Call, Requests
+from skip_softmax.meaning.call import Call, Requests, Scales
 
 ROWS = 64  # query rows of a warpgroup, which vote together
 # Registers per thread of consumers and producer, by consumer warpgroups: all that a multiprocessor has.
@@ -45,6 +45,8 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"the device has compute capability {device.major}.x, not 9.0"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {call.dtype} is not fp16 or bf16"
+    if call.kv_dtype is not None:
+        return f"keys and values are {call.kv_dtype}, not {call.dtype}"
     if call.head_dim not in GROUPS or call.value_dim != call.head_dim:
         return f"head_dim {call.head_dim} (of values {call.value_dim}) is not 64 or 128"
     if (call.tile_q, call.tile_kv) != (ROWS, TILE_KV):
@@ -69,8 +71,9 @@ def run(
     requests: Requests,
     out: torch.Tensor,
     counts: torch.Tensor | None,
+    scales: Scales,
 ) -> None:
-    """Runs a call that `why_not` accepts; see `hopper`."""
+    """Runs a call that `why_not` accepts, without scales; see `hopper`."""
     hopper(
         q, k, v, out, counts, factor, factors, call.causal, call.scale, call.dense_last,
         call.min_kv_len, requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts,

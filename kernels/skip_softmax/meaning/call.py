@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -16,6 +16,9 @@ from skip_softmax.meaning.criterion import Criterion, has_threshold
 
 RunningMax = Literal["ascending", "seeded"]
 Lengths = torch.Tensor | Sequence[int] | None
+FP8 = torch.float8_e4m3fn
+"""What keys and values of a cache may be instead of the queries' dtype."""
+Scale = float | torch.Tensor | None
 
 
 class DenseCallWarning(UserWarning):
@@ -33,7 +36,7 @@ class Call:
         kv_heads: KV heads.
         head_dim: columns of queries and keys.
         value_dim: columns of values.
-        dtype: of all three.
+        dtype: of the queries and the output.
         scale: factor of the scores.
         tile_q: query rows per vote; None: decode, where the heads of a KV head vote once per query token.
         tile_kv: keys per tile.
@@ -49,6 +52,7 @@ class Call:
             sees fewer keys.
         ragged: whether each request has lengths of its own, which only the device may know.
         page: rows of a page of the cache; 0: keys and values are contiguous.
+        kv_dtype: of keys and values, `FP8`; None: as `dtype`.
         places: shape and strides of q, k and v; empty: dense tensors.
     """
 
@@ -71,6 +75,7 @@ class Call:
     min_kv_len: int = 0
     ragged: bool = False
     page: int = 0
+    kv_dtype: torch.dtype | None = None
     places: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
 
     def __post_init__(self) -> None:
@@ -184,9 +189,11 @@ def call_of(
         raise ValueError(
             f"query heads must be a multiple of KV heads, but got {q.shape[1]} and {k.shape[1]}"
         )
-    if not q.is_floating_point() or len({q.dtype, k.dtype, v.dtype}) != 1:
+    whole = q.is_floating_point() and q.dtype.itemsize > 1
+    if not whole or k.dtype != v.dtype or k.dtype not in (q.dtype, FP8):
         raise ValueError(
-            f"q, k and v must share one floating dtype, but got {q.dtype}, {k.dtype}, {v.dtype}"
+            "q, k and v must share one floating dtype of 16 bits or more, or k and v be float8_e4m3fn, "
+            f"but got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     page = 0 if table is None else k.shape[2]
     held = kv_start + k.shape[2] if table is None else page * table.shape[1]
@@ -196,6 +203,7 @@ def call_of(
         q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
         kv_start, running_max, dense_last=dense_last, min_kv_len=min_kv_len, ragged=ragged, page=page,
+        kv_dtype=None if k.dtype == q.dtype else k.dtype,
         places=tuple((x.shape, x.stride()) for x in (q, k, v)),
     )  # fmt: skip
 
@@ -342,8 +350,10 @@ def gathered(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """[pages, Hkv, page, D] -> [Hkv, tokens, D] of one request; an invalid page number gives zeros."""
     named = (table >= 0) & (table < cache.shape[0])
     pages = cache[torch.where(named, table, 0).long()]
-    pages = pages.masked_fill(~named[:, None, None, None], 0.0)
-    return pages.transpose(0, 1).flatten(1, 2)
+    # By bytes in FP8, which PyTorch does not fill; they are zero for zero.
+    bits = pages.view(torch.uint8) if cache.dtype == FP8 else pages
+    bits = bits.masked_fill(~named[:, None, None, None], 0)
+    return bits.view(cache.dtype).transpose(0, 1).flatten(1, 2)
 
 
 def check_pages(each: Iterable[Alone], pages: int) -> None:
@@ -400,6 +410,93 @@ def _on_the_host(name: str, lengths: Lengths, batch: int, most: int) -> list[int
     if len(values) != batch or any(not 0 <= n <= most for n in values):
         raise ValueError(f"`{name}` must be {batch} numbers from 0 to {most}, but got {values}")
     return values
+
+
+class Scales(NamedTuple):
+    """What the numbers of an FP8 cache are multiplied by; without one, nothing.
+
+    Attributes:
+        k: of all keys; None: `k_each`, or keys that are not FP8.
+        k_each: one number, or one per KV head, fp32 on the device; or None.
+        v: as `k`, of values.
+        v_each: as `k_each`.
+    """
+
+    k: float | None = None
+    k_each: torch.Tensor | None = None
+    v: float | None = None
+    v_each: torch.Tensor | None = None
+
+    @property
+    def k_per_head(self) -> bool:
+        """Whether each KV head has a number of its own."""
+        return self.k_each is not None and self.k_each.shape[0] > 1
+
+    @property
+    def v_per_head(self) -> bool:
+        """As `k_per_head`, of values."""
+        return self.v_each is not None and self.v_each.shape[0] > 1
+
+
+_NO_SCALES = Scales()
+
+
+def scales_of(k_scale: Scale, v_scale: Scale, call: Call, device: torch.device) -> Scales:
+    """The scales of a call's keys and values; a tensor on the device is not read, to avoid waiting.
+
+    Raises:
+        ValueError: a scale is missing or superfluous, has another shape, or is not finite and above 0.
+    """
+    if k_scale is None and v_scale is None and call.kv_dtype is None:
+        return _NO_SCALES
+    return Scales(
+        *_checked_scale("k_scale", k_scale, call, device),
+        *_checked_scale("v_scale", v_scale, call, device),
+    )
+
+
+def _checked_scale(
+    name: str, scale: Scale, call: Call, device: torch.device
+) -> tuple[float | None, torch.Tensor | None]:
+    if call.kv_dtype is None:
+        if scale is None:
+            return None, None
+        raise ValueError(
+            f"`{name}` must be None unless k and v are float8_e4m3fn, but got {scale} with {call.dtype}; "
+            "leave it out"
+        )
+    heads = call.kv_heads
+    law = f"`{name}` must be a number, or a tensor with one number or one per KV head [{heads}],"
+    if scale is None:
+        raise ValueError(
+            f"{law} where k and v are float8_e4m3fn, but got None; pass what the cache was divided by, 1.0 "
+            "if by nothing"
+        )
+    if isinstance(scale, int | float):
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"`{name}` must be finite and above 0, but got {scale}")
+        return float(scale), None
+    if not isinstance(scale, torch.Tensor):
+        raise TypeError(f"{law} but got {scale!r}")
+    if scale.shape not in ((), (1,), (heads,)) or not scale.is_floating_point():
+        raise ValueError(f"{law} but got {scale.dtype} {tuple(scale.shape)}")
+    readable = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"`{name}` must be finite and above 0, but got {scale.tolist()}")
+    return None, _as_kernels_read(scale.reshape(-1), device, torch.float32)
+
+
+def dequantised(
+    x: torch.Tensor, scale: float | None, each: torch.Tensor | None, q: torch.Tensor
+) -> torch.Tensor:
+    """Keys or values [Hkv, tokens, D] as they are meant: FP8 times its scale, others as they are.
+
+    In fp32, in fp64 for such queries.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if scale is not None:
+        return x.to(dtype) * scale
+    return x if each is None else x.to(dtype) * each.to(dtype).view(-1, 1, 1)
 
 
 ScaleFactor = float | Sequence[float] | torch.Tensor

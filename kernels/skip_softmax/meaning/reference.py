@@ -24,7 +24,9 @@ Decode with `running_max: seeded` never skips the first and the last visited til
 over these two, whatever else is kept.
 
 Scores, softmax and both products are computed in float32 for lower precisions, in float64 for float64; only
-the output is rounded to the input's dtype. Memory grows with kv_len, never with its square.
+the output is rounded to the queries' dtype. Keys and values in FP8 (e4m3) stand for themselves times their
+scale, so that scores are scale * k_scale * q . k, and decisions follow from these. Memory grows with kv_len,
+never with its square.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from skip_softmax.meaning import histogram
-from skip_softmax.meaning.call import Alone, Call
+from skip_softmax.meaning.call import Alone, Call, Scales, dequantised
 from skip_softmax.meaning.criterion import critical_log2, has_threshold, skips
 from skip_softmax.meaning.histogram import TileHistogram
 
@@ -88,6 +90,7 @@ def run(
     each: list[Alone],
     scale_factor: torch.Tensor,
     out: torch.Tensor,
+    scales: Scales,
 ) -> torch.Tensor:
     """Skip-softmax attention of a batch, one request (`Requests.each`) after another.
 
@@ -98,6 +101,7 @@ def run(
         each: the requests.
         scale_factor: float64 [vote_heads] [tokens].
         out: the rows of the requests are written into it [B, Hq, Sq, Dv].
+        scales: of an FP8 cache.
 
     Returns:
         Visited and skipped tiles, int64 [requests, vote_heads, 2].
@@ -105,9 +109,9 @@ def run(
     counts = torch.zeros(len(each), len(scale_factor), 2, dtype=torch.int64, device=q.device)
     for count, alone in zip(counts, each, strict=True):
         here = (alone.entry, slice(None), alone.rows)
-        result, count[:, 0], count[:, 1] = attend(
-            q[here], alone.held(k), alone.held(v), alone.call, scale_factor
-        )
+        keys = dequantised(alone.held(k), scales.k, scales.k_each, q)
+        values = dequantised(alone.held(v), scales.v, scales.v_each, q)
+        result, count[:, 0], count[:, 1] = attend(q[here], keys, values, alone.call, scale_factor)
         out[here] = result
     return counts
 
@@ -186,14 +190,16 @@ def statistics(
 
 
 def batch_statistics(
-    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales
 ) -> tuple[torch.Tensor, TileHistogram]:
     """Dense output [B, Hq, Sq, Dv] of a batch and the histogram, summed over it."""
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     counts = torch.zeros(call.vote_heads, histogram.BINS, dtype=torch.int64, device=q.device)
     mass, rows = counts.double(), 0
-    for b, qkv in enumerate(zip(q, k, v, strict=True)):
-        out[b], one = statistics(*qkv, call)
+    for b, (queries, keys, values) in enumerate(zip(q, k, v, strict=True)):
+        keys = dequantised(keys, scales.k, scales.k_each, q)
+        values = dequantised(values, scales.v, scales.v_each, q)
+        out[b], one = statistics(queries, keys, values, call)
         counts, mass, rows = counts + one.counts, mass + one.mass, rows + one.rows
     return out, TileHistogram(counts, mass, rows)
 

@@ -26,7 +26,7 @@ from skip_softmax.launch import (
     why_too_large,
     width,
 )
-from skip_softmax.meaning.call import Call, Requests, call_of
+from skip_softmax.meaning.call import Call, Requests, Scales, call_of
 
 MOST_TOKENS = 16  # query tokens per request
 
@@ -57,6 +57,8 @@ class Config(NamedTuple):
 AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
 # For many small tiles: two programs per processor do not have enough bytes in flight.
 AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
+# Tiles of FP8 are small too, but with two warps their conversion would spill.
+AHEAD_FP8 = Config(2, warps=4, stages=4, ahead=True, join=256, join_columns=32)
 # For calls that cannot load v ahead: few programs are split further, many are not.
 LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)
 LATE_MANY = Config(4, warps=2, stages=2)
@@ -97,6 +99,7 @@ def run(
     requests: Requests,
     out: torch.Tensor,
     counts: torch.Tensor | None,
+    scales: Scales,
 ) -> None:
     """Runs a call that `why_not` accepts.
 
@@ -114,15 +117,18 @@ def run(
         out: takes the output [B, Hq, T, Dv].
         counts: visited and skipped tiles are added to it, int64 [B, Hkv, 2], or [Hkv, 2] for their sum over
             requests; None counts nothing.
+        scales: of an FP8 cache.
     """
     # An operator costs more of the host's time than both launches; only what traces the call needs one.
     if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
         decode(
             q, k, v, out, counts, requests.kv_lens, requests.table, factor, factors, call.scale, call.window,
-            call.tile_kv, call.seeded, call.min_kv_len,
+            call.tile_kv, call.seeded, call.min_kv_len, *scales,
         )  # fmt: skip
     else:
-        _launch(call, q, k, v, factor, factors, requests.kv_lens, requests.table, out, counts)
+        _launch(
+            call, q, k, v, factor, factors, requests.kv_lens, requests.table, out, counts, scales
+        )
 
 
 def choose(
@@ -134,6 +140,7 @@ def choose(
     *,
     ahead: bool,
     paged: bool,
+    fp8: bool = False,
 ) -> tuple[Config, int]:
     """The configuration of a call, and the stages of its pipeline.
 
@@ -145,13 +152,14 @@ def choose(
         tile_bytes: of one tile of k and v.
         ahead: whether the call may load v ahead of its use.
         paged: whether page numbers are loaded first.
+        fp8: whether k and v are converted where they are used.
     """
     if not ahead:
         config = LATE_MANY if batch_heads >= processors else LATE
     else:
         many = batch_heads * tiles >= MANY_TILES * processors
         small = rows == 16 and tile_bytes <= SMALL_BYTES
-        config = AHEAD_SMALL if small and many else AHEAD
+        config = AHEAD_FP8 if fp8 else AHEAD_SMALL if small and many else AHEAD
     # Loads of page numbers take stages of the pipeline too; with 32 rows, more stages would spill.
     return config, 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
 
@@ -210,6 +218,7 @@ def _launch(
     table: torch.Tensor | None,
     out: torch.Tensor,
     counts: torch.Tensor | None,
+    scales: Scales,
 ) -> None:
     if not out.numel():
         return
@@ -217,15 +226,17 @@ def _launch(
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         call = replace(call, places=tuple((x.shape, x.stride()) for x in (q, k, v)))
     armed = factors is not None or factor > 0
-    tensors = (q, k, v, out, counts, factors, kv_lens, table)
+    tensors = (q, k, v, out, counts, factors, kv_lens, table, scales.k_each, scales.v_each)
     addresses = [None if x is None else x.data_ptr() for x in tensors]
+    scale = call.scale * (scales.k or 1.0) * LOG2E
     key = (
         call, q.device, out.stride(), armed, None if counts is None else counts.dim(),
-        None if table is None else table.stride(0), *[None if x is None else x % 16 == 0 for x in addresses],
+        None if table is None else table.stride(0), scales.v is None, scales.k_per_head, scales.v_per_head,
+        *[None if x is None else x % 16 == 0 for x in addresses],
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _planned(call, out, q.device, armed, kv_lens, table, counts)
+        plan = _planned(call, out, q.device, armed, kv_lens, table, counts, scales)
         parts = lse = None
         if plan.combine is not None:
             scratch = torch.empty(plan.parts + plan.lse, dtype=torch.float32, device=q.device)
@@ -242,8 +253,11 @@ def _launch(
                 factors,
                 kv_lens,
                 table,
+                scales.k_each,
+                scales.v_each,
                 factor,
-                call.scale * LOG2E,
+                scale,
+                scales.v,
             )
             if plan.combine is not None:
                 plan.combine.first(parts, lse, out, kv_lens)
@@ -252,7 +266,7 @@ def _launch(
                 _plans.clear()
             _plans[key] = plan
         return
-    q_at, k_at, v_at, out_at, counts_at, factors_at, lens_at, table_at = addresses
+    q_at, k_at, v_at, out_at, counts_at, factors_at, lens_at, table_at, *scales_at = addresses
     parts_at = lse_at = None
     if plan.combine is not None:
         scratch = torch.empty(plan.parts + plan.lse, dtype=torch.float32, device=q.device)
@@ -262,7 +276,7 @@ def _launch(
         stream = stream_of(q.device)
         plan.decode.again(
             stream, q_at, k_at, v_at, out_at, parts_at, lse_at, counts_at, factors_at, lens_at, table_at,
-            factor, call.scale * LOG2E,
+            *scales_at, factor, scale, scales.v,
         )  # fmt: skip
         if plan.combine is not None:
             plan.combine.again(stream, parts_at, lse_at, out_at, lens_at)
@@ -276,6 +290,7 @@ def _planned(
     kv_lens: torch.Tensor | None,
     table: torch.Tensor | None,
     counts: torch.Tensor | None,
+    scales: Scales,
 ) -> _Plan:
     """How a call is launched: from host numbers alone, which hold for any lengths in `kv_lens`."""
     from skip_softmax.triton.decode_kernel import _combine, _decode
@@ -286,12 +301,12 @@ def _planned(
     columns = width(call.head_dim), width(call.value_dim)
     # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
     # the running maximum of the tile before.
-    k_bytes, v_bytes = (call.tile_kv * x * call.dtype.itemsize for x in columns)
+    k_bytes, v_bytes = (call.tile_kv * x * (call.kv_dtype or call.dtype).itemsize for x in columns)
     can = padded_rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (call.seeded or not armed)
     tiles = most_tiles(call)
     config, stages = choose(
         batch * call.kv_heads, tiles, on.processors, padded_rows, k_bytes + v_bytes, ahead=can,
-        paged=table is not None,
+        paged=table is not None, fp8=call.kv_dtype is not None,
     )  # fmt: skip
     if not config.ahead:
         single = call.dtype == torch.float32
@@ -322,6 +337,7 @@ def _planned(
             **shape, **about, "ROWS": padded_rows, "HEAD_DIM": call.head_dim, "WIDTH": columns[0],
             "WIDTH_V": columns[1], "PAGE": call.page, "ARMED": armed, "SEEDED": call.seeded, "SPLIT": split,
             "STATS": counts is not None, "SUMMED": counts is not None and counts.dim() == 2,
+            "K_EACH": scales.k_per_head, "V_EACH": scales.v_per_head,
             "PRECISION": precision(call.dtype, call.tile_kv), "AHEAD": config.ahead, "STAGES": stages,
         },
         num_warps=config.warps,
@@ -366,13 +382,18 @@ def decode(
     tile_kv: int,
     seeded: bool,
     min_kv_len: int,
+    k_scale: float | None,
+    k_scales: torch.Tensor | None,
+    v_scale: float | None,
+    v_scales: torch.Tensor | None,
 ) -> None:
     """`run` for torch.compile and other tracers; what they see must not allocate the caller's output."""
     call = call_of(
         q, k, v, tile_q=None, tile_kv=tile_kv, scale=scale, window=window,
         running_max="seeded" if seeded else "ascending", min_kv_len=min_kv_len, table=table,
     )  # fmt: skip
-    _launch(call, q, k, v, factor, factors, kv_lens, table, out, counts)
+    scales = Scales(k_scale, k_scales, v_scale, v_scales)
+    _launch(call, q, k, v, factor, factors, kv_lens, table, out, counts, scales)
 
 
 @decode.register_fake

@@ -21,6 +21,10 @@ What a tile is compared with (`running_max` of the thresholds file) must not dep
 computes it for itself. `ascending`: the running maximum over all earlier tiles, which only a program that
 walks them all knows, so an armed call has a single split.
 
+An FP8 cache is converted to the queries' dtype, which is exact, where a tile is used: memory holds, and
+shared memory takes, half the bytes of bf16. Its scales belong to a head, so that they are left to the scores'
+scale and to the output.
+
 Who owns what is found on the device (`_share`), from the lengths that requests have when the kernel runs: a
 captured graph stays right, and balanced, whatever lengths its replays find. A KV head has about `programs`
 programs for the whole batch, and a request of `tiles` KV tiles out of `total` gets
@@ -42,6 +46,7 @@ from skip_softmax.triton.primitives import (
     kept_votes,
     log2_threshold,
     online_softmax,
+    scale_of,
     visible,
 )
 
@@ -188,14 +193,16 @@ def _load_keys(
     do_not_specialize_on_alignment=["kv_lens", "table"],
 )
 def _decode(
-    q, k, v, out, parts, lse, stats, factors, kv_lens, table, factor, scale, kv_len, window, min_kv_len,
+    q, k, v, out, parts, lse, stats, factors, kv_lens, table, k_scales, v_scales, factor, scale, v_scale,
+    kv_len, window, min_kv_len,
     requests, programs, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb,
     stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, stride_table,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
     SEEDED: tl.constexpr, SPLIT: tl.constexpr, LEAST: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
-    SUMMED: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    SUMMED: tl.constexpr, K_EACH: tl.constexpr, V_EACH: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         # `_combine` may start before these programs end; it waits for them in `gdc_wait`.
@@ -254,6 +261,8 @@ def _decode(
         + (kv_head * GROUP + row % GROUP).to(tl.int64) * stride_qh
         + token.to(tl.int64) * stride_qt
     )
+    if k_scales is not None:
+        scale *= scale_of(k_scales, kv_head, K_EACH)
     q_tile = tl.load(
         q + q_rows[:, None] + columns[None, :],
         mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
@@ -295,7 +304,7 @@ def _decode(
                         k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM,
                         WIDTH, PAGE, WINDOWED,
                     )  # fmt: skip
-                    scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+                    scores = tl.dot(q_tile, keys.to(q_tile.dtype).T, input_precision=PRECISION)
                     seen = visible(
                         position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
                     )
@@ -327,7 +336,7 @@ def _decode(
                 k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
                 PAGE, WINDOWED,
             )  # fmt: skip
-            scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+            scores = tl.dot(q_tile, keys.to(q_tile.dtype).T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
             scores = tl.where(seen, scores, float("-inf"))
             tile_max = tl.max(scores, 1) * scale
@@ -357,7 +366,12 @@ def _decode(
                 weights, l, acc = online_softmax(
                     scores, scale, m, m_new, absent, l, acc, True, True
                 )
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                acc = tl.dot(
+                    weights.to(q_tile.dtype),
+                    values.to(q_tile.dtype),
+                    acc,
+                    input_precision=PRECISION,
+                )
             m = m_new
     else:
         # v is loaded where it is used: inside the branch if armed, else ahead like k.
@@ -373,7 +387,7 @@ def _decode(
                     v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
                     WIDTH_V, PAGE, WINDOWED,
                 )  # fmt: skip
-            scores = tl.dot(q_tile, keys.T, input_precision=PRECISION)
+            scores = tl.dot(q_tile, keys.to(q_tile.dtype).T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
             scores = tl.where(seen, scores, float("-inf"))
             tile_max = tl.max(scores, 1) * scale
@@ -399,17 +413,31 @@ def _decode(
                     weights, l, acc = online_softmax(
                         scores, scale, m, m_new, absent, l, acc, True, True
                     )
-                    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                    acc = tl.dot(
+                        weights.to(q_tile.dtype),
+                        values.to(q_tile.dtype),
+                        acc,
+                        input_precision=PRECISION,
+                    )
                     m = m_new
             else:
                 m_new = tl.maximum(m, tile_max)
                 weights, l, acc = online_softmax(
                     scores, scale, m, m_new, ballot == 0, l, acc, True, True
                 )
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                acc = tl.dot(
+                    weights.to(q_tile.dtype),
+                    values.to(q_tile.dtype),
+                    acc,
+                    input_precision=PRECISION,
+                )
                 m = m_new
 
+    if v_scales is not None:
+        v_scale = scale_of(v_scales, kv_head, V_EACH)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    if v_scale is not None:
+        acc *= v_scale
     columns = tl.arange(0, WIDTH_V)
     written = (row < TOKENS * GROUP)[:, None] & (columns < HEAD_DIM_V)[None, :]
     rows = TOKENS * GROUP  # of the output

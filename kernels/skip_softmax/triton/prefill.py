@@ -25,7 +25,7 @@ from skip_softmax.launch import (
     why_too_large,
     width,
 )
-from skip_softmax.meaning.call import Call, Requests
+from skip_softmax.meaning.call import Call, Requests, Scales
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,14 @@ def run(
     requests: Requests,
     out: torch.Tensor,
     counts: torch.Tensor | None,
+    scales: Scales,
 ) -> None:
     """Runs a call that `why_not` accepts; see `prefill`."""
     prefill(
         q, k, v, out, counts, factor, factors, call.causal, call.scale, call.window, call.tile_q,
         call.tile_kv, call.dense_last, call.min_kv_len, requests.q_lens, requests.kv_lens,
         requests.q_starts, requests.kv_starts, requests.table, call.q_len, call.kv_len, call.most_lead,
+        *scales,
     )  # fmt: skip
 
 
@@ -165,6 +167,10 @@ def prefill(
     most_q: int,
     most_kv: int,
     most_lead: int,
+    k_scale: float | None,
+    k_scales: torch.Tensor | None,
+    v_scale: float | None,
+    v_scales: torch.Tensor | None,
 ) -> None:
     """Skip-softmax prefill attention; never synchronises with the device.
 
@@ -193,6 +199,10 @@ def prefill(
         most_q: rows of the longest request.
         most_kv: keys of the longest request.
         most_lead: most rows of a request's first query tile that lie before its first row (`Call.lead`).
+        k_scale: of an FP8 cache, as the next three (`Scales`).
+        k_scales: the same on the device, fp32.
+        v_scale: of values.
+        v_scales: of values.
     """
     from skip_softmax.triton.prefill_kernel import _prefill
 
@@ -203,6 +213,7 @@ def prefill(
     )
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
+    scales = Scales(k_scale, k_scales, v_scale, v_scales)
     if not out.numel():
         return
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -216,7 +227,8 @@ def prefill(
             None if not rest else descriptor(k, [tile_kv, rest]) if tma else k,
             descriptor(v, [tile_kv, columns]) if tma else v,
             out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
-            table, factor, scale * LOG2E, most_q, most_kv, window or 0,
+            table, k_scales, v_scales, factor, scale * (k_scale or 1.0) * LOG2E, v_scale, most_q, most_kv,
+            window or 0,
             # None compiles the kernel without the rule.
             min(dense_last, most_q) or None if armed else None,
             min_kv_len or None if armed else None,
@@ -227,7 +239,8 @@ def prefill(
             TILE_KV=tile_kv, PAGE=page, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
             TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
             TMA=tma, LEADS=most_lead > 0, STATS=counts is not None,
-            SUMMED=counts is not None and counts.dim() == 2, PRECISION=precision(q.dtype, tile_kv),
+            SUMMED=counts is not None and counts.dim() == 2, K_EACH=scales.k_per_head,
+            V_EACH=scales.v_per_head, PRECISION=precision(q.dtype, tile_kv),
             STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
             maxnreg=config.registers,
         )  # fmt: skip

@@ -17,6 +17,9 @@ A block may contain several votes of `tile_q` rows. The branch skips a tile that
 some do, their rows get zero weights. So decisions are those of `tile_q` x `tile_kv` for every BLOCK_M.
 A vote with one of the last `dense_last` rows has a threshold of 0, and so keeps every tile that it sees.
 
+An FP8 cache is converted to the queries' dtype, which is exact, where a tile is used; its scales are left to
+the scores' scale and to the output.
+
 Keys and values may be in pages of PAGE rows: a page is a whole number of tiles, or a tile of pages.
 
 Votes begin at multiples of `tile_q` of the request's positions. LEADS: the first row may lie inside one, and
@@ -38,6 +41,7 @@ from skip_softmax.triton.primitives import (
     pages_of,
     place_of,
     private_votes,
+    scale_of,
     scores_of,
     visible,
     visited_tiles,
@@ -106,10 +110,12 @@ def _walk(
                 weights, l, acc = online_softmax(
                     scores, scale, m, m_new, absent, l, acc, MASKED, VOTES > 1
                 )
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                acc = tl.dot(
+                    weights.to(q.dtype), values.to(q.dtype), acc, input_precision=PRECISION
+                )
         else:
             weights, l, acc = online_softmax(scores, scale, m, m_new, absent, l, acc, MASKED, ARMED)
-            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+            acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc, input_precision=PRECISION)
         m = m_new
     return acc, l, m, kept, busy
 
@@ -120,14 +126,15 @@ def _walk(
     do_not_specialize_on_alignment=["q_lens", "kv_lens", "q_starts", "kv_starts", "table"],
 )
 def _prefill(
-    q, k, k_tail, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale, q_len,
-    kv_len, window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_table, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
-    WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr,
-    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
-    TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr, PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr,
-    LEADS: tl.constexpr, STATS: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, k_tail, v, out, stats, factors, q_lens, kv_lens, q_starts, kv_starts, table, k_scales, v_scales,
+    factor, scale, v_scale, q_len, kv_len, window, dense_last, min_kv_len, stride_qb, stride_qh, stride_qs,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    stride_table, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, ARMED: tl.constexpr, TWO_WAYS: tl.constexpr, PRIVATE: tl.constexpr,
+    PROBE: tl.constexpr, SPAN: tl.constexpr, TMA: tl.constexpr, LEADS: tl.constexpr, STATS: tl.constexpr,
+    SUMMED: tl.constexpr, K_EACH: tl.constexpr, V_EACH: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, SPARSE_STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -187,6 +194,8 @@ def _prefill(
     q_tile = load_queries(q_rows, valid, 0, HEAD_DIM, WIDTH)
     q_tail = load_queries(q_rows, valid, WIDTH, HEAD_DIM, TAIL) if TAIL > 0 else None
 
+    if k_scales is not None:
+        scale *= scale_of(k_scales, head // GROUP, K_EACH)
     if factors is not None:
         factor = tl.load(factors + head)
     threshold = log2_threshold(factor, kv_len, min_kv_len)
@@ -274,6 +283,10 @@ def _prefill(
 
     # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    if v_scales is not None:
+        v_scale = scale_of(v_scales, head // GROUP, V_EACH)
+    if v_scale is not None:
+        acc *= v_scale
     acc = tl.where(valid[:, None], acc, 0.0)
     columns = tl.arange(0, WIDTH_V)
     inside = (rows < most_rows)[:, None] & (columns < HEAD_DIM_V)[None, :]

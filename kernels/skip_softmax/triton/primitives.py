@@ -164,6 +164,12 @@ def online_softmax(
 
 
 @triton.jit
+def scale_of(each, head, PER_HEAD: tl.constexpr):
+    """The scale of an FP8 cache for one KV head, from one number or one per KV head."""
+    return tl.load(each + (head if PER_HEAD else 0))
+
+
+@triton.jit
 def place_of(offset, stride):
     """Row and column of an offset in the matrix of a descriptor; used once per head, because it divides."""
     row = offset // stride
@@ -275,12 +281,12 @@ def scores_of(
         k, offset, place, stride, first, limit, KEYS, COLUMNS, WIDTH, TMA, MASKED, False, pages,
         page_stride, begin, PAGE,
     )  # fmt: skip
-    scores = tl.dot(q, keys.T, input_precision=PRECISION)
+    scores = tl.dot(q, keys.to(q.dtype).T, input_precision=PRECISION)
     if TAIL > 0:
         place_tail = (place[0], place[1] + WIDTH)
         rest = load_tile(
             k_tail, offset + WIDTH, place_tail, stride, first, limit, KEYS, HEAD_DIM - WIDTH, TAIL, TMA,
             MASKED, False, pages, page_stride, begin, PAGE,
         )  # fmt: skip
-        scores = tl.dot(q_tail, rest.T, scores, input_precision=PRECISION)
+        scores = tl.dot(q_tail, rest.to(q.dtype).T, scores, input_precision=PRECISION)
     return scores

@@ -23,7 +23,7 @@ from skip_softmax.launch import (
     width,
 )
 from skip_softmax.meaning import histogram
-from skip_softmax.meaning.call import Call
+from skip_softmax.meaning.call import Call, Scales
 from skip_softmax.meaning.histogram import TileHistogram
 
 MASS_UNIT = 2.0**-40
@@ -41,7 +41,7 @@ def why_not(call: Call, device: Device) -> str | None:
 
 
 def run(
-    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales
 ) -> tuple[torch.Tensor, TileHistogram]:
     """Dense attention of a batch, and its tiles by critical scale factor.
 
@@ -50,6 +50,7 @@ def run(
         q: queries [B, Hq, Sq, D].
         k: keys [B, Hkv, Skv, D].
         v: values [B, Hkv, Skv, Dv].
+        scales: of an FP8 cache.
 
     Returns:
         Output [B, Hq, Sq, Dv] and the histogram, summed over the batch.
@@ -96,7 +97,8 @@ def run(
                 None if not rest else descriptor(k, [block_n, rest]) if tma else k,
                 descriptor(v, [block_n, columns]) if tma_v else v,
                 out, counts, mass, notes[0], notes[1], row_lse,
-                call.scale * LOG2E, q_len, kv_len, call.window or 0,
+                scales.k_each, scales.v_each, call.scale * (scales.k or 1.0) * LOG2E, scales.v, q_len, kv_len,
+                call.window or 0,
                 # None compiles the kernel without the rule.
                 min(call.dense_last, q_len) or None, call.lead or None,
                 items, blocks, note_blocks,
@@ -108,7 +110,8 @@ def run(
                 BLOCK_M=block_m, SUBS=subs, VOTE_ROWS=vote_rows, BLOCK_N=block_n, PARTS=tile_kv // block_n,
                 CHUNK=max(1, 16 * block_n // tile_kv), CAUSAL=call.causal, WINDOWED=call.window is not None,
                 SEEDED=call.seeded, DECODE=call.decode, LOW=histogram.LOW, PER_OCTAVE=histogram.PER_OCTAVE,
-                BINS=histogram.BINS, TMA=tma, TMA_V=tma_v, PRECISION=precision(q.dtype, block_n),
+                BINS=histogram.BINS, TMA=tma, TMA_V=tma_v,
+                K_EACH=scales.k_per_head, V_EACH=scales.v_per_head, PRECISION=precision(q.dtype, block_n),
                 STAGES=1 if single and wide else 2 if small else 3, num_warps=8,
             )  # fmt: skip
     rows = batch * q_len * (group if call.decode else 1)

@@ -19,6 +19,7 @@ from skip_softmax.triton.primitives import (
     load_tile,
     online_softmax,
     place_of,
+    scale_of,
     scores_of,
     visible,
     visited_tiles,
@@ -66,7 +67,7 @@ def _observe(
         inside = tl.sum(weights, 1)
         tl.store(gaps + note + block * NOTE_ROWS, gap)
         tl.store(weights_log2 + note + block * NOTE_ROWS, m_new + tl.log2(inside))
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc, input_precision=PRECISION)
         m = m_new
     return acc, l, m, before
 
@@ -147,15 +148,16 @@ def _tally(
     ]
 )
 def _statistics(
-    q, k, k_tail, v, out, counts, mass, gaps, weights_log2, row_lse, scale, q_len, kv_len, window, dense_last,
-    lead, items, blocks, note_blocks, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, HEADS: tl.constexpr,
-    Q_GROUP: tl.constexpr, KV_GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, SUBS: tl.constexpr, VOTE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    SEEDED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr, PER_OCTAVE: tl.constexpr,
-    BINS: tl.constexpr, TMA: tl.constexpr, TMA_V: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    q, k, k_tail, v, out, counts, mass, gaps, weights_log2, row_lse, k_scales, v_scales, cache_scale,
+    v_scale, q_len, kv_len, window, dense_last, lead, items, blocks, note_blocks, stride_qb, stride_qh,
+    stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob, stride_oh,
+    stride_os, HEADS: tl.constexpr, Q_GROUP: tl.constexpr, KV_GROUP: tl.constexpr, PACK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, SUBS: tl.constexpr, VOTE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SEEDED: tl.constexpr, DECODE: tl.constexpr, LOW: tl.constexpr,
+    PER_OCTAVE: tl.constexpr, BINS: tl.constexpr, TMA: tl.constexpr, TMA_V: tl.constexpr,
+    K_EACH: tl.constexpr, V_EACH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NOTE_ROWS: tl.constexpr = BLOCK_M * SUBS  # rows of one item
     TOKENS: tl.constexpr = BLOCK_M // PACK  # query tokens of one block
@@ -174,6 +176,9 @@ def _statistics(
         item_block = blocks - 1 - (item // HEADS) % blocks
         item_low = 0
         item_high = 0
+        scale = cache_scale
+        if k_scales is not None:
+            scale *= scale_of(k_scales, head // KV_GROUP, K_EACH)
         # A vote of more rows than a block is walked in SUBS blocks; their notes are joined below.
         for sub in range(SUBS):
             local = tl.arange(0, BLOCK_M)
@@ -266,6 +271,10 @@ def _statistics(
             )  # fmt: skip
             total = tl.where(l == 0.0, 1.0, l)
             acc = acc / total[:, None]
+            if v_scales is not None:
+                acc *= scale_of(v_scales, head // KV_GROUP, V_EACH)
+            elif v_scale is not None:
+                acc *= v_scale
             columns = tl.arange(0, WIDTH_V)
             o_row = batch.to(tl.int64) * stride_ob + q_head.to(tl.int64) * stride_oh
             o_row += token.to(tl.int64) * stride_os

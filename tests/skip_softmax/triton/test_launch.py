@@ -59,16 +59,16 @@ class Driver:
 
 driver.set_active(Driver())
 from skip_softmax.launch import Device
-from skip_softmax.meaning.call import Requests, call_of
+from skip_softmax.meaning.call import Requests, Scales, call_of
 from skip_softmax.triton import decode
 
 decode.device_of = lambda of: Device(9)
 batch, pages = 3, 40
 
 
-def draw():
+def draw(dtype):
     q = torch.empty(batch, 8, 1, 64, dtype=torch.bfloat16)
-    k, v = torch.empty(2, pages, 2, 64, 64, dtype=torch.bfloat16)
+    k, v = torch.empty(2, pages, 2, 64, 64, dtype=dtype)
     table = torch.empty(batch, 9, dtype=torch.int32)
     return q, k, v, table, torch.empty(2), torch.empty(batch, dtype=torch.int32)
 
@@ -81,25 +81,29 @@ def alike(noted):
     return noted
 
 
-def launch(tensors, call, counts, odd):
+def launch(tensors, call, counts, odd, scales):
     q, k, v, table, factors, lengths = tensors
     out = torch.empty(q.numel() + 8, dtype=q.dtype)[odd : q.numel() + odd].view_as(q)
-    decode.run(call, q, k, v, 0.0, factors, Requests(kv_lens=lengths, table=table), out, counts)
+    decode.run(call, q, k, v, 0.0, factors, Requests(kv_lens=lengths, table=table), out, counts,
+               scales)
     here = alike([*noted])
     noted.clear()
     return here, out
 
 
 held, counts = [], torch.zeros(2, 2, dtype=torch.int64)
-for odd, tally, floor in ((0, None, 0), (1, None, 0), (0, counts, 100)):
+fp8 = Scales(k_each=torch.ones(2), v=0.5)
+for odd, tally, floor, scales in (
+    (0, None, 0, Scales()), (1, None, 0, Scales()), (0, counts, 100, Scales()), (0, None, 0, fp8),
+):
     for again in range(2):
-        tensors = draw()
+        tensors = draw(torch.bfloat16 if scales is not fp8 else torch.float8_e4m3fn)
         call = call_of(
             *tensors[:3], tile_q=None, tile_kv=64, scale=None, window=None, running_max="seeded",
             min_kv_len=floor, table=tensors[3],
         )
         known = len(decode._plans)
-        noted_by_us, out = launch(tensors, call, tally, odd)
+        noted_by_us, out = launch(tensors, call, tally, odd, scales)
         held.append((tensors, out))  # no later tensor has their addresses
         assert len(decode._plans) == known + 1 - again, "one plan for each kind of call"
     plan = next(reversed(decode._plans.values()))
@@ -107,7 +111,7 @@ for odd, tally, floor in ((0, None, 0), (1, None, 0), (0, counts, 100)):
     q, k, v, table, factors, lengths = tensors
     scratch = torch.empty(plan.parts + plan.lse)
     parts, lse = scratch[: plan.parts], scratch[plan.parts :]
-    numbers = 0.0, call.scale * 1.4426950408889634
+    numbers = scales.k_each, scales.v_each, 0.0, call.scale * 1.4426950408889634, scales.v
     for kernel, changing in (
         (plan.decode, (q, k, v, out, parts, lse, tally, factors, lengths, table, *numbers)),
         (plan.combine, (parts, lse, out, lengths)),

@@ -44,7 +44,8 @@ def empty_statistics(
     }
     if geometry.prefill.chunk is not None:
         identity["min_kv_len"] = min_kv_len
-    return Statistics.empty(identity, len(loaded.layers), layer.q_heads, layer.kv_heads, lengths)
+    votes = geometry.decode.vote_heads(layer.q_heads, layer.kv_heads)
+    return Statistics.empty(identity, len(loaded.layers), layer.q_heads, votes, lengths)
 
 
 def capture(

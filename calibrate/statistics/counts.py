@@ -57,7 +57,7 @@ class Statistics:
 
     Attributes:
         identity: what statistics must share to be merged: model hash, geometry, lengths, shape.
-        counts: per phase int64 [layers, heads, lengths, BINS]; KV heads in decode.
+        counts: per phase int64 [layers, heads, lengths, BINS]; in decode those that vote.
         mass: per phase float64, like `counts`: softmax probability summed over rows.
         rows: per phase int64 [layers, lengths]: softmax rows per head.
         kv_tokens: per phase int64 [lengths]: sum of KV lengths over calls [tokens].
@@ -84,11 +84,11 @@ class Statistics:
         identity: dict[str, Any],
         layers: int,
         q_heads: int,
-        kv_heads: int,
+        decode_heads: int,
         lengths: Sequence[int],
     ) -> Statistics:
         """Statistics of nothing, ready to be added to."""
-        heads: dict[Phase, int] = {"prefill": q_heads, "decode": kv_heads}
+        heads: dict[Phase, int] = {"prefill": q_heads, "decode": decode_heads}
         bins = len(lengths)
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -112,8 +112,8 @@ class Statistics:
     def like(self) -> Statistics:
         """Statistics of nothing, of the same model, geometry and lengths."""
         layers, q_heads = self.counts["prefill"].shape[:2]
-        kv_heads = self.counts["decode"].shape[1]
-        return Statistics.empty(self.identity, layers, q_heads, kv_heads, self.lengths)
+        decode_heads = self.counts["decode"].shape[1]
+        return Statistics.empty(self.identity, layers, q_heads, decode_heads, self.lengths)
 
     def add(self, layer: int, phase: Phase, length_bin: int, histogram: TileHistogram) -> None:
         """Adds one call's tiles."""

@@ -29,6 +29,7 @@ from skip_softmax.meaning.call import (
     check_table,
     dequantised,
     kernel_factors,
+    same_memory,
     scale_factors,
     scales_of,
     warn_if_dense,
@@ -321,8 +322,9 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., min_kv_len: int = ..., backend: Backend = ..., kv_start: int = ...,
-    k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    running_max: RunningMax = ..., tile_heads: int | None = ..., min_kv_len: int = ...,
+    backend: Backend = ..., kv_start: int = ..., k_scale: Scale = ..., v_scale: Scale = ...,
+    out: torch.Tensor | None = ...,
     counts: torch.Tensor | None = ..., return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
@@ -332,8 +334,9 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: Lengths = ..., *,
     scale_factor: ScaleFactor = ..., block_table: torch.Tensor | None = ...,
     scale: float | None = ..., window: int | None = ..., tile_kv: int = ...,
-    running_max: RunningMax = ..., min_kv_len: int = ..., backend: Backend = ..., kv_start: int = ...,
-    k_scale: Scale = ..., v_scale: Scale = ..., out: torch.Tensor | None = ...,
+    running_max: RunningMax = ..., tile_heads: int | None = ..., min_kv_len: int = ...,
+    backend: Backend = ..., kv_start: int = ..., k_scale: Scale = ..., v_scale: Scale = ...,
+    out: torch.Tensor | None = ...,
     counts: torch.Tensor | None = ..., return_stats: Literal[True],
 ) -> tuple[torch.Tensor, TileCounts]: ...  # fmt: skip
 
@@ -350,6 +353,7 @@ def decode_attention(
     window: int | None = None,
     tile_kv: int = 64,
     running_max: RunningMax = "ascending",
+    tile_heads: int | None = None,
     min_kv_len: int = 0,
     backend: Backend = "auto",
     kv_start: int = 0,
@@ -361,9 +365,14 @@ def decode_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, TileCounts]:
     """Decode attention: one or a few new tokens per request against its cache, skipping KV tiles.
 
-    The query heads of one KV head vote together, separately for each query token. Token t of T sees
+    The query heads of one KV head vote together, or every `tile_heads` of them, separately for each query
+    token. Token t of T sees
     kv_len - T + t + 1 keys, and that is the length in its threshold, so sending tokens one by one or in a
     short run gives the same result.
+
+    Latent attention (MLA) decodes on its cache: one KV head, q [B, Hq, 576], `k_cache` of 576 columns, and
+    `v_cache = k_cache[..., :512]`. A kernel that sees the same memory reads each tile once. Scores are those
+    of expanded keys up to rounding, so numbers that were calibrated there hold, with the same `tile_heads`.
 
     A request of length 0 gives zeros, counts no tile, and its row of the block table is not read.
 
@@ -376,14 +385,17 @@ def decode_attention(
         q: queries [B, Hq, D], or [B, Hq, T, D] for runs of T tokens.
         k_cache: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with
             `block_table`.
-        v_cache: as `k_cache`.
+        v_cache: as `k_cache`, with Dv columns.
         kv_lens: KV length per request, the new tokens included [B]; None: kv_start + Skv.
-        scale_factor: threshold times KV length [tokens], a number or a tensor [Hkv]; 0 is dense.
+        scale_factor: threshold times KV length [tokens], a number or a tensor with one per vote of heads
+            [Hkv], or [Hq / tile_heads]; 0 is dense.
         block_table: page numbers [B, pages per request], integer; None: the cache is contiguous.
         scale: factor of the scores; None: 1 / sqrt(D).
         window: a token sees its own position and the `window - 1` before it; None: no window.
         tile_kv: keys per tile [tokens], a power of two.
         running_max: what a tile is compared with, see `DecodeGeometry`.
+        tile_heads: consecutive query heads that vote together: a part of a KV head's, or those of several;
+            None: those of a KV head.
         min_kv_len: a token that sees fewer keys skips nothing [tokens].
         backend: `auto`, or one by name.
         kv_start: absolute position of the first key in `k_cache` (contiguous caches only).
@@ -392,11 +404,13 @@ def decode_attention(
         v_scale: the same for values.
         out: takes the output, in q's shape (the last dimension Dv) and dtype, and is returned; without
             gradients.
-        counts: visited and skipped tiles are added to it, summed over requests, int64 [Hkv, 2] on q's device.
+        counts: visited and skipped tiles are added to it, summed over requests, int64 [Hkv, 2] on q's device,
+            or [Hq / tile_heads, 2].
         return_stats: also return tile counts.
 
     Returns:
-        Output in q's shape and dtype, and with `return_stats` the tile counts [B, Hkv].
+        Output in q's shape (the last dimension Dv) and dtype, and with `return_stats` the tile counts
+        [B, Hkv], or [B, Hq / tile_heads].
 
     Raises:
         ValueError: shapes, lengths, geometry or scale factors are invalid.
@@ -408,7 +422,8 @@ def decode_attention(
         check_table(block_table, kv_lens, q.shape[0], kv_start)
     call, room = _settled(
         "decode", backend, run, k_cache, v_cache, block_table, tile_q=None, tile_kv=tile_kv, scale=scale,
-        window=window, kv_start=kv_start, running_max=running_max, min_kv_len=min_kv_len,
+        window=window, kv_start=kv_start, running_max=running_max, tile_heads=tile_heads,
+        min_kv_len=min_kv_len,
     )  # fmt: skip
     if out is not None:
         check_out(out, q, call.value_dim)
@@ -444,6 +459,7 @@ def _settled(
     key = (
         operation, backend, q.device, None if table is None else table.shape, *about.values(),
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
+        same_memory(k, v),
     )  # fmt: skip
     found = _asked.get(key)
     if found is not None:
@@ -593,6 +609,7 @@ def tile_statistics(
     tile_kv: int = 128,
     dense_last: int = 0,
     running_max: RunningMax = "ascending",
+    tile_heads: int | None = None,
     kv_start: int = 0,
     backend: Backend = "auto",
     k_scale: Scale = None,
@@ -604,7 +621,8 @@ def tile_statistics(
         q: queries [B, Hq, Sq, D]; every request of the batch has this length.
         k: keys [B, Hkv, Skv, D].
         v: values [B, Hkv, Skv, Dv].
-        decode: the heads of a KV head vote separately for each query token (`tile_q` is not used).
+        decode: query heads vote together, separately for each token, as in `decode_attention`; `tile_q` is
+            not used.
         causal: as in `attention`, like the rest.
         scale: factor of the scores; None: 1 / sqrt(D).
         window: sliding window [tokens], or None.
@@ -612,6 +630,7 @@ def tile_statistics(
         tile_kv: keys per tile [tokens].
         dense_last: last rows of each request whose votes skip nothing [tokens].
         running_max: decode only, see `DecodeGeometry`.
+        tile_heads: decode only, query heads that vote together, see `decode_attention`.
         kv_start: absolute position of the first key in `k`.
         backend: `auto`, or one by name.
         k_scale: of keys in FP8.
@@ -625,7 +644,8 @@ def tile_statistics(
     """
     call = call_of(
         q, k, v, tile_q=None if decode else tile_q, tile_kv=tile_kv, scale=scale, window=window,
-        causal=causal, kv_start=kv_start, running_max=running_max, dense_last=dense_last,
+        causal=causal, kv_start=kv_start, running_max=running_max, tile_heads=tile_heads,
+        dense_last=dense_last,
     )  # fmt: skip
     room = choose("statistics", backend, call, q.device, stacklevel=3)
     scales = scales_of(k_scale, v_scale, call, q.device)

@@ -70,7 +70,7 @@ def _gpu(of: torch.device) -> Device:
     )
 
 
-def why_not_here(call: Call, device: Device) -> str | None:
+def why_not_here(call: Call, device: Device, most_columns: int = 256) -> str | None:
     """Why no kernel can run a call on a device, or None; every kernel asks this, then adds its own limits."""
     if device.on_cpu and not INTERPRETED:
         return (
@@ -86,8 +86,8 @@ def why_not_here(call: Call, device: Device) -> str | None:
             f"keys and values are FP8, which a device of compute capability {device.major}.{device.minor} "
             "does not convert; it must be 8.9 or more"
         )
-    if max(call.head_dim, call.value_dim) > 256:
-        return f"head_dim {max(call.head_dim, call.value_dim)} is above 256"
+    if max(call.head_dim, call.value_dim) > most_columns:
+        return f"head_dim {max(call.head_dim, call.value_dim)} is above {most_columns}"
     if not call.scale > 0:  # NaN included
         return f"scale {call.scale} is not above 0"
     if call.kv_start:

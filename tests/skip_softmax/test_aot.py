@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 COMPILE = """
 import json, os, re, subprocess, sys
 from pathlib import Path
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,6 +33,7 @@ from skip_softmax import launch
 from skip_softmax.hopper import prefill as hopper
 from skip_softmax.hopper.prefill_kernel import _hopper
 from skip_softmax.meaning import histogram
+from skip_softmax.meaning.call import Call
 from skip_softmax.triton import decode, prefill
 from skip_softmax.triton.decode_kernel import _combine, _decode
 from skip_softmax.triton.prefill_kernel import _prefill
@@ -76,6 +78,7 @@ def compile(kernel, types, constants, arch, warps, registers=None, source=ASTSou
 
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}
+MOST = {80: 32, 90: 64, 100: 64}  # heads of a latent cache that vote together
 
 
 def tile_type(on, rows, columns, fp8=False):
@@ -132,10 +135,17 @@ def prefill_case(
     return compile(_prefill, types, constants, arch, config.warps, config.registers)
 
 
+def latent_call(head_dim, heads, tile):
+    return Call(1, 4096, 128, 1, head_dim, launch.pieces(head_dim)[0], torch.bfloat16, 1.0, None, tile,
+                running_max="seeded", tile_heads=heads, aliased=True)
+
+
 def decode_case(
     arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False, split=True,
-    fp8=False,
+    fp8=False, heads=16
 ):
+    first, rest = launch.pieces(head_dim)
+    value_dim = first if head_dim > 256 else head_dim
     size = tile * head_dim * (4 if single else 1 if fp8 else 2)
     scales, scaled = fp8_types(fp8)
     kv = "*fp8e4nv" if fp8 else "*fp32" if single else "*bf16"
@@ -143,7 +153,11 @@ def decode_case(
     config, stages = decode.choose(
         batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0, fp8=fp8
     )
-    if not ahead:
+    if head_dim > 256:
+        call, on = latent_call(head_dim, heads, tile), launch.Device(arch // 10, SHARED[arch])
+        assert decode.why_not(call, on) is None
+        config, stages = decode.latent_config(call, heads * tokens, on)
+    elif not ahead:
         stages = decode.stages_that_fit(stages, size, size, 16 * tokens, single, armed, SHARED[arch])
     number = "*fp32" if single else "*bf16"
     types = {**scales, "q": number, "k": kv, "v": kv, "out": "*bf16", "parts": "*fp32", "lse": "*fp32",
@@ -151,8 +165,9 @@ def decode_case(
              "kv_len": "i32", "window": "i32", "min_kv_len": "i32", "factors": "*fp32",
              "requests": "i32", "programs": "i32"}
     constants = dict(
-        **scaled, TOKENS=tokens, GROUP=16, ROWS=16 * tokens, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim,
-        WIDTH=head_dim, WIDTH_V=head_dim, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
+        **scaled, TOKENS=tokens, GROUP=heads, SHARE=128 // heads, ROWS=heads * tokens, HEAD_DIM=head_dim,
+        HEAD_DIM_V=value_dim, WIDTH=first, TAIL=rest, WIDTH_V=value_dim,
+        ALIASED=head_dim > 256, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
         SPLIT=split, LEAST=4, EARLY=split and arch >= 90, STATS=served, SUMMED=served,
         PRECISION="bf16x6" if single else "tf32", AHEAD=ahead, STAGES=stages,
     )
@@ -248,6 +263,12 @@ cases = {
 }
 if arch < 100 or KNOWS_BLACKWELL:
     cases |= {
+        "decode latent": lambda: decode_case(arch, 0, True, head_dim=576, heads=MOST[arch]),
+        "decode latent dense": lambda: decode_case(arch, 0, False, head_dim=576, heads=MOST[arch]),
+        "decode latent paged 64, served": lambda: decode_case(
+            arch, 64, True, head_dim=576, heads=MOST[arch], served=True
+        ),
+        "decode latent 16": lambda: decode_case(arch, 0, True, head_dim=576, heads=16),
         "prefill 128": lambda: prefill_case(arch, 128, True),
         "prefill 128 dense": lambda: prefill_case(arch, 128, False),
         "prefill 64": lambda: prefill_case(arch, 64, True),
@@ -327,6 +348,9 @@ MAY_SPILL = {
     (90, "hopper 128 paged 256 dense"): 16,
     # Products of fp32 are made of parts, which take registers: the speed of fp32 is no goal.
     **{(arch, name): 4096 for arch in (80, 90, 100) for name in ("prefill fp32", "decode fp32")},
+    # Half of the registers are the output of 64 heads, 512 columns each.
+    (90, "decode latent"): 256, (90, "decode latent dense"): 64, (90, "decode latent paged 64, served"): 160,
+    (100, "decode latent"): 864, (100, "decode latent paged 64, served"): 736,
     # A block of head_dim 256 takes all 255 registers of a thread.
     **{(arch, "decode 256 dense"): 128 for arch in (80, 90, 100)},
     # Statistics keep a weight per bin beside the products, and are taken once per model.

@@ -120,7 +120,7 @@ def applied(
     _check_same_shape(model, thresholds)
     shape = thresholds.model
     tiles = {phase: thresholds.geometry.keywords(phase) for phase in PHASES}
-    counts = PhaseCounts(shape.layers, {"prefill": shape.q_heads, "decode": shape.kv_heads})
+    counts = PhaseCounts(shape.layers, {phase: thresholds.vote_heads(phase) for phase in PHASES})
     factors: dict[tuple[int, Phase, torch.device], float | torch.Tensor] = {}
 
     def factor_of(call: LayerCall | DecodeCall) -> float | torch.Tensor:

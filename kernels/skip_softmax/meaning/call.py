@@ -38,12 +38,14 @@ class Call:
         value_dim: columns of values.
         dtype: of the queries and the output.
         scale: factor of the scores.
-        tile_q: query rows per vote; None: decode, where the heads of a KV head vote once per query token.
+        tile_q: query rows per vote; None: decode, where `tile_heads` heads vote once per query token.
         tile_kv: keys per tile.
         causal: whether a row sees no key after its own position.
         window: a row sees only its own position and the `window - 1` before it; None: no window.
         kv_start: absolute position of the first key in the key tensor (a sliding cache drops keys).
         running_max: decode only, what a tile is compared with (`DecodeGeometry`).
+        tile_heads: decode only, consecutive query heads that vote together, all those of a KV head or a part
+            of them, or those of several; None: those of a KV head.
         criterion: what a tile is judged by.
         dense_last: prefill only: a vote that holds one of the last `dense_last` query rows of its request
             skips nothing [tokens]; 0: every vote may skip. These rows give the next token; all others reach
@@ -53,6 +55,7 @@ class Call:
         ragged: whether each request has lengths of its own, which only the device may know.
         page: rows of a page of the cache; 0: keys and values are contiguous.
         kv_dtype: of keys and values, `FP8`; None: as `dtype`.
+        aliased: whether values are the first columns of their keys, in the same memory (a latent cache).
         places: shape and strides of q, k and v; empty: dense tensors.
     """
 
@@ -70,12 +73,14 @@ class Call:
     window: int | None = None
     kv_start: int = 0
     running_max: RunningMax = "ascending"
+    tile_heads: int | None = None
     criterion: Criterion = "max"
     dense_last: int = 0
     min_kv_len: int = 0
     ragged: bool = False
     page: int = 0
     kv_dtype: torch.dtype | None = None
+    aliased: bool = False
     places: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
 
     def __post_init__(self) -> None:
@@ -93,9 +98,23 @@ class Call:
             raise ValueError(
                 f"`min_kv_len` must be at least 0, but got {self.min_kv_len}; pass 0 for no lower limit"
             )
+        if self.tile_heads is not None:
+            self._check_tile_heads(self.tile_heads)
         if self.running_max not in get_args(RunningMax):
             raise ValueError(
                 f"`running_max` must be ascending or seeded, but got {self.running_max!r}"
+            )
+
+    def _check_tile_heads(self, heads: int) -> None:
+        if not self.decode:
+            raise ValueError(
+                f"`tile_heads` must be None in prefill, where each query head votes alone, but got {heads}"
+            )
+        fits = heads >= 1 and self.q_heads % heads == 0
+        if not fits or (self.group % heads and heads % self.group):
+            raise ValueError(
+                f"`tile_heads` must divide the {self.q_heads} query heads, and divide the {self.group} of a "
+                f"KV head or be a multiple of them, but got {heads}; pass None for those of a KV head"
             )
 
     @cached_property
@@ -144,9 +163,14 @@ class Call:
         return self.q_heads // self.kv_heads
 
     @property
+    def heads_per_vote(self) -> int:
+        """Query heads that vote together."""
+        return (self.tile_heads or self.group) if self.decode else 1
+
+    @property
     def vote_heads(self) -> int:
-        """Heads that vote separately: query heads in prefill, KV heads in decode."""
-        return self.kv_heads if self.decode else self.q_heads
+        """Heads that vote separately: query heads in prefill; in decode KV heads, or every `tile_heads`."""
+        return self.q_heads // self.heads_per_vote
 
 
 def call_of(
@@ -161,6 +185,7 @@ def call_of(
     causal: bool = True,
     kv_start: int = 0,
     running_max: RunningMax = "ascending",
+    tile_heads: int | None = None,
     dense_last: int = 0,
     min_kv_len: int = 0,
     ragged: bool = False,
@@ -202,10 +227,18 @@ def call_of(
     return Call(
         q.shape[2] if q_len is None else q_len, kv_len, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         q.dtype, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, tile_q, tile_kv, causal, window,
-        kv_start, running_max, dense_last=dense_last, min_kv_len=min_kv_len, ragged=ragged, page=page,
-        kv_dtype=None if k.dtype == q.dtype else k.dtype,
+        kv_start, running_max, tile_heads, dense_last=dense_last, min_kv_len=min_kv_len, ragged=ragged,
+        page=page, kv_dtype=None if k.dtype == q.dtype else k.dtype, aliased=same_memory(k, v),
         places=tuple((x.shape, x.stride()) for x in (q, k, v)),
     )  # fmt: skip
+
+
+def same_memory(k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether values are the first columns of their keys; False too while a call is only traced."""
+    if torch.compiler.is_compiling() or type(k) is not torch.Tensor or type(v) is not torch.Tensor:
+        return False
+    alike = k.dtype == v.dtype and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1]
+    return alike and k.data_ptr() == v.data_ptr()
 
 
 def _got(*tensors: torch.Tensor) -> str:
@@ -534,7 +567,7 @@ def _checked_shape(value: ScaleFactor, call: Call) -> torch.Tensor:
     heads = call.vote_heads
     if isinstance(value, torch.Tensor) and value.shape == (heads,):
         return value
-    kind = "KV" if call.decode else "query"
+    kind = "query" if not call.decode else "KV" if call.heads_per_vote == call.group else "voting"
     law = f"scale_factor must be a number or a tensor [{heads}] (one per {kind} head)"
     try:
         # A tensor on the device stays there, unread.

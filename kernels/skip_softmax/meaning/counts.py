@@ -12,7 +12,7 @@ class TileCounts:
     """Tiles per head, counted over one call or many.
 
     Attributes:
-        visited: int64 [batch or layers, heads]; query heads in prefill, KV heads in decode.
+        visited: int64 [batch or layers, heads]; query heads in prefill, those that vote in decode.
         skipped: those of them that were skipped, in the same shape.
     """
 

@@ -25,7 +25,7 @@ class TileHistogram:
     """The tiles of one attention call by critical scale factor.
 
     Attributes:
-        counts: visited tiles, int64 [heads, BINS]; query heads in prefill, KV heads in decode.
+        counts: visited tiles, int64 [heads, BINS]; query heads in prefill, those that vote in decode.
         mass: softmax probability inside those tiles, summed over rows, float64 [heads, BINS].
         rows: softmax rows per head, to turn `mass` into a mean.
     """

@@ -131,7 +131,7 @@ def attend(
         k: [kv_heads, keys, head_dim], the keys from `call.kv_start` on.
         v: [kv_heads, keys, head_dim_v].
         call: the request's own.
-        scale_factor: float64 [vote_heads], query heads in prefill, KV heads in decode [tokens].
+        scale_factor: float64 [vote_heads] [tokens].
 
     Returns:
         Output [q_heads, q_len, head_dim_v], visited tiles and skipped tiles, int64 [vote_heads].
@@ -172,7 +172,7 @@ def statistics(
         Dense output [q_heads, q_len, head_dim_v] and the histogram over [vote_heads, BINS].
     """
     heads = call.vote_heads
-    rows = call.q_len * (call.group if call.decode else 1)
+    rows = call.q_len * call.heads_per_vote
     counts = torch.zeros(heads * histogram.BINS, dtype=torch.int64, device=q.device)
     mass = torch.zeros(heads * histogram.BINS, dtype=torch.float64, device=q.device)
     out = q.new_zeros(q.shape[0], call.q_len, v.shape[-1])
@@ -254,7 +254,7 @@ def largest_gap(
     # A row that sees no key of the tile votes skip, even if it has seen none before (-inf minus -inf).
     gap = torch.where(torch.isneginf(tile_max), -torch.inf, tile_max - before)
     if call.decode:
-        return gap.view(call.kv_heads, -1, *gap.shape[1:]).amax(1)
+        return gap.view(call.vote_heads, -1, *gap.shape[1:]).amax(1)
     return _row_to_vote(gap.transpose(0, 1), rows, call, fill=-torch.inf).amax(1).transpose(0, 1)
 
 

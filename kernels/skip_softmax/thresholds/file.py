@@ -64,6 +64,13 @@ class Thresholds(Section):
 
     @model_validator(mode="after")
     def _laws(self) -> Thresholds:
+        decode, q_heads = self.geometry.decode, self.model.q_heads
+        together = None if decode is None else decode.tile_heads
+        if together is not None and q_heads % together:
+            raise ValueError(
+                f"geometry.decode.tile_heads must divide model.q_heads={q_heads}, but got {together}; leave "
+                "it out where the query heads of a KV head vote together"
+            )
         seen: set[int] = set()
         for index, override in enumerate(self.layers):
             where = f"layers[{index}] (layer {override.layer})"
@@ -75,10 +82,10 @@ class Thresholds(Section):
             if override.layer in seen:
                 raise ValueError(f"{where}: this layer is listed twice; keep one entry")
             seen.add(override.layer)
-            for phase, heads in (("prefill", self.model.q_heads), ("decode", self.model.kv_heads)):
-                value = getattr(override, phase)
+            for phase in PHASES:
+                value, heads = getattr(override, phase), self.vote_heads(phase)
                 if isinstance(value, tuple) and len(value) != heads:
-                    kind = "query" if phase == "prefill" else "KV"
+                    kind = "query" if phase == "prefill" else "KV" if together is None else "voting"
                     raise ValueError(
                         f"{where}: {phase} needs one number, or {heads} (one per {kind} head), "
                         f"got {len(value)}"
@@ -113,6 +120,10 @@ class Thresholds(Section):
                 "(a threshold of 1 or more has no meaning)"
             )
 
+    def vote_heads(self, phase: Phase) -> int:
+        """How many numbers a layer may have in a phase: one for each of the heads that vote separately."""
+        return self.geometry.vote_heads(phase, self.model.q_heads, self.model.kv_heads)
+
     def per_head(self, layer: int, phase: Phase) -> tuple[float, ...]:
         """Scale factors of one layer and phase.
 
@@ -121,9 +132,9 @@ class Thresholds(Section):
             phase: `prefill` or `decode`.
 
         Returns:
-            One number per query head (prefill) or KV head (decode) [tokens]; 0 is dense.
+            One number per query head (prefill) or KV head (decode; see `vote_heads`) [tokens]; 0 is dense.
         """
-        heads = self.model.q_heads if phase == "prefill" else self.model.kv_heads
+        heads = self.vote_heads(phase)
         if any(entry.layer == layer for entry in self.uncalibrated):
             return (0.0,) * heads
         value: float | tuple[float, ...] = getattr(self.scale_factor, phase)

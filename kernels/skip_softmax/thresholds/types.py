@@ -138,7 +138,12 @@ class PrefillGeometry(Section):
 
 
 class DecodeGeometry(Section):
-    """Decode tile [tokens]: the query heads of one KV head vote together on `tile_kv` keys.
+    """Decode tile [tokens]: query heads vote together on `tile_kv` keys.
+
+    `tile_heads` query heads, next to one another, vote together; None: those of one KV head. Of a latent
+    cache (MLA), whose single KV head has all query heads, kernels hold 16 to 64 in a tile, and this says how
+    many. Heads that vote together may have keys of their own: calibration sees latent attention with its keys
+    and values expanded per head, and its numbers are valid on the cache because the scores are the same.
 
     `running_max` says what a tile is compared with. `ascending`: every kept tile before it, in
     ascending position. `seeded`: the first and the last visited tile, whatever the kernel's order and
@@ -147,11 +152,22 @@ class DecodeGeometry(Section):
 
     tile_kv: PowerOfTwo
     running_max: Literal["ascending", "seeded"] = "ascending"
+    tile_heads: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _powers_of_two(self) -> DecodeGeometry:
         _require_power_of_two("tile_kv", self.tile_kv)
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_says_something(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As in prefill: what was written before this key must compare as equal.
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if value is not None}
+
+    def vote_heads(self, q_heads: int, kv_heads: int) -> int:
+        """How many votes a model's heads cast together, one for each number of a layer."""
+        return kv_heads if self.tile_heads is None else q_heads // self.tile_heads
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -170,6 +186,12 @@ class Geometry(Section):
     def chunk(self) -> int | None:
         """Chunk in which prompts are computed [tokens]; None: whole."""
         return None if self.prefill is None else self.prefill.chunk
+
+    def vote_heads(self, phase: Phase, q_heads: int, kv_heads: int) -> int:
+        """Heads that vote separately: query heads in prefill; in decode KV heads, or every `tile_heads`."""
+        if phase == "prefill":
+            return q_heads
+        return kv_heads if self.decode is None else self.decode.vote_heads(q_heads, kv_heads)
 
     def keywords(self, phase: Phase) -> dict[str, Any]:
         """Keywords of a phase's operation; none for a phase without tiles, as dense is the same for any."""
@@ -192,7 +214,10 @@ class ScaleFactors(Section):
 
 
 class LayerOverride(Section):
-    """Scale factors of one layer: one number, or one per query head (prefill) or KV head (decode)."""
+    """Scale factors of one layer: one number, or one per query head (prefill) or KV head (decode).
+
+    With `geometry.decode.tile_heads`, decode has one for every so many query heads instead.
+    """
 
     layer: LayerIndex
     prefill: ScaleFactor | tuple[ScaleFactor, ...] | None = None

@@ -20,15 +20,21 @@ from skip_softmax.launch import (
     launching_on,
     next_power_of_2,
     on_device,
+    pieces,
     precision,
     stream_of,
+    why_not_blackwell,
     why_not_here,
     why_too_large,
     width,
 )
-from skip_softmax.meaning.call import Call, Requests, Scales, call_of
+from skip_softmax.meaning.call import FP8, Call, Requests, Scales, call_of, same_memory
 
 MOST_TOKENS = 16  # query tokens per request
+MOST_COLUMNS = 576  # of the latent cache of MLA
+# Rows whose output of 512 columns takes half of the registers; without wgmma, which reads queries from shared
+# memory, half as many.
+LATENT_ROWS, LATENT_ROWS_WITHOUT = 64, 32
 
 
 class Config(NamedTuple):
@@ -62,6 +68,8 @@ AHEAD_FP8 = Config(2, warps=4, stages=4, ahead=True, join=256, join_columns=32)
 # For calls that cannot load v ahead: few programs are split further, many are not.
 LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)
 LATE_MANY = Config(4, warps=2, stages=2)
+# For heads above 256 columns: shared memory holds one program.
+LATENT = Config(1, warps=8, stages=2, join=256, join_columns=32)
 # Largest tile of k and v together that is loaded ahead [bytes]; its buffers take twice as much.
 AHEAD_BYTES = 2**15
 SMALL_BYTES = 2**14  # up to this, a tile of k and v is small
@@ -73,13 +81,17 @@ def why_not(call: Call, device: Device) -> str | None:
     """Why this kernel cannot run a call on a device, or None when it can."""
     if call.q_len > MOST_TOKENS:
         return f"{call.q_len} query tokens are more than {MOST_TOKENS}"
-    rows = call.q_len * call.group
+    if call.heads_per_vote > call.group:
+        return f"votes of {call.heads_per_vote} query heads span KV heads, of {call.group} each"
+    rows = call.q_len * call.heads_per_vote
     if rows > 128:
-        return f"{rows} rows per KV head (tokens x query heads) are more than 128"
+        return f"{rows} rows per vote of heads (tokens x query heads) are more than 128"
     if not 16 <= call.tile_kv <= 256:
         return f"tile_kv {call.tile_kv} is not between 16 and 256"
     if call.page and (call.page < 16 or call.page & (call.page - 1)):
         return f"page size {call.page} is not a power of two from 16"
+    if max(call.head_dim, call.value_dim) > 256:
+        return why_not_here(call, device, MOST_COLUMNS) or _why_not_latent(call, rows, device)
     reason = why_not_here(call, device) or why_too_large(call, call.tile_kv)
     if reason is None and call.dtype == torch.float32 and rows > 32:
         # For wgmma, shared memory must then hold the parts of the queries too.
@@ -87,6 +99,41 @@ def why_not(call: Call, device: Device) -> str | None:
             call, next_power_of_2(rows) + call.tile_kv, most=MOST_TILE_BYTES * 3 // 2
         )
     return reason
+
+
+def _why_not_latent(call: Call, rows: int, device: Device) -> str | None:
+    """Why heads as wide as those of a latent cache do not fit, or None."""
+    for dtype in (torch.float32, FP8):
+        if dtype in (call.dtype, call.kv_dtype):
+            return f"head_dim {call.head_dim} in {dtype} is above 256"
+    most = LATENT_ROWS if device.major >= 9 else LATENT_ROWS_WITHOUT
+    if rows > most:
+        return (
+            f"{rows} rows per vote of heads (tokens x query heads) at head_dim {call.head_dim} are more than "
+            f"{most}; let fewer heads vote together (`tile_heads`)"
+        )
+    needed = _latent_bytes(call, rows)
+    if needed > device.shared:
+        return (
+            f"a tile of {call.tile_kv} keys of {call.head_dim} columns and {rows} queries take "
+            f"{needed // 1024} KiB of shared memory, which is more than {device.shared // 1024}"
+        )
+    return why_not_blackwell(device)
+
+
+def _latent_bytes(call: Call, rows: int) -> int:
+    """Shared memory that one stage of a call takes: queries, a tile, weights."""
+    rows = max(16, next_power_of_2(rows))
+    columns = sum(pieces(call.head_dim))
+    values = 0 if _aliased(call) else width(call.value_dim)
+    return call.dtype.itemsize * (
+        rows * (columns + call.tile_kv) + call.tile_kv * (columns + values)
+    )
+
+
+def _aliased(call: Call) -> bool:
+    """Whether the first piece of a tile of keys is its tile of values."""
+    return call.aliased and pieces(call.head_dim)[0] == call.value_dim
 
 
 def run(
@@ -112,18 +159,18 @@ def run(
         k: contiguous [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `requests.table`.
         v: as `k`.
         factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
-        factors: scale factor per KV head, fp32 [Hkv]; overrides `factor`.
+        factors: scale factor per vote of heads, fp32 [vote_heads]; overrides `factor`.
         requests: KV lengths and the block table, as kernels read them.
         out: takes the output [B, Hq, T, Dv].
-        counts: visited and skipped tiles are added to it, int64 [B, Hkv, 2], or [Hkv, 2] for their sum over
-            requests; None counts nothing.
+        counts: visited and skipped tiles are added to it, int64 [B, vote_heads, 2], or [vote_heads, 2] for
+            their sum over requests; None counts nothing.
         scales: of an FP8 cache.
     """
     # An operator costs more of the host's time than both launches; only what traces the call needs one.
     if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
         decode(
             q, k, v, out, counts, requests.kv_lens, requests.table, factor, factors, call.scale, call.window,
-            call.tile_kv, call.seeded, call.min_kv_len, *scales,
+            call.tile_kv, call.seeded, call.min_kv_len, call.tile_heads, *scales,
         )  # fmt: skip
     else:
         _launch(
@@ -145,7 +192,7 @@ def choose(
     """The configuration of a call, and the stages of its pipeline.
 
     Args:
-        batch_heads: requests times KV heads.
+        batch_heads: requests times votes of heads.
         tiles: KV tiles of the longest request.
         processors: multiprocessors of the device.
         rows: of the score tile.
@@ -183,6 +230,16 @@ def stages_that_fit(
     room = shared - 1024 * (40 if many else 16 + rows if single else 16)
     tiles = (room - v_bytes) // k_bytes if armed else room // (k_bytes + v_bytes)
     return max(1, min(stages, tiles + (not many)))
+
+
+def latent_config(call: Call, rows: int, on: Device) -> tuple[Config, int]:
+    """The configuration of a call with heads above 256 columns, and the stages that fit in shared memory."""
+    values = 0 if _aliased(call) else width(call.value_dim)
+    tile = call.dtype.itemsize * call.tile_kv * (sum(pieces(call.head_dim)) + values)
+    more = (on.shared - _latent_bytes(call, rows) - 1024) // tile
+    buffers = 1 + max(0, min(LATENT.stages - 1, more))
+    # Products of wgmma still read a tile while the next one arrives; others have it in registers by then.
+    return LATENT, buffers if rows > 32 and on.major >= 9 else buffers + 1
 
 
 class _Plan(NamedTuple):
@@ -224,7 +281,11 @@ def _launch(
         return
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        call = replace(call, places=tuple((x.shape, x.stride()) for x in (q, k, v)))
+        call = replace(
+            call,
+            aliased=same_memory(k, v),
+            places=tuple((x.shape, x.stride()) for x in (q, k, v)),
+        )
     armed = factors is not None or factor > 0
     tensors = (q, k, v, out, counts, factors, kv_lens, table, scales.k_each, scales.v_each)
     addresses = [None if x is None else x.data_ptr() for x in tensors]
@@ -296,23 +357,29 @@ def _planned(
     from skip_softmax.triton.decode_kernel import _combine, _decode
 
     on = device_of(device)
-    batch, rows = out.shape[0], call.q_len * call.group
+    batch, rows = out.shape[0], call.q_len * call.heads_per_vote
     padded_rows = max(16, next_power_of_2(rows))
-    columns = width(call.head_dim), width(call.value_dim)
-    # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
-    # the running maximum of the tile before.
-    k_bytes, v_bytes = (call.tile_kv * x * (call.kv_dtype or call.dtype).itemsize for x in columns)
-    can = padded_rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (call.seeded or not armed)
-    tiles = most_tiles(call)
-    config, stages = choose(
-        batch * call.kv_heads, tiles, on.processors, padded_rows, k_bytes + v_bytes, ahead=can,
-        paged=table is not None, fp8=call.kv_dtype is not None,
-    )  # fmt: skip
-    if not config.ahead:
-        single = call.dtype == torch.float32
-        stages = stages_that_fit(stages, k_bytes, v_bytes, padded_rows, single, armed, on.shared)
-    # Programs of a KV head for the whole batch, and the most that one request can have of them.
-    programs = max(1, config.per_processor * on.processors // call.kv_heads)
+    (first, rest), columns_v = pieces(call.head_dim), width(call.value_dim)
+    aliased, tiles = _aliased(call), most_tiles(call)
+    row = call.tile_kv * (call.kv_dtype or call.dtype).itemsize
+    k_bytes, v_bytes = row * (first + rest), row * columns_v
+    if max(call.head_dim, call.value_dim) > 256:
+        config, stages = latent_config(call, rows, on)
+    else:
+        # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
+        # the running maximum of the tile before. Of aliased values there is nothing to load ahead.
+        can = padded_rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (call.seeded or not armed)
+        config, stages = choose(
+            batch * call.vote_heads, tiles, on.processors, padded_rows, k_bytes + v_bytes,
+            ahead=can and not aliased, paged=table is not None, fp8=call.kv_dtype is not None,
+        )  # fmt: skip
+        if not config.ahead:
+            single = call.dtype == torch.float32
+            stages = stages_that_fit(
+                stages, k_bytes, v_bytes, padded_rows, single, armed, on.shared
+            )
+    # Programs of a vote of heads for the whole batch, and the most that one request can have of them.
+    programs = max(1, config.per_processor * on.processors // call.vote_heads)
     if armed and not call.seeded:
         programs = 1
     most = max(1, min(programs // (batch if kv_lens is None else 1), tiles // LEAST_TILES))
@@ -323,19 +390,20 @@ def _planned(
     about = {
         "TILE_KV": call.tile_kv, "WINDOWED": call.window is not None, "LEAST": LEAST_TILES, "EARLY": early,
     }  # fmt: skip
-    shape = {"TOKENS": call.q_len, "GROUP": call.group, "HEAD_DIM_V": call.value_dim}
+    shape = {"TOKENS": call.q_len, "GROUP": call.heads_per_vote, "HEAD_DIM_V": call.value_dim}
     strides = [x for _, place in call.places for x in place[:3]]
     lengths = call.kv_len, call.window or 0
     decode = Prepared(
         _decode,
-        (call.kv_heads, grid),
+        (call.vote_heads, grid),
         (
             *lengths, (call.min_kv_len or None) if armed else None, batch, programs, *strides,
             *out.stride()[:3], 0 if table is None else table.stride(0),
         ),
         {
-            **shape, **about, "ROWS": padded_rows, "HEAD_DIM": call.head_dim, "WIDTH": columns[0],
-            "WIDTH_V": columns[1], "PAGE": call.page, "ARMED": armed, "SEEDED": call.seeded, "SPLIT": split,
+            **shape, **about, "SHARE": call.group // call.heads_per_vote, "ROWS": padded_rows,
+            "HEAD_DIM": call.head_dim, "WIDTH": first, "TAIL": rest, "WIDTH_V": columns_v,
+            "ALIASED": aliased, "PAGE": call.page, "ARMED": armed, "SEEDED": call.seeded, "SPLIT": split,
             "STATS": counts is not None, "SUMMED": counts is not None and counts.dim() == 2,
             "K_EACH": scales.k_per_head, "V_EACH": scales.v_per_head,
             "PRECISION": precision(call.dtype, call.tile_kv), "AHEAD": config.ahead, "STAGES": stages,
@@ -344,17 +412,17 @@ def _planned(
     )  # fmt: skip
     if not split:
         return _Plan(decode, None, 0, 0)
-    joined = min(config.join_columns or columns[1], columns[1])
+    joined = min(config.join_columns or columns_v, columns_v)
     combine = Prepared(
         _combine,
         # Of the requests that share `programs`, no more than half have two.
-        (rows * cdiv(call.value_dim, joined), call.kv_heads, min(batch, max(1, programs // 2))),
+        (rows * cdiv(call.value_dim, joined), call.vote_heads, min(batch, max(1, programs // 2))),
         (*lengths, batch, programs, *out.stride()[:3]),
         {**shape, **about, "WIDTH_V": joined, "BLOCK": min(config.join, next_power_of_2(most))},
         num_warps=config.join_warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    numbers = grid * call.kv_heads * rows
+    numbers = grid * call.vote_heads * rows
     return _Plan(decode, combine, numbers * call.value_dim, numbers)
 
 
@@ -382,6 +450,7 @@ def decode(
     tile_kv: int,
     seeded: bool,
     min_kv_len: int,
+    tile_heads: int | None,
     k_scale: float | None,
     k_scales: torch.Tensor | None,
     v_scale: float | None,
@@ -390,7 +459,8 @@ def decode(
     """`run` for torch.compile and other tracers; what they see must not allocate the caller's output."""
     call = call_of(
         q, k, v, tile_q=None, tile_kv=tile_kv, scale=scale, window=window,
-        running_max="seeded" if seeded else "ascending", min_kv_len=min_kv_len, table=table,
+        running_max="seeded" if seeded else "ascending", min_kv_len=min_kv_len, tile_heads=tile_heads,
+        table=table,
     )  # fmt: skip
     scales = Scales(k_scale, k_scales, v_scale, v_scales)
     _launch(call, q, k, v, factor, factors, kv_lens, table, out, counts, scales)

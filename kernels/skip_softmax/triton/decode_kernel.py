@@ -1,8 +1,8 @@
 """Decode attention that skips KV tiles, in Triton: a few query tokens per request, split over the keys.
 
-A program owns one KV head of one request and a range of its KV tiles. All query heads of that KV head vote
-together, separately for each query token. K is always read; V is read only after the decision, which is what
-saves memory traffic:
+A program owns the query heads that vote together, those of one KV head of a request or a part of them, and a
+range of its KV tiles. They vote separately for each query token. K is always read; V is read only after the
+decision, which is what saves memory traffic:
 
     for each tile j of the range:
         s, top   = q k_j^T, its row maxima
@@ -15,6 +15,10 @@ before it computes p and acc, while v_j is in flight. The seed tiles (below) are
 same loop. Decisions and the order of sums are the same either way.
 
 A call is armed when it may skip: some scale factor is above 0.
+
+ALIASED: values are the first columns of their keys (the latent cache of MLA), so the tile is there already,
+and skipping saves products, not traffic. Keys that are no power of two wide come in two pieces, WIDTH and
+TAIL.
 
 What a tile is compared with (`running_max` of the thresholds file) must not depend on the number of splits.
 `seeded`: the row maximum over the first and the last visited tile, which are never skipped; every program
@@ -44,6 +48,7 @@ from skip_softmax.triton.primitives import (
     count_bits,
     keeps,
     kept_votes,
+    load_queries,
     log2_threshold,
     online_softmax,
     scale_of,
@@ -187,6 +192,39 @@ def _load_keys(
     return tl.load(x + rows[:, None] + columns[None, :], mask=held, other=0.0)
 
 
+@triton.jit
+def _scored(
+    q, q_tail, k, offset, stride_page, stride, page, start, begin, limit, TILE_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Raw scores of a tile, and its keys, of which a second piece (TAIL columns) is left out."""
+    COLUMNS: tl.constexpr = HEAD_DIM if TAIL == 0 else WIDTH
+    keys = _load_keys(
+        k,
+        offset,
+        stride_page,
+        stride,
+        page,
+        start,
+        begin,
+        limit,
+        TILE_KV,
+        COLUMNS,
+        WIDTH,
+        PAGE,
+        WINDOWED,
+    )
+    scores = tl.dot(q, keys.to(q.dtype).T, input_precision=PRECISION)
+    if TAIL > 0:
+        rest = _load_keys(
+            k, offset + WIDTH, stride_page, stride, page, start, begin, limit, TILE_KV, HEAD_DIM - WIDTH,
+            TAIL, PAGE, WINDOWED,
+        )  # fmt: skip
+        scores = tl.dot(q_tail, rest.to(q.dtype).T, scores, input_precision=PRECISION)
+    return scores, keys
+
+
 # A batch's lengths and tables may begin anywhere: a kernel for each would make the first such batch wait.
 @triton.jit(
     do_not_specialize=["kv_len", "window", "min_kv_len", "requests", "programs", "stride_table"],
@@ -197,20 +235,21 @@ def _decode(
     kv_len, window, min_kv_len,
     requests, programs, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb,
     stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, stride_table,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    TILE_KV: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, ARMED: tl.constexpr,
-    SEEDED: tl.constexpr, SPLIT: tl.constexpr, LEAST: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr,
-    SUMMED: tl.constexpr, K_EACH: tl.constexpr, V_EACH: tl.constexpr, PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH_V: tl.constexpr, ALIASED: tl.constexpr, TILE_KV: tl.constexpr, PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr, ARMED: tl.constexpr, SEEDED: tl.constexpr, SPLIT: tl.constexpr,
+    LEAST: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr, SUMMED: tl.constexpr, K_EACH: tl.constexpr,
+    V_EACH: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         # `_combine` may start before these programs end; it waits for them in `gdc_wait`.
         tl.extra.cuda.gdc_launch_dependents()
-    # Heads first: in a cache whose heads lie side by side they read neighbouring memory.
-    kv_head = tl.program_id(0)
+    # Heads first: in a cache whose heads lie side by side they read neighbouring memory. `head` counts votes
+    # of GROUP query heads, of which SHARE share a KV head.
+    head = tl.program_id(0)
     program = tl.program_id(1)
-    kv_heads = tl.num_programs(0)
+    heads = tl.num_programs(0)
     batch = program
     split = 0
     splits = 1
@@ -255,21 +294,17 @@ def _decode(
     high = tl.cdiv(kv_len, TILE_KV)
 
     # Queries, and where the request's keys and values (or its pages) start.
-    columns = tl.arange(0, WIDTH)
     q_rows = (
         batch.to(tl.int64) * stride_qb
-        + (kv_head * GROUP + row % GROUP).to(tl.int64) * stride_qh
+        + (head * GROUP + row % GROUP).to(tl.int64) * stride_qh
         + token.to(tl.int64) * stride_qt
     )
     if k_scales is not None:
-        scale *= scale_of(k_scales, kv_head, K_EACH)
-    q_tile = tl.load(
-        q + q_rows[:, None] + columns[None, :],
-        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    k_offset = kv_head.to(tl.int64) * stride_kh
-    v_offset = kv_head.to(tl.int64) * stride_vh
+        scale *= scale_of(k_scales, head // SHARE, K_EACH)
+    q_tile = load_queries(q + q_rows, valid, 0, HEAD_DIM, WIDTH)
+    q_tail = load_queries(q + q_rows, valid, WIDTH, HEAD_DIM, TAIL) if TAIL > 0 else None
+    k_offset = (head // SHARE).to(tl.int64) * stride_kh
+    v_offset = (head // SHARE).to(tl.int64) * stride_vh
     if PAGE == 0:
         k_offset += batch.to(tl.int64) * stride_kb
         v_offset += batch.to(tl.int64) * stride_vb
@@ -284,7 +319,7 @@ def _decode(
     seed = tl.full([ROWS], float("-inf"), tl.float32)
     if ARMED:
         if factors is not None:
-            factor = tl.load(factors + kv_head)
+            factor = tl.load(factors + head)
         threshold = log2_threshold(factor, length, min_kv_len)
         if SEEDED:
             # The tiles that are some token's first, then those that are some token's last.
@@ -300,11 +335,10 @@ def _decode(
                     tile = tl.where(i < firsts, low + i, high_first + i - firsts)
                     start = tile * TILE_KV
                     page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
-                    keys = _load_keys(
-                        k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM,
-                        WIDTH, PAGE, WINDOWED,
+                    scores, _ = _scored(
+                        q_tile, q_tail, k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len,
+                        TILE_KV, HEAD_DIM, WIDTH, TAIL, PAGE, WINDOWED, PRECISION,
                     )  # fmt: skip
-                    scores = tl.dot(q_tile, keys.to(q_tile.dtype).T, input_precision=PRECISION)
                     seen = visible(
                         position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED
                     )
@@ -332,11 +366,10 @@ def _decode(
                 tile = tl.where(i < count, end, tile)
             start = tile * TILE_KV
             page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
-            keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
-                PAGE, WINDOWED,
+            scores, _ = _scored(
+                q_tile, q_tail, k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV,
+                HEAD_DIM, WIDTH, TAIL, PAGE, WINDOWED, PRECISION,
             )  # fmt: skip
-            scores = tl.dot(q_tile, keys.to(q_tile.dtype).T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
             scores = tl.where(seen, scores, float("-inf"))
             tile_max = tl.max(scores, 1) * scale
@@ -378,16 +411,17 @@ def _decode(
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * TILE_KV
             page = _page_of(table, start, begin, kv_len, TILE_KV, PAGE, WINDOWED)
-            keys = _load_keys(
-                k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV, HEAD_DIM, WIDTH,
-                PAGE, WINDOWED,
+            scores, keys = _scored(
+                q_tile, q_tail, k, k_offset, stride_kb, stride_ks, page, start, begin, kv_len, TILE_KV,
+                HEAD_DIM, WIDTH, TAIL, PAGE, WINDOWED, PRECISION,
             )  # fmt: skip
-            if not ARMED:
+            if ALIASED:
+                values = keys
+            if not ARMED and not ALIASED:
                 values = _load_keys(
                     v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
                     WIDTH_V, PAGE, WINDOWED,
                 )  # fmt: skip
-            scores = tl.dot(q_tile, keys.to(q_tile.dtype).T, input_precision=PRECISION)
             seen = visible(position, start + tl.arange(0, TILE_KV), kv_len, window, True, WINDOWED)
             scores = tl.where(seen, scores, float("-inf"))
             tile_max = tl.max(scores, 1) * scale
@@ -406,13 +440,14 @@ def _decode(
                     absent = (bits & ballot) == 0
                     # A tile that a token skips may still exceed the running maximum of this split.
                     m_new = tl.where(absent, m, tl.maximum(m, tile_max))
-                    values = _load_keys(
-                        v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV, HEAD_DIM_V,
-                        WIDTH_V, PAGE, WINDOWED,
-                    )  # fmt: skip
                     weights, l, acc = online_softmax(
                         scores, scale, m, m_new, absent, l, acc, True, True
                     )
+                    if not ALIASED:
+                        values = _load_keys(
+                            v, v_offset, stride_vb, stride_vs, page, start, begin, kv_len, TILE_KV,
+                            HEAD_DIM_V, WIDTH_V, PAGE, WINDOWED,
+                        )  # fmt: skip
                     acc = tl.dot(
                         weights.to(q_tile.dtype),
                         values.to(q_tile.dtype),
@@ -434,7 +469,7 @@ def _decode(
                 m = m_new
 
     if v_scales is not None:
-        v_scale = scale_of(v_scales, kv_head, V_EACH)
+        v_scale = scale_of(v_scales, head // SHARE, V_EACH)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     if v_scale is not None:
         acc *= v_scale
@@ -443,18 +478,18 @@ def _decode(
     rows = TOKENS * GROUP  # of the output
     if SPLIT:
         if splits > 1:  # parts and their log-sum-exp, for `_combine`
-            part = (program * kv_heads + kv_head).to(tl.int64) * (TOKENS * GROUP) + row
+            part = (program * heads + head).to(tl.int64) * (TOKENS * GROUP) + row
             tl.store(lse + part, m + tl.log2(tl.where(l == 0.0, 1.0, l)), mask=row < TOKENS * GROUP)
             tl.store(parts + part[:, None] * HEAD_DIM_V + columns[None, :], acc, mask=written)
         rows = tl.where(splits > 1, 0, rows)
     place = batch.to(tl.int64) * stride_ob + token * stride_ot
-    place += (kv_head * GROUP + row % GROUP) * stride_oh
+    place += (head * GROUP + row % GROUP) * stride_oh
     whole = (row < rows)[:, None] & (columns < HEAD_DIM_V)[None, :]
     tl.store(out + place[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=whole)
     if STATS:
         seen_tiles = tl.where(valid & (row % GROUP == 0), last_tile - first_tile + 1, 0)
         visited = tl.where(split == 0, tl.sum(seen_tiles, 0), 0)
-        slot = stats + (kv_head if SUMMED else batch * kv_heads + kv_head) * 2
+        slot = stats + (head if SUMMED else batch * heads + head) * 2
         tl.atomic_add(slot, visited.to(tl.int64), sem="relaxed")
         if ARMED:
             tl.atomic_add(slot + 1, (visited - kept).to(tl.int64), sem="relaxed")
@@ -473,8 +508,8 @@ def _combine(
     """Joins the splits of one row by their log-sum-exp."""
     blocks: tl.constexpr = (HEAD_DIM_V + WIDTH_V - 1) // WIDTH_V
     row = tl.program_id(0) // blocks
-    kv_head = tl.program_id(1)
-    kv_heads = tl.num_programs(1)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
     batch, begin, splits = _share(
         tl.program_id(2),
         kv_lens,
@@ -500,7 +535,7 @@ def _combine(
     acc = tl.zeros([WIDTH_V], tl.float32)
     for first in tl.range(0, splits, BLOCK):
         split = first + tl.arange(0, BLOCK)
-        rows = ((begin + split) * kv_heads + kv_head).to(tl.int64) * (TOKENS * GROUP) + row
+        rows = ((begin + split) * heads + head).to(tl.int64) * (TOKENS * GROUP) + row
         part_lse = tl.load(lse + rows, mask=split < splits, other=float("-inf"))
         part = tl.load(
             parts + rows[:, None] * HEAD_DIM_V + columns[None, :],
@@ -516,5 +551,5 @@ def _combine(
         top = new_top
     acc = acc / tl.where(total == 0.0, 1.0, total)
     where = batch.to(tl.int64) * stride_ob + row // GROUP * stride_ot
-    where += (kv_head * GROUP + row % GROUP) * stride_oh
+    where += (head * GROUP + row % GROUP) * stride_oh
     tl.store(out + where + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM_V)

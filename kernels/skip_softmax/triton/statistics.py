@@ -35,8 +35,10 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"tile_kv {call.tile_kv} is not between 16 and 512"
     if call.tile_q is not None and call.tile_q > 512:
         return f"tile_q {call.tile_q} is above 512"
-    if call.decode and call.group > 64:
-        return f"{call.group} query heads per KV head are more than 64"
+    if call.heads_per_vote > 64:
+        return f"{call.heads_per_vote} query heads per vote are more than 64"
+    if call.decode and call.heads_per_vote > call.group:
+        return f"votes of {call.heads_per_vote} query heads span KV heads, of {call.group} each"
     return why_not_here(call, device) or why_not_blackwell(device)
 
 
@@ -59,8 +61,8 @@ def run(
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, q_len, kv_len, tile_kv = q.shape[0], call.q_len, call.kv_len, call.tile_kv
-    heads, group = call.vote_heads, call.group
-    pack = next_power_of_2(group) if call.decode else 1
+    heads, group = call.vote_heads, call.heads_per_vote
+    pack = next_power_of_2(group)
     single, wide = q.dtype == torch.float32, max(q.shape[-1], v.shape[-1]) > 128
     small = single or wide
     block_m = 64 if small else 128
@@ -103,7 +105,7 @@ def run(
                 min(call.dense_last, q_len) or None, call.lead or None,
                 items, blocks, note_blocks,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                HEADS=heads, Q_GROUP=group if call.decode else 1, KV_GROUP=1 if call.decode else group,
+                HEADS=heads, Q_GROUP=group, KV_GROUP=heads // call.kv_heads,
                 PACK=pack,
                 HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1], WIDTH=first, TAIL=rest,
                 WIDTH_V=columns,
@@ -114,5 +116,5 @@ def run(
                 K_EACH=scales.k_per_head, V_EACH=scales.v_per_head, PRECISION=precision(q.dtype, block_n),
                 STAGES=1 if single and wide else 2 if small else 3, num_warps=8,
             )  # fmt: skip
-    rows = batch * q_len * (group if call.decode else 1)
+    rows = batch * q_len * group
     return out, TileHistogram(counts, mass.double() * MASS_UNIT, rows)

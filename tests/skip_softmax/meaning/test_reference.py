@@ -101,6 +101,68 @@ def loop(
     return out, visited, skipped, critical
 
 
+@pytest.mark.parametrize("running_max", ["ascending", "seeded"])
+@pytest.mark.parametrize("tile_heads", [1, 2, 4, 8])
+def test_a_latent_cache_decides_as_its_expanded_keys_do(tile_heads: int, running_max: str) -> None:
+    """Multi-head latent attention: 8 heads of 12 + 4 columns on a cache of 20 + 4, and expanded per head."""
+    heads, kv_len, latent, rope, tokens = 8, 330, 20, 4, 3
+    q, cache, _ = graded(heads, 1, tokens, kv_len, latent + rope)
+    generator = torch.Generator().manual_seed(1)
+    to_key, to_value = (
+        torch.randn(heads, latent, 12, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    q = q[..., :16]
+    quiet = torch.arange(kv_len) // 32 % 3 == 1
+    q[..., 12:], cache[..., latent:] = 4.0, torch.where(quiet, -10.0, 0.0)[:, None]
+    compressed, turned = cache[..., :latent], cache[..., latent:].expand(-1, heads, -1, -1)
+    expanded = torch.cat([compressed @ to_key, turned], -1)
+    absorbed = torch.cat([q[..., :12] @ to_key.mT, q[..., 12:]], -1)
+    call = {"scale": 0.05, "tile_kv": 32, "running_max": running_max, "tile_heads": tile_heads}
+    for factor in (0.0, 5.0, 200.0):
+        out, stats = ss.decode_attention(
+            q, expanded, compressed @ to_value, scale_factor=factor, return_stats=True, **call
+        )
+        short, same = ss.decode_attention(
+            absorbed, cache, cache[..., :latent], scale_factor=factor, return_stats=True, **call
+        )
+        torch.testing.assert_close(short @ to_value, out)
+        assert torch.equal(stats.skipped, same.skipped) and torch.equal(stats.visited, same.visited)
+        assert stats.skipped.shape == (1, heads // tile_heads)
+    assert 0 < stats.skipped.sum() < stats.visited.sum()
+    _, one = ss.tile_statistics(q, expanded, compressed @ to_value, decode=True, **call)
+    _, other = ss.tile_statistics(absorbed, cache, cache[..., :latent], decode=True, **call)
+    assert one.rows == other.rows == tokens * tile_heads
+    never = one.counts[:, -1]
+    assert torch.equal(never, other.counts[:, -1]) and torch.equal(
+        one.counts.sum(1), other.counts.sum(1)
+    )
+    torch.testing.assert_close(one.mass.sum(1), other.mass.sum(1))
+
+
+def test_which_heads_vote_together_follows_from_their_number() -> None:
+    q, k, v = graded(8, 2, 2, 330)
+    call = {"scale_factor": 30.0, "tile_kv": 32, "return_stats": True}
+    out, stats = ss.decode_attention(q, k, v, **call)
+    same, counted = ss.decode_attention(q, k, v, tile_heads=4, **call)
+    assert torch.equal(out, same) and torch.equal(stats.skipped, counted.skipped)
+    for tile_heads in (1, 2, 8):
+        out, stats = ss.decode_attention(q, k, v, tile_heads=tile_heads, **call)
+        for part in range(8 // tile_heads):
+            mine = range(part * tile_heads, (part + 1) * tile_heads)
+            keys = torch.cat([k[:, h // 4 : h // 4 + 1] for h in mine], 1)
+            values = torch.cat([v[:, h // 4 : h // 4 + 1] for h in mine], 1)
+            alone, counted = ss.decode_attention(
+                q[:, mine.start : mine.stop], keys, values, tile_heads=tile_heads, **call
+            )
+            torch.testing.assert_close(alone, out[:, mine.start : mine.stop])
+            assert counted.skipped.tolist() == stats.skipped[:, part : part + 1].tolist()
+    for wrong in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"`tile_heads` must divide the 8 .* but got {wrong}"):
+            ss.decode_attention(q, k, v, tile_heads=wrong)
+    with pytest.raises(ValueError, match="divide the 3 of a KV head or be a multiple of them"):
+        ss.decode_attention(q[:, :6], k, v, tile_heads=2)
+
+
 @pytest.mark.parametrize("window", [None, 70], ids=["full", "window"])
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1)], ids=["mha", "gqa3", "gqa8"])
 @pytest.mark.parametrize("length", [1, 63, 129, 200])

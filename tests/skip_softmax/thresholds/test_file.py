@@ -40,6 +40,34 @@ def test_a_file_says_chunks_only_where_it_was_calibrated_in_some(tmp_path: Path)
     assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
 
 
+def test_heads_that_vote_together_are_written_only_where_the_file_says_so(tmp_path: Path) -> None:
+    before = Thresholds.load(write(tmp_path, GOOD))
+    assert before.geometry.decode.tile_heads is None and "tile_heads" not in before.to_yaml()
+    assert "tile_heads" not in before.geometry.keywords("decode")
+    assert (before.vote_heads("prefill"), before.vote_heads("decode")) == (4, 2)
+    each = GOOD.replace("decode: {tile_kv: 64}", "decode: {tile_kv: 64, tile_heads: 1}")
+    with pytest.raises(
+        FileError, match=r"decode needs one number, or 4 \(one per voting head\), got 2"
+    ):
+        Thresholds.load(write(tmp_path, each))
+    some = Thresholds.load(write(tmp_path, each.replace("[4.0, 9.5]", "[4.0, 9.5, 0.0, 1.0]")))
+    assert some.per_head(2, "decode") == (4.0, 9.5, 0.0, 1.0)
+    assert some.geometry.keywords("decode")["tile_heads"] == 1
+    assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
+    with pytest.raises(FileError, match="tile_heads must divide .*, but got 3"):
+        Thresholds.load(write(tmp_path, each.replace("tile_heads: 1", "tile_heads: 3")))
+
+
+def test_columns_of_values_are_written_only_where_they_differ(tmp_path: Path) -> None:
+    before = Thresholds.load(write(tmp_path, GOOD))
+    assert before.model.head_dim_v is None and "head_dim_v" not in before.to_yaml()
+    some = Thresholds.load(
+        write(tmp_path, GOOD.replace("head_dim: 64", "head_dim: 64, head_dim_v: 48"))
+    )
+    assert some.model.head_dim_v == 48
+    assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
+
+
 def test_overrides_come_before_model_wide_numbers(tmp_path: Path) -> None:
     loaded = Thresholds.load(write(tmp_path, GOOD))
     assert loaded.per_head(0, "prefill") == (0.0,) * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,21 +61,25 @@ def check(
     scale_factor: float | None = None,
     kv_lens: list[int] | None = None,
     page: int = 0,
+    tile_heads: int | None = None,
 ) -> tuple[torch.Tensor, ss.TileCounts]:
     factor = p.scale_factor if scale_factor is None else scale_factor
     k, v, table = paged(p, page) if page else (p.k, p.v, None)
+    if p.v.data_ptr() == p.k.data_ptr():  # in pages, too, values are columns of their keys
+        v = k[..., : v.shape[-1]]
     tokens = p.q.shape[2]
     if page and kv_lens is None:
         kv_lens = [p.k.shape[2]] * p.q.shape[0]
     out, stats = ss.decode_attention(
         p.q, k, v, kv_lens, scale_factor=factor, block_table=table, window=window, tile_kv=tile_kv,
-        running_max=running_max, backend="triton", return_stats=True,
+        running_max=running_max, tile_heads=tile_heads, backend="triton", return_stats=True,
     )  # fmt: skip
     for b in range(p.q.shape[0]):
         kv_len = p.k.shape[2] if kv_lens is None else kv_lens[b]
         call = call_alone(
-            p, tokens, kv_len, tile_q=None, tile_kv=tile_kv, window=window, running_max=running_max
-        )
+            p, tokens, kv_len, tile_q=None, tile_kv=tile_kv, window=window, running_max=running_max,
+            tile_heads=tile_heads,
+        )  # fmt: skip
         _, visited, skipped = expected(p, call, b, factor)
         assert stats.visited[b].tolist() == visited.tolist()
         assert stats.skipped[b].tolist() == skipped.tolist()
@@ -111,6 +116,105 @@ def test_runs_of_tokens_vote_one_by_one(tokens: int, window: int | None, running
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (8, 1), (6, 2)])
 def test_groups_of_heads(heads: int, kv_heads: int) -> None:
     check(planted(heads=heads, kv_heads=kv_heads, kv_len=200, tokens=2))
+
+
+def in_parts(p: Planted) -> Planted:
+    """One token whose query heads are the tokens of `p`: a part of them for each kind of planted tiles."""
+    q = p.q.transpose(1, 2).flatten(1, 2)[:, :, None]
+    return replace(p, q=q)
+
+
+def latent(p: Planted, value_dim: int) -> Planted:
+    """Values that are the first columns of their keys."""
+    return replace(p, v=p.k[..., :value_dim])
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("running_max", ["seeded", "ascending"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_parts_of_a_kv_head_vote_apart(kv_heads: int, running_max: str) -> None:
+    p = in_parts(planted(tokens=4, heads=2, kv_heads=1, kv_len=512))
+    if kv_heads == 2:  # two of the four parts belong to either
+        p = replace(p, k=p.k.repeat(1, 2, 1, 1), v=p.v.repeat(1, 2, 1, 1))
+    _, stats = check(p, tile_heads=2, running_max=running_max)
+    assert (stats.skipped[0] > 0).all() and len(set(stats.skipped[0].tolist())) > 1
+    if running_max == "seeded":
+        assert stats.skipped[0].tolist() == p.quiet[0, 0, :, 1:-1].sum(-1).tolist()
+    _, together = check(p, running_max=running_max)
+    assert together.skipped.sum() * 8 < stats.skipped.sum() * p.q.shape[1]
+    factors = torch.tensor([0.0, p.scale_factor, 0.0, p.scale_factor], device=DEVICE)
+    _, some = ss.decode_attention(
+        p.q, p.k, p.v, scale_factor=factors, tile_heads=2, tile_kv=32, running_max=running_max,
+        backend="triton", return_stats=True,
+    )  # fmt: skip
+    assert torch.equal(some.skipped, stats.skipped * (factors > 0))
+
+
+@pytest.mark.parametrize("aliased", [True, False])
+@pytest.mark.parametrize("page, splits", [(0, 1), (0, 3), (16, 3), (64, 1)])
+def test_a_latent_cache(
+    page: int, splits: int, aliased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are columns of their keys, whose head_dim comes in two pieces."""
+    split_into(splits, monkeypatch, batch_heads=8)
+    p = planted(tokens=4, batch=2, heads=2, kv_len=300, head_dim=48, dtype=torch.float16)
+    p = latent(in_parts(p), 32)
+    if not aliased:
+        p = replace(p, v=p.v.clone())
+    out, stats = check(p, page=page, tile_heads=2, kv_lens=[300, 77])
+    assert (stats.skipped[0] > 0).all() and out.shape[-1] == 32
+    check(p, page=page, running_max="ascending")
+    check(p, page=page, scale_factor=0.0, window=70)
+    if splits == 3 and not page:
+        check(latent(planted(heads=3, kv_len=300, tokens=2, head_dim=48), 32), kv_lens=[290])
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_the_latent_cache_of_deepseek(page: int) -> None:
+    p = planted(tokens=2, heads=8, kv_len=150, head_dim=576, dtype=torch.float16)
+    _, stats = check(latent(in_parts(p), 512), tile_heads=8, page=page)
+    assert (stats.skipped > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [0, 16, 64])
+@pytest.mark.parametrize("tile_heads", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_long_latent_caches(dtype: torch.dtype, tile_heads: int, page: int) -> None:
+    p = planted(
+        batch=3, tokens=4, heads=32, kv_len=5003, head_dim=576, tile_kv=64, dtype=dtype
+    )  # 128 heads, 32 of each kind
+    p = latent(in_parts(p), 512)
+    for armed in (True, False):
+        _, stats = check(
+            p, tile_kv=64, tile_heads=tile_heads, page=page, kv_lens=[5003, 70, 2500],
+            scale_factor=p.scale_factor if armed else 0.0,
+        )  # fmt: skip
+        assert armed == bool((stats.skipped[0] > 0).all())
+    apart = replace(p, v=p.v.clone())
+    check(apart, tile_kv=64, tile_heads=tile_heads, page=page, kv_lens=[5003, 70, 2500])
+    call = {"scale_factor": p.scale_factor, "tile_heads": tile_heads, "running_max": "seeded"}
+    one = [ss.decode_attention(p.q, p.k, p.v, backend="triton", **call) for _ in range(20)]
+    assert all(torch.equal(one[0], again) for again in one)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, change, words",
+    [
+        (128, 1, {}, r"128 rows per vote .* more than 64; let fewer heads vote together"),
+        (4, 4, {"tile_heads": 2}, "votes of 2 query heads span KV heads, of 1 each"),
+        (16, 1, {"tile_kv": 256}, "a tile of 256 keys of 576 columns and 16 queries take 314 KiB"),
+        (16, 1, {"dtype": torch.float32}, "head_dim 576 in torch.float32 is above 256"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    heads: int, kv_heads: int, change: dict[str, Any], words: str
+) -> None:
+    dtype = change.pop("dtype", torch.float16)
+    k = torch.zeros(1, kv_heads, 70, 576, dtype=dtype, device=DEVICE)
+    q = torch.zeros(1, heads, 576, dtype=dtype, device=DEVICE)
+    with pytest.raises(NotImplementedError, match=words):
+        ss.decode_attention(q, k, k[..., :512], backend="triton", **change)
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -442,7 +546,23 @@ def test_torch_compile_sees_one_graph() -> None:
     for tally in (None, counts):
         torch.library.opcheck(
             torch.ops.skip_softmax.decode.default,
-            (p.q, k, v, out, tally, kv_lens, table.int(), 0.05, None, 0.2, None, 32, True, 100),
+            (
+                p.q,
+                k,
+                v,
+                out,
+                tally,
+                kv_lens,
+                table.int(),
+                0.05,
+                None,
+                0.2,
+                None,
+                32,
+                True,
+                100,
+                None,
+            ),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -451,7 +571,7 @@ def test_torch_compile_sees_one_graph() -> None:
     "change, words",
     [
         ({"tokens": 17}, "17 query tokens"),
-        ({"heads": 256, "kv_len": 8}, "256 rows per KV head"),
+        ({"heads": 256, "kv_len": 8}, "256 rows per vote of heads"),
         ({"dtype": torch.float64}, "dtype torch.float64"),
         ({"head_dim": 256, "tile_kv": 128}, "128 x 256 numbers of torch.float32"),
         ({"head_dim": 128, "tile_kv": 128, "heads": 128}, "256 x 128 numbers of torch.float32"),

@@ -91,6 +91,25 @@ def model(family: str, sharpness: float = 1.0, **changes: Any) -> transformers.P
                 "num_experts_per_tok": 1,
             },
         ),
+        # Latent attention: keys of 16 + 8 columns and values of 16, from 32 columns that all heads share.
+        "deepseek_v3": (
+            transformers.DeepseekV3Config,
+            transformers.DeepseekV3ForCausalLM,
+            {
+                "num_key_value_heads": 4,
+                "q_lora_rank": None,
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "moe_intermediate_size": 32,
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 2,
+            },
+        ),
         "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM, {"head_dim": 16}),
     }
     config_class, model_class, special = families[family]

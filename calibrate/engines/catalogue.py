@@ -228,12 +228,22 @@ def objections(
                 f"{tiles.running_max}",
                 "measure",
             )
-        if phase == "decode" and votes.voters == "head" and group > 1:
-            yield Objection(
-                f"in decode of {server.name} every query head votes alone, but the numbers are for the "
-                f"{group} query heads of a KV head voting together",
-                "phase",
-            )
+        if isinstance(tiles, DecodeGeometry):
+            together = tiles.tile_heads or group
+            if votes.voters == "head" and together > 1:
+                whose = "" if tiles.tile_heads else f"the {group} query heads of a KV head"
+                whose = whose or f"{together} query heads"
+                yield Objection(
+                    f"in decode of {server.name} every query head votes alone, but the numbers are for "
+                    f"{whose} voting together; calibrate with geometry.decode.tile_heads: 1",
+                    "phase",
+                )
+            if votes.voters == "group" and together != group:
+                yield Objection(
+                    f"in decode of {server.name} the {group} query heads of a KV head vote together, but the "
+                    f"numbers are for votes of {together}; calibrate without geometry.decode.tile_heads",
+                    "measure",
+                )
 
 
 def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
@@ -255,7 +265,8 @@ def geometry_of(server: Server, head_dim: int, like: Geometry) -> Geometry:
     if isinstance(server.decode, Votes) and server.decode.keys(head_dim):
         keys = server.decode.keys(head_dim)
         kept = decode.tile_kv if decode is not None and decode.tile_kv in keys else keys[0]
-        decode = DecodeGeometry(tile_kv=kept)
+        heads = None if decode is None or server.decode.voters == "group" else decode.tile_heads
+        decode = DecodeGeometry(tile_kv=kept, tile_heads=heads)
     return Geometry(prefill=prefill, decode=decode)
 
 

@@ -586,7 +586,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _tiles(tiles: PrefillGeometry | DecodeGeometry | None) -> str:
     if tiles is None:
         return "–"
-    size = "×".join(str(v) for k, v in tiles if k.startswith("tile"))
+    size = "×".join(str(v) for k, v in tiles if k in ("tile_q", "tile_kv"))
+    if isinstance(tiles, DecodeGeometry) and tiles.tile_heads:
+        size += f", votes of {tiles.tile_heads} query heads"
     if isinstance(tiles, PrefillGeometry):
         size += f", last {tiles.dense_last} rows dense" if tiles.dense_last else ""
         size += f", chunks of {tiles.chunk}" if tiles.chunk else ""

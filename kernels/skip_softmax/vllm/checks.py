@@ -71,6 +71,18 @@ def other_shape(config: Any, thresholds: Thresholds) -> str | None:
     )
 
 
+def other_votes(config: Any, thresholds: Thresholds) -> str | None:
+    """Other query heads voting together in decode than those of a KV head, by which the plug-in counts."""
+    decode, model = thresholds.geometry.decode, thresholds.model
+    group = model.q_heads // model.kv_heads
+    if decode is None or decode.tile_heads in (None, group):
+        return None
+    return (
+        f"the {group} query heads of a KV head vote together in this server's decode, but the numbers are "
+        f"for votes of {decode.tile_heads}; calibrate without geometry.decode.tile_heads"
+    )
+
+
 def other_dtype(config: Any, thresholds: Thresholds) -> str | None:
     """The same weights, rounded differently."""
     wanted = thresholds.model.dtype

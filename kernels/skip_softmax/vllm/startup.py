@@ -155,7 +155,7 @@ def _plan(config: Any) -> Plan:
         _log.info("no thresholds file is given: every layer is dense, with skip_softmax's kernels")
         return dense
     thresholds = Thresholds.load(path)
-    reason = checks.other_shape(config, thresholds)
+    reason = checks.other_shape(config, thresholds) or checks.other_votes(config, thresholds)
     if reason is not None:
         raise ValueError(reason)
     # A file that is dense everywhere has nothing to prove.

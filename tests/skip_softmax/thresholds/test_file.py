@@ -54,7 +54,7 @@ def test_heads_that_vote_together_are_written_only_where_the_file_says_so(tmp_pa
     assert some.per_head(2, "decode") == (4.0, 9.5, 0.0, 1.0)
     assert some.geometry.keywords("decode")["tile_heads"] == 1
     assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
-    with pytest.raises(FileError, match="tile_heads must divide .*, but got 3"):
+    with pytest.raises(FileError, match="tile_heads must divide"):
         Thresholds.load(write(tmp_path, each.replace("tile_heads: 1", "tile_heads: 3")))
 
 

@@ -66,11 +66,11 @@ def test_values_of_another_head_dim(head_dim: int, value_dim: int, decode: bool)
     compare(p, decode=decode, tile_kv=32, running_max="seeded", moved=0.02)
 
 
-@pytest.mark.parametrize("tile_heads", [1, 2, 4])
+@pytest.mark.parametrize("tile_heads", [1, 2])
 def test_heads_that_vote_together(tile_heads: int) -> None:
-    p = plant(heads=8, kv_heads=2, q_len=20, kv_len=130, tile_q=1)
+    p = plant(heads=8, kv_heads=2, q_len=10, kv_len=130, tile_q=1)
     found = compare(p, decode=True, tile_kv=32, tile_heads=tile_heads, moved=0.02)
-    assert found.counts.shape[0] == 8 // tile_heads and found.rows == 20 * tile_heads
+    assert found.counts.shape[0] == 8 // tile_heads and found.rows == 10 * tile_heads
     with pytest.raises(NotImplementedError, match="votes of 8 query heads span KV heads, of 4"):
         ss.tile_statistics(p.q, p.k, p.v, decode=True, tile_heads=8, backend="triton")
 

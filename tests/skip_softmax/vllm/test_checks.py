@@ -161,6 +161,17 @@ def test_chunks_are_those_of_calibration(folder: Path, tmp_path: Path) -> None:
         planned(server(folder, file, scheduler_config__enable_chunked_prefill=False))
 
 
+def test_votes_are_those_of_a_kv_head(folder: Path, tmp_path: Path) -> None:
+    geometry = {
+        "prefill": {"tile_q": 32, "tile_kv": 64},
+        "decode": {"tile_kv": 32, "tile_heads": 2},
+    }
+    planned(server(folder, planted_file.saved(folder, tmp_path / "t.yaml", geometry=geometry)))
+    geometry["decode"]["tile_heads"] = 4
+    with pytest.raises(ValueError, match="for votes of 4; calibrate"):
+        planned(server(folder, planted_file.saved(folder, tmp_path / "t.yaml", geometry=geometry)))
+
+
 def test_another_shape_is_refused_whatever_the_user_says(folder: Path, tmp_path: Path) -> None:
     from skip_softmax.vllm import checks
 

@@ -564,7 +564,7 @@ def test_torch_compile_sees_one_graph() -> None:
                 32,
                 True,
                 100,
-                None,
+                *[None] * 5,
             ),
             test_utils=("test_schema", "test_faketensor"),
         )

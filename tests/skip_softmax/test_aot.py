@@ -174,7 +174,8 @@ def decode_case(
              "kv_len": "i32", "window": "i32", "min_kv_len": "i32", "factors": "*fp32",
              "requests": "i32", "programs": "i32"}
     constants = dict(
-        **scaled, TOKENS=tokens, GROUP=heads, SHARE=128 // heads, ROWS=heads * tokens, HEAD_DIM=head_dim,
+        **scaled,
+        HALVES=fp8, TOKENS=tokens, GROUP=heads, SHARE=128 // heads, ROWS=heads * tokens, HEAD_DIM=head_dim,
         HEAD_DIM_V=value_dim, WIDTH=first, TAIL=rest, WIDTH_V=value_dim,
         ALIASED=head_dim > 256, TILE_KV=tile, PAGE=page, WINDOWED=False, ARMED=armed, SEEDED=True,
         SPLIT=split, LEAST=4, EARLY=split and arch >= 90, STATS=served, SUMMED=served,

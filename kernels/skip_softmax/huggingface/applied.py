@@ -95,7 +95,9 @@ def applied(
         model: a decoder-only transformers model; `architectures.md` lists those that were tried.
         thresholds: what to apply per layer and phase, or the path of its file. With
             `geometry.prefill.chunk` each layer attends to a prompt in chunks of that size, also where the
-            whole prompt arrives in one call.
+            whole prompt arrives in one call. With `model.kv_cache_dtype` each layer attends to keys and
+            values as such a cache would keep them, in layers and phases that are dense too; continuous
+            batching is refused then.
         decode_from: absolute position from which tokens count as decode steps, however many arrive in
             one call (teacher forcing, a verification loop of your own). None: in `model.generate`, which
             knows where the prompt ends, every token behind the prompt is a decode step: drafts that are
@@ -161,7 +163,12 @@ def applied(
 
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
     with intercepted(
-        model, attend, decode_from=decode_from, left_alone=left_alone, decode=attend_steps
+        model,
+        attend,
+        decode_from=decode_from,
+        left_alone=left_alone,
+        decode=attend_steps,
+        kv_cache_dtype=shape.kv_cache_dtype,
     ):
         yield counts
 

@@ -10,6 +10,7 @@ import torch
 
 from skip_softmax.huggingface.masks import Seen, read
 from skip_softmax.huggingface.route import Given
+from skip_softmax.meaning.call import FP8
 from skip_softmax.thresholds.types import Phase
 
 # Arguments that change the scores or the softmax itself; `attention` cannot compute such a call.
@@ -53,7 +54,7 @@ class LayerCall:
         layer: layer index.
         phase: `prefill` or `decode`; a decode call holds one or more tokens, each voting alone.
         q: [B, Hq, Sq, D]; the last query stands at position kv_len - 1.
-        k: [B, Hkv, kv_len - kv_start, D].
+        k: [B, Hkv, kv_len - kv_start, D], of q's dtype or FP8, with a scale of 1.
         v: like k.
         scale: factor of the scores.
         causal: whether rows see no later key.
@@ -84,7 +85,11 @@ class LayerCall:
     @property
     def keywords(self) -> dict[str, Any]:
         """Keywords of `attention`, or of `decode_attention` for a decode call."""
-        keywords = {"scale": self.scale, "window": self.window, "kv_start": self.kv_start}
+        keywords: dict[str, Any] = {
+            "scale": self.scale, "window": self.window, "kv_start": self.kv_start,
+        }  # fmt: skip
+        if self.k.dtype == FP8:
+            keywords |= {"k_scale": 1.0, "v_scale": 1.0}
         return keywords if self.phase == "decode" else {**keywords, "causal": self.causal}
 
     def part(self, batch: slice, rows: slice, keys: slice, kv_start: int) -> LayerCall:

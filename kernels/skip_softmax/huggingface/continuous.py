@@ -84,7 +84,7 @@ def step_of(cache: Any) -> Step | None:
 
 
 @contextmanager
-def batched(model: Any, take: Taker) -> Iterator[None]:
+def batched(model: Any, take: Taker, refusal: str | None = None) -> Iterator[None]:
     """Learns of each step of a routed model's continuous batching, for the duration of a `with` block.
 
     Managers that are made inside end with the block, because their caches hold keys of its attention.
@@ -92,12 +92,15 @@ def batched(model: Any, take: Taker) -> Iterator[None]:
     Args:
         model: a transformers model.
         take: computes its attention calls.
+        refusal: why no manager may be made inside; None: they may.
 
     Yields:
         Nothing.
     """
     with _PATCHES:
         managers = _MADE[take] = WeakSet()
+        if refusal is not None:
+            _REFUSED[take] = refusal
         try:
             yield
         finally:
@@ -108,10 +111,12 @@ def batched(model: Any, take: Taker) -> Iterator[None]:
                     manager.destroy()
             finally:
                 del _MADE[take]
+                _REFUSED.pop(take, None)
 
 
 _KEPT = "_cached_continuous_batching_manager"  # where transformers keeps a persistent manager
 _MADE: dict[Taker, WeakSet[Any]] = {}  # managers that were made in each open block
+_REFUSED: dict[Taker, str] = {}  # open blocks in which none may be made, and why
 
 
 def _init(before: Any) -> Any:
@@ -120,6 +125,8 @@ def _init(before: Any) -> Any:
         name = self.config._attn_implementation
         if not isinstance(name, RoutedName) or name.take not in _MADE:
             return before(self, *positional, **keywords)
+        if name.take in _REFUSED:
+            raise ValueError(_REFUSED[name.take])
         made, kept = _MADE[name.take], getattr(self, _KEPT, None)
         if kept is not None and kept not in made:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from skip_softmax.huggingface.continuous import batched
 from skip_softmax.huggingface.layers import Inspected, inspected
 from skip_softmax.huggingface.packed import is_packed, packed
 from skip_softmax.huggingface.route import Given, length_of_prompt, routed
+from skip_softmax.meaning.call import quantised
+from skip_softmax.thresholds.types import KvCacheDtype
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ def intercepted(
     decode_from: int | None = None,
     left_alone: dict[int, str] | None = None,
     decode: DecodeHandler | None = None,
+    kv_cache_dtype: KvCacheDtype | None = None,
 ) -> Iterator[None]:
     """Sends the attention calls of a model's layers to `handler`, for the duration of a `with` block.
 
@@ -41,17 +44,28 @@ def intercepted(
         left_alone: layers that keep the model's own attention, and why.
         decode: computes decode steps [B, Hq, D] of several requests of continuous batching in one call; None:
             `handler` computes one after another.
+        kv_cache_dtype: `handler` is given keys and values as a cache of this dtype keeps them; None: as they
+            are. Rounding twice changes nothing, so that it may be done in every call anew.
 
     Yields:
         Nothing.
 
     Raises:
         ValueError: `inspect_layers` refuses the model, or it (or one that shares its config) already runs
-            inside such a block.
+            inside such a block. Inside the block: continuous batching with a `kv_cache_dtype`.
     """
-    interceptor = _Interceptor(handler, decode, inspected(model), decode_from, left_alone or {})
+    interceptor = _Interceptor(
+        handler, decode, inspected(model), decode_from, left_alone or {}, kv_cache_dtype is not None
+    )
     take = interceptor.take
-    with routed(model, take), batched(model, take):
+    refusal = None
+    if kv_cache_dtype is not None:
+        refusal = (
+            "continuous batching keeps its cache in the model's dtype, but these numbers are for "
+            f"kv_cache_dtype {kv_cache_dtype}; call `generate`, or calibrate with "
+            "`model.kv_cache_dtype: auto`"
+        )
+    with routed(model, take), batched(model, take, refusal):
         yield
 
 
@@ -62,6 +76,7 @@ class _Interceptor:
     model: Inspected
     decode_from: int | None
     left_alone: dict[int, str]
+    fp8: bool
     named: set[int] = field(default_factory=set)  # layers that a warning has named
 
     def take(self, given: Given) -> tuple[torch.Tensor, Any]:
@@ -81,6 +96,8 @@ class _Interceptor:
             call = understood(given, index, steps)
             if isinstance(call, str):
                 return self._left(given, index, call)
+            if self.fp8:
+                call = replace(call, k=quantised(call.k), v=quantised(call.v))
             out = call.run(self.handler, steps)
         return out.transpose(1, 2).contiguous(), None
 

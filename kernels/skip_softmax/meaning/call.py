@@ -519,6 +519,12 @@ def _checked_scale(
     return None, _as_kernels_read(scale.reshape(-1), device, torch.float32)
 
 
+def quantised(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values as an FP8 cache with a scale of 1 keeps them: what is too large becomes the largest."""
+    largest = torch.finfo(FP8).max
+    return x.float().clamp(-largest, largest).to(FP8)
+
+
 def dequantised(
     x: torch.Tensor, scale: float | None, each: torch.Tensor | None, q: torch.Tensor
 ) -> torch.Tensor:

@@ -18,6 +18,8 @@ from pydantic import (
 from skip_softmax.thresholds.yaml_file import FileError, explained
 
 Phase = Literal["prefill", "decode"]
+KvCacheDtype = Literal["fp8_e4m3"]
+"""Of a KV cache whose dtype is not the model's, in vLLM's words."""
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -72,6 +74,8 @@ class ModelSection(Section):
         head_dim: columns of queries and keys.
         head_dim_v: columns of values; None: as many.
         dtype: of its weights.
+        kv_cache_dtype: of the keys and values that attention reads, on which decisions depend; None: `dtype`.
+            FP8 stands for numbers rounded to e4m3 as they are (scales of 1).
     """
 
     name: str
@@ -82,6 +86,7 @@ class ModelSection(Section):
     head_dim: PositiveInt
     head_dim_v: PositiveInt | None = None
     dtype: str
+    kv_cache_dtype: KvCacheDtype | None = None
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> ModelSection:

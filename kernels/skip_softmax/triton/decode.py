@@ -64,6 +64,7 @@ AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
 # For many small tiles: two programs per processor do not have enough bytes in flight.
 AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
 # Tiles of FP8 are small too, but with two warps their conversion would spill.
+HALVES = True
 AHEAD_FP8 = Config(2, warps=4, stages=4, ahead=True, join=256, join_columns=32)
 # For calls that cannot load v ahead: few programs are split further, many are not.
 LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)
@@ -406,6 +407,7 @@ def _planned(
             "ALIASED": aliased, "PAGE": call.page, "ARMED": armed, "SEEDED": call.seeded, "SPLIT": split,
             "STATS": counts is not None, "SUMMED": counts is not None and counts.dim() == 2,
             "K_EACH": scales.k_per_head, "V_EACH": scales.v_per_head,
+            "HALVES": HALVES and call.kv_dtype is not None and call.dtype == torch.bfloat16 and not rest,
             "PRECISION": precision(call.dtype, call.tile_kv), "AHEAD": config.ahead, "STAGES": stages,
         },
         num_warps=config.warps,

@@ -56,7 +56,16 @@ from skip_softmax.triton.primitives import (
 )
 
 # Lengths that `_share` looks at together.
+_LIFT_BACK: tl.constexpr = tl.constexpr(1 / 32768)
 _TOGETHER: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def _lifted(weights, HALVES: tl.constexpr):
+    """Weights for fp16, which would lose those below 2^-25: with HALVES the output is divided again."""
+    if HALVES:
+        weights *= 32768.0
+    return weights
 
 
 @triton.jit
@@ -240,7 +249,8 @@ def _decode(
     WIDTH_V: tl.constexpr, ALIASED: tl.constexpr, TILE_KV: tl.constexpr, PAGE: tl.constexpr,
     WINDOWED: tl.constexpr, ARMED: tl.constexpr, SEEDED: tl.constexpr, SPLIT: tl.constexpr,
     LEAST: tl.constexpr, EARLY: tl.constexpr, STATS: tl.constexpr, SUMMED: tl.constexpr, K_EACH: tl.constexpr,
-    V_EACH: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    V_EACH: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         # `_combine` may start before these programs end; it waits for them in `gdc_wait`.
@@ -303,6 +313,13 @@ def _decode(
         scale *= scale_of(k_scales, head // SHARE, K_EACH)
     q_tile = load_queries(q + q_rows, valid, 0, HEAD_DIM, WIDTH)
     q_tail = load_queries(q + q_rows, valid, WIDTH, HEAD_DIM, TAIL) if TAIL > 0 else None
+    if HALVES:
+        # In fp16, with the largest number between 1 and 2: what bf16 holds of more than 2^-17 of it is exact.
+        largest = tl.max(tl.max(tl.abs(q_tile.to(tl.float32)), 1), 0)
+        usual = (largest > 0.0) & (largest < float("inf"))
+        power = tl.exp2(tl.floor(tl.log2(tl.where(usual, largest, 1.0))))
+        q_tile = (q_tile.to(tl.float32) / power).to(tl.float16)
+        scale *= power
     k_offset = (head // SHARE).to(tl.int64) * stride_kh
     v_offset = (head // SHARE).to(tl.int64) * stride_vh
     if PAGE == 0:
@@ -400,7 +417,7 @@ def _decode(
                     scores, scale, m, m_new, absent, l, acc, True, True
                 )
                 acc = tl.dot(
-                    weights.to(q_tile.dtype),
+                    _lifted(weights, HALVES).to(q_tile.dtype),
                     values.to(q_tile.dtype),
                     acc,
                     input_precision=PRECISION,
@@ -449,7 +466,7 @@ def _decode(
                             HEAD_DIM_V, WIDTH_V, PAGE, WINDOWED,
                         )  # fmt: skip
                     acc = tl.dot(
-                        weights.to(q_tile.dtype),
+                        _lifted(weights, HALVES).to(q_tile.dtype),
                         values.to(q_tile.dtype),
                         acc,
                         input_precision=PRECISION,
@@ -461,7 +478,7 @@ def _decode(
                     scores, scale, m, m_new, ballot == 0, l, acc, True, True
                 )
                 acc = tl.dot(
-                    weights.to(q_tile.dtype),
+                    _lifted(weights, HALVES).to(q_tile.dtype),
                     values.to(q_tile.dtype),
                     acc,
                     input_precision=PRECISION,
@@ -471,6 +488,8 @@ def _decode(
     if v_scales is not None:
         v_scale = scale_of(v_scales, head // SHARE, V_EACH)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    if HALVES:
+        acc *= _LIFT_BACK
     if v_scale is not None:
         acc *= v_scale
     columns = tl.arange(0, WIDTH_V)

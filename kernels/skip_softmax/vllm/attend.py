@@ -11,8 +11,9 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from skip_softmax.meaning.call import FP8, quantised
 from skip_softmax.thresholds.types import PHASES, Phase
-from skip_softmax.vllm import startup, warm
+from skip_softmax.vllm import checks, startup, warm
 from skip_softmax.vllm.batch import SkipSoftmaxMetadata
 from skip_softmax.vllm.stretch import Stretch
 
@@ -56,13 +57,14 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             refused["logits_soft_cap"] = logits_soft_cap
         if attn_type != AttentionType.DECODER:
             refused["attn_type"] = attn_type
-        if kv_cache_dtype not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
+        own = "auto", str(config.model_config.dtype).removeprefix("torch.")
+        if kv_cache_dtype not in (*own, *checks.FP8_CACHES):
             refused["kv_cache_dtype"] = kv_cache_dtype
         if refused:
             named = ", ".join(f"{name}={value}" for name, value in sorted(refused.items()))
             raise ValueError(
-                "attention must be causal softmax attention over a cache of the model's dtype, but this "
-                f"model asks for {named}, which the backend CUSTOM does not have; serve it with another "
+                "attention must be causal softmax attention over a cache of the model's dtype or FP8, but "
+                f"this model asks for {named}, which the backend CUSTOM does not have; serve it with another "
                 "backend"
             )
         self.num_heads = num_heads
@@ -70,6 +72,7 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.scales: dict[str, torch.Tensor] = {}  # of an FP8 cache
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.plan = startup.plan_of(config)
@@ -95,15 +98,19 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Writes new keys and values [tokens, KV heads, head_dim] to their slots; slot -1 is padding."""
-        k, v = _pages(kv_cache, self.head_size)
+        fp8 = self.kv_cache_dtype in checks.FP8_CACHES
         if key.is_cuda:
             from vllm import _custom_ops
 
+            k, v = _halves(kv_cache, self.head_size)
             _custom_ops.reshape_and_cache_flash(
-                key, value, k.transpose(1, 2), v.transpose(1, 2), slot_mapping, "auto", layer._k_scale,
-                layer._v_scale,
+                key, value, k.transpose(1, 2), v.transpose(1, 2), slot_mapping, "fp8" if fp8 else "auto",
+                layer._k_scale, layer._v_scale,
             )  # fmt: skip
             return
+        k, v = _pages(kv_cache, self.head_size)
+        if fp8:
+            key, value = quantised(key / layer._k_scale), quantised(value / layer._v_scale)
         tokens = (slot_mapping >= 0).nonzero().squeeze(1)
         slots, size = slot_mapping[tokens], k.shape[2]
         k[slots // size, :, slots % size] = key[tokens]
@@ -144,8 +151,9 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             )
         if not self.counts:
             self._arm(layer.layer_name, query.device)
+            self._scale(layer)
         if not self.warm and kv_cache.numel() and not _captures(query):
-            self._warm_up(kv_cache)
+            self._warm_up(kv_cache, query.dtype)
         if attn_metadata is None:
             return output.fill_(0)
         out = output.view(-1, self.num_heads, self.head_size)
@@ -165,8 +173,18 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
             "window": self.sliding_window,
             "min_kv_len": self.plan.min_kv_len[phase],
             "counts": self.counts[phase],
+            **self.scales,
             **self.plan.tiles[phase],
         }
+
+    def _scale(self, layer: Any) -> None:
+        """Takes the scales of an FP8 cache from vLLM's layer."""
+        if self.kv_cache_dtype not in checks.FP8_CACHES:
+            return
+        reason = checks.other_scales(layer, self.plan.thresholds)
+        if reason is not None and "dtype" not in self.plan.allow:
+            raise ValueError(f'{reason}. To serve in spite of it, add "dtype" to `allow`')
+        self.scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
 
     def pause_decode(self, pause: bool) -> None:
         """Stops skipping in decode, or goes on; in graphs too, which read the same tensor. Never waits."""
@@ -174,7 +192,7 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         if isinstance(read, torch.Tensor):
             read.zero_() if pause else read.copy_(self.given["decode"])
 
-    def _warm_up(self, kv_cache: torch.Tensor) -> None:
+    def _warm_up(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> None:
         """Compiles the kernels of this layer before the first request, once for all layers alike."""
         self.warm = True
         armed = tuple(isinstance(self.factors[phase], torch.Tensor) for phase in PHASES)
@@ -185,7 +203,7 @@ class SkipSoftmaxImpl(AttentionImpl[SkipSoftmaxMetadata]):
         self.plan.warm.add(kind)
         began = time.perf_counter()
         keywords = {phase: self._keywords(phase) for phase in PHASES}
-        warm.compile_for(keywords, self.num_heads, k, v, self.longest, self.requests)
+        warm.compile_for(keywords, self.num_heads, dtype, k, v, self.longest, self.requests)
         torch.cuda.synchronize(k.device)
         startup.say_compiled(time.perf_counter() - began, self.sliding_window, armed)
 
@@ -216,6 +234,12 @@ def _captures(x: torch.Tensor) -> bool:
 
 
 def _pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [pages, KV heads, page, head_dim] of a layer's cache as operations take them."""
+    # vLLM has FP8 as bytes.
+    return _halves(kv_cache.view(FP8) if kv_cache.dtype == torch.uint8 else kv_cache, head_size)
+
+
+def _halves(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [pages, KV heads, page, head_dim] of a layer's cache, in 0.22 and in 0.32."""
     if kv_cache.dim() == 5:
         return kv_cache[:, 0], kv_cache[:, 1]

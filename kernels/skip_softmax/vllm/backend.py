@@ -21,7 +21,9 @@ class SkipSoftmaxBackend(AttentionBackend):
     # The cache is written by vLLM's own operation before attention, which then reads every key from pages.
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        "auto", "float16", "bfloat16", "fp8", "fp8_e4m3",
+    ]  # fmt: skip
 
     @staticmethod
     def get_name() -> str:

@@ -13,11 +13,14 @@ from typing import Any
 
 from skip_softmax.choose import why_not
 from skip_softmax.launch import Device
-from skip_softmax.meaning.call import Call
+from skip_softmax.meaning.call import FP8, Call
 from skip_softmax.thresholds.evidence import EvidenceSection
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.identity import hash_of_files, hash_of_hub_id
-from skip_softmax.thresholds.types import PHASES, Phase
+from skip_softmax.thresholds.types import PHASES, KvCacheDtype, Phase
+
+FP8_CACHES = ("fp8", "fp8_e4m3")
+"""vLLM's words for a KV cache in e4m3."""
 
 WITHOUT_A_MODEL = ("ngram", "suffix")
 """Ways of drafting that have no attention layers of their own."""
@@ -84,14 +87,53 @@ def other_votes(config: Any, thresholds: Thresholds) -> str | None:
 
 
 def other_dtype(config: Any, thresholds: Thresholds) -> str | None:
-    """The same weights, rounded differently."""
+    """The same weights, or the same keys and values, rounded differently."""
     wanted = thresholds.model.dtype
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if dtype == wanted:
+    if dtype != wanted:
+        return (
+            f"the served dtype must be the calibrated one, but it is {dtype} instead of {wanted}; serve with "
+            f"--dtype {wanted}, or calibrate in {dtype}"
+        )
+    cached, calibrated = cache_of(config), thresholds.model.kv_cache_dtype
+    if cached != calibrated:
+        return (
+            "the KV cache must have the calibrated dtype, on which decisions depend, but it is "
+            f"{cached or dtype} instead of {calibrated or dtype}; serve with --kv-cache-dtype "
+            f"{calibrated or 'auto'}, or calibrate with `model.kv_cache_dtype: {cached or 'auto'}`"
+        )
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name in ("kv_cache_dtype_skip_layers", "calculate_kv_scales")
+        if cached is not None and getattr(config.cache_config, name, None)
+    ]
+    if changed:
+        return (
+            "every layer must keep keys and values as they were calibrated, in FP8 with scales of 1, but "
+            f"{' and '.join(changed)} changes that; serve without"
+        )
+    return None
+
+
+def cache_of(config: Any) -> KvCacheDtype | None:
+    """Dtype of a server's KV cache, in the file's words."""
+    return "fp8_e4m3" if config.cache_config.cache_dtype in FP8_CACHES else None
+
+
+def other_scales(layer: Any, thresholds: Thresholds | None) -> str | None:
+    """An FP8 cache of other scales than the calibrated ones, which are 1.
+
+    Args:
+        layer: vLLM's attention layer, its scales loaded.
+        thresholds: the file, or None.
+    """
+    scales = float(layer._k_scale_float), float(layer._v_scale_float)
+    if thresholds is None or not largest(thresholds) or scales == (1.0, 1.0):
         return None
     return (
-        f"the served dtype must be the calibrated one, but it is {dtype} instead of {wanted}; serve with "
-        f"--dtype {wanted}, or calibrate in {dtype}"
+        f"{layer.layer_name} must keep keys and values as they were calibrated, with scales of 1, but the "
+        f"checkpoint's are {scales[0]:g} and {scales[1]:g}; serve a checkpoint without them, or with "
+        "--kv-cache-dtype auto"
     )
 
 
@@ -231,8 +273,9 @@ def no_kernel(
     for phase in PHASES:
         call = Call(
             q_len=1, kv_len=model.max_model_len, q_heads=spec.num_kv_heads * group,
-            kv_heads=spec.num_kv_heads, head_dim=spec.head_size, value_dim=spec.head_size, dtype=spec.dtype,
-            scale=1.0, ragged=True, page=spec.block_size, **{**usual[phase], **tiles[phase]},
+            kv_heads=spec.num_kv_heads, head_dim=spec.head_size, value_dim=spec.head_size, dtype=model.dtype,
+            kv_dtype=None if cache_of(config) is None else FP8, scale=1.0, ragged=True,
+            page=spec.block_size, **{**usual[phase], **tiles[phase]},
         )  # fmt: skip
         reason = why_not(phase, call, device)
         if reason is not None:

@@ -179,7 +179,8 @@ class _Watching:
             here = slice(rows.start + begin, rows.start + stop)
             found, histogram = tile_statistics(
                 q[here].transpose(0, 1)[None], keys[:, :, : kv_len - start], values[:, :, : kv_len - start],
-                decode=decode, scale=impl.scale, window=impl.sliding_window, kv_start=start, **tiles,
+                decode=decode, scale=impl.scale, window=impl.sliding_window, kv_start=start,
+                **impl.scales, **tiles,
             )  # fmt: skip
             out[here] = found[0].transpose(0, 1)
             # A prompt is one sample, in how many chunks it may be computed.

@@ -22,6 +22,7 @@ _TOGETHER = 128
 def compile_for(
     keywords: dict[Phase, dict[str, Any]],
     heads: int,
+    dtype: torch.dtype,
     k: torch.Tensor,
     v: torch.Tensor,
     longest: int,
@@ -32,13 +33,14 @@ def compile_for(
     Args:
         keywords: of the operations, as the layer gives them.
         heads: query heads of the layer.
+        dtype: of its queries.
         k: pages of its cache [pages, KV heads, page, head_dim].
         v: as `k`.
         longest: most tokens of a request.
         requests: most decode tokens of a batch.
     """
     width = -(-longest // _TOGETHER) * _TOGETHER // k.shape[2]
-    q = k.new_zeros(requests, heads, k.shape[3])
+    q = torch.zeros(requests, heads, k.shape[3], dtype=dtype, device=k.device)
     none = torch.zeros(requests + 1, dtype=torch.int32, device=k.device)
     table = none.new_zeros(requests, width)
     # A batch that is longer than `min_kv_len`, and one that cannot be.

@@ -284,6 +284,16 @@ def test_steps_that_could_not_tell_requests_apart_are_refused(
         batched(one, prompts(70))
 
 
+def test_an_fp8_cache_is_refused() -> None:
+    of = model()
+    own = file(of, FACTOR)
+    fp8 = own.model_copy(
+        update={"model": own.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})}
+    )
+    with applied(of, fp8), pytest.raises(ValueError, match="cache in the model's dtype, but these"):
+        of.init_continuous_batching()
+
+
 def test_compiled_steps_are_refused() -> None:
     one = model(attention="eager")
     with refused(one, "without torch.compile"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tiny
 import torch
 
 import skip_softmax as ss
 from skip_softmax.huggingface.calls import LayerCall
 from skip_softmax.huggingface.intercept import intercepted
+from skip_softmax.meaning.call import quantised
 
 
 def call(rows: int, kv_start: int = 0) -> LayerCall:
@@ -50,6 +53,34 @@ def test_rows_one_after_another_are_the_whole_call() -> None:
 
     parts = [dense(whole.rows(start, start + 2)) for start in (0, 2, 4)]
     torch.testing.assert_close(torch.cat(parts, 2), dense(whole))
+
+
+def test_an_fp8_cache_rounds_keys_and_values_in_every_call() -> None:
+    model = tiny.model("llama", 400.0)
+    tokens = tiny.tokens(60)
+
+    def logits(handler: Any, **about: Any) -> torch.Tensor:
+        with torch.no_grad(), intercepted(model, handler, **about):
+            first = model(tokens[:, :50], use_cache=True)
+            rest = model(tokens[:, 50:], past_key_values=first.past_key_values)
+            return torch.cat([first.logits, rest.logits], 1)
+
+    def dense(call: LayerCall) -> torch.Tensor:
+        out: torch.Tensor = ss.attention(call.q, call.k, call.v, **call.keywords)
+        return out
+
+    def rounded(call: LayerCall) -> torch.Tensor:
+        k, v = (x.clamp(-448, 448).to(torch.float8_e4m3fn).float() for x in (call.k, call.v))
+        out: torch.Tensor = ss.attention(call.q, k, v, **call.keywords)
+        return out
+
+    found = logits(dense, kv_cache_dtype="fp8_e4m3")
+    assert torch.equal(found, logits(rounded)) and not torch.equal(found, logits(dense))
+
+
+def test_what_e4m3_cannot_hold_becomes_its_largest() -> None:
+    x = torch.tensor([449.0, -1e9, 1.03, 2.0**-9, 2.0**-11, torch.inf])
+    assert quantised(x).float().tolist() == [448.0, -448.0, 1.0, 2.0**-9, 0.0, 448.0]
 
 
 def test_handlers_see_absolute_positions() -> None:

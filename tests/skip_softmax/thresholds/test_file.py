@@ -68,6 +68,17 @@ def test_columns_of_values_are_written_only_where_they_differ(tmp_path: Path) ->
     assert Thresholds.load(write(tmp_path, some.to_yaml())) == some != before
 
 
+def test_a_file_says_the_caches_dtype_only_where_it_is_not_the_models(tmp_path: Path) -> None:
+    before = Thresholds.load(write(tmp_path, GOOD))
+    assert before.model.kv_cache_dtype is None and "kv_cache" not in before.to_yaml()
+    section = before.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
+    fp8 = before.model_copy(update={"model": section})
+    assert "kv_cache_dtype: fp8_e4m3" in fp8.to_yaml()
+    assert Thresholds.load(write(tmp_path, fp8.to_yaml())) == fp8 != before
+    with pytest.raises(FileError, match=r"kv_cache_dtype: .*'fp8_e4m3'.*got 'fp8_e5m2'"):
+        Thresholds.load(write(tmp_path, fp8.to_yaml().replace("fp8_e4m3", "fp8_e5m2")))
+
+
 def test_overrides_come_before_model_wide_numbers(tmp_path: Path) -> None:
     loaded = Thresholds.load(write(tmp_path, GOOD))
     assert loaded.per_head(0, "prefill") == (0.0,) * 4

@@ -45,7 +45,7 @@ def server(folder: Path, file: Path | None, **changes: Any) -> Any:
             enable_chunked_prefill=True, max_num_batched_tokens=2048, long_prefill_token_threshold=0
         ),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, cache_dtype="auto"),
         load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None, lora_config=None, kv_transfer_config=None,
     )  # fmt: skip
@@ -99,6 +99,11 @@ def test_without_a_file_the_line_says_dense(folder: Path, caplog: pytest.LogCapt
         ("model", {"load_config__load_format": "dummy"}, "--load-format dummy changes it"),
         ("dtype", {"model_config__dtype": torch.bfloat16}, "it is bfloat16 instead of float32"),
         (
+            "dtype",
+            {"cache_config__cache_dtype": "fp8"},
+            "it is fp8_e4m3 instead of float32; serve with --kv-cache-dtype auto, or calibrate with",
+        ),
+        (
             "chunks",
             {"scheduler_config__max_num_batched_tokens": 512},
             "whole, up to 1024 tokens, but this server cuts them into chunks of 512",
@@ -123,6 +128,34 @@ def test_what_would_void_the_evidence_is_refused_unless_the_user_insists(
         planned(server(folder, file, **changes))
     assert said in str(refusal.value) and f'add "{word}" to `allow`' in str(refusal.value)
     assert planned(server(folder, file, allow=[word], **changes)).allow == (word,)
+
+
+def test_an_fp8_cache_is_that_of_calibration(folder: Path, tmp_path: Path) -> None:
+    from skip_softmax.vllm import checks
+
+    planted = planted_file.thresholds(folder)
+    section = planted.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
+    thresholds = planted.model_copy(update={"model": section})
+    thresholds.save(tmp_path / "t.yaml")
+
+    def reason(**changes: Any) -> str:
+        with pytest.raises(ValueError, match='add "dtype" to `allow`') as refusal:
+            planned(server(folder, tmp_path / "t.yaml", **changes))
+        return str(refusal.value)
+
+    assert "is float32 instead of fp8_e4m3; serve with --kv-cache-dtype fp8_e4m3" in reason()
+    for word in ("fp8", "fp8_e4m3"):
+        planned(server(folder, tmp_path / "t.yaml", cache_config__cache_dtype=word))
+        for option in ("kv_cache_dtype_skip_layers", "calculate_kv_scales"):
+            changes: dict[str, Any] = {
+                "cache_config__cache_dtype": word, f"cache_config__{option}": ["0"],
+            }  # fmt: skip
+            assert f"but --{option.replace('_', '-')} changes that" in reason(**changes)
+    layer = SimpleNamespace(layer_name="layers.0.attn", _k_scale_float=0.5, _v_scale_float=1.0)
+    assert "checkpoint's are 0.5 and 1;" in str(checks.other_scales(layer, thresholds))
+    assert checks.other_scales(layer, None) is None
+    layer._k_scale_float = 1.0
+    assert checks.other_scales(layer, thresholds) is None
 
 
 def test_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -239,6 +272,11 @@ def test_pages_that_no_kernel_can_read_are_refused(folder: Path, phase: str) -> 
 
     assert reason(64) is None
     assert "in pages of 48 tokens, but none can (" in str(reason(48))
+    fp8 = server(folder, None, cache_config__cache_dtype="fp8")
+    spec = SimpleNamespace(num_kv_heads=2, head_size=64, dtype=torch.uint8, block_size=64)
+    given: Any = {"prefill": {}, "decode": {}}
+    assert checks.no_kernel(fp8, spec, Device(9), given) is None
+    assert "8.0 does not convert" in str(checks.no_kernel(fp8, spec, Device(8), given))
     assert f"run {phase} in pages of 64 tokens" in str(reason(64, tile_kv=512))
 
 

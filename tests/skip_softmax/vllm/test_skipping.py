@@ -106,6 +106,22 @@ def test_tiles_and_log_probabilities_are_those_of_applied(
         assert 0.05 < skipped / visited < 0.95, phase
 
 
+def test_an_fp8_cache_skips_what_applied_skips_over_one(
+    little: Path, tmp_path: Path, served: Any
+) -> None:
+    planted = planted_file.thresholds(little)
+    section = planted.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
+    file = tmp_path / "t.yaml"
+    planted.model_copy(update={"model": section}).save(file)
+    found = check(little, file, served, prompts(), kv_cache_dtype="fp8")
+    other = planted_file.saved(little, tmp_path / "own.yaml")
+    own = by_applied(little, other, prompts())[2]
+    for phase, tiles in found.items():
+        visited, skipped = tiles.sum((0, 1)).tolist()
+        assert 0.05 < skipped / visited < 0.95, phase
+        assert tiles.tolist() != own[phase].tolist()  # the cache's dtype changes decisions
+
+
 def test_chunks_are_those_that_were_calibrated_and_a_last_token_alone_is_prefill(
     little: Path, tmp_path: Path, served: Any
 ) -> None:

@@ -64,7 +64,7 @@ AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
 # For many small tiles: two programs per processor do not have enough bytes in flight.
 AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
 # Tiles of FP8 are small too, but with two warps their conversion would spill.
-HALVES = True
+HALVES = False
 AHEAD_FP8 = Config(2, warps=4, stages=4, ahead=True, join=256, join_columns=32)
 # For calls that cannot load v ahead: few programs are split further, many are not.
 LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)

@@ -228,23 +228,31 @@ def statistics_case(arch, in_decode, dense_last=False, lead=False, fp8=False):
     return compile(_statistics, types, constants, arch, 8)
 
 
-def hopper_case(head_dim, armed, lengths="", causal=True, dense_last=False, page=0, min_kv_len=False):
-    groups, box = hopper.GROUPS[head_dim], hopper.box_of(page)
+def hopper_case(
+    head_dim, armed, lengths="", causal=True, dense_last=False, page=0, min_kv_len=False, value_dim=None
+):
+    value_dim = value_dim or head_dim
+    first, rest = launch.pieces(head_dim)
+    groups, box = hopper.GROUPS[head_dim, value_dim], hopper.box_of(page)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    types = {name: f"tensordesc<bf16[1, 1, {rows}, {head_dim}],{layout!r}>"
-             for name, rows in (("q", 64), ("k", box), ("v", box))}
+    types = {name: f"tensordesc<bf16[1, 1, {rows}, {columns}],{layout!r}>"
+             for name, rows, columns in (("q", 64, first), ("k", box, first), ("v", box, value_dim),
+                                         ("q_tail", 64, rest), ("k_tail", box, rest))}
     types |= {"out": "*bf16", "stats": "*i64", "counter": "*i32", "factors": "*fp32", "factor": "fp32",
               "scale": "fp32", "items": "i32", "group": "i32", "kv_heads": "i32", "blocks": "i32",
               "near": "i32", "q_len": "i32", "kv_len": "i32", "dense_last": "i32", "min_kv_len": "i32",
               "table": "*i32", "pages": "i32",
               "q_starts": "*i32", "kv_starts": "*i32", "q_lens": "*i32", "kv_lens": "*i32"}
     warps, heavy, light = hopper.partition(groups, box)
-    constants = dict(GROUPS=groups, D=head_dim, TILE=TILE, CAUSAL=causal, ARMED=armed, EMPTY=bool(lengths),
+    constants = dict(GROUPS=groups, D=head_dim, TAIL=rest, DV=value_dim,
+                     V_SLOTS=hopper.V_SLOTS.get((head_dim, value_dim), 3), TILE=TILE, CAUSAL=causal,
+                     ARMED=armed, EMPTY=bool(lengths),
                      LEADS=bool(lengths), PAGE=page, BOX=box, SUMMED=page > 0, WARPS=warps, HEAVY=heavy,
                      LIGHT=light)
     given = {
         "q_starts": lengths == "packed", "kv_starts": lengths == "packed" and not page,
         "q_lens": lengths == "padded", "kv_lens": lengths == "padded" or page, "table": page, "pages": page,
+        "q_tail": rest, "k_tail": rest,
         "factors": lengths, "stats": lengths, "dense_last": dense_last, "min_kv_len": min_kv_len,
     }
     constants |= {name: None for name, there in given.items() if not there}
@@ -328,6 +336,11 @@ if arch == 90:
         "hopper 128 padded, not causal, dense last": lambda: hopper_case(
             128, True, "padded", False, dense_last=True
         ),
+        "hopper 192 to 128": lambda: hopper_case(192, True, value_dim=128),
+        "hopper 192 to 128 dense": lambda: hopper_case(192, False, value_dim=128),
+        "hopper 192 to 128 paged 64": lambda: hopper_case(
+            192, True, "packed", page=64, min_kv_len=True, value_dim=128
+        ),
         "hopper 128 paged 16": lambda: hopper_case(128, True, "packed", page=16, min_kv_len=True),
         "hopper 128 paged 256 dense": lambda: hopper_case(128, False, "packed", page=256),
     }
@@ -360,6 +373,9 @@ MAY_SPILL = {
     (90, "hopper 64"): 2400, (90, "hopper 64 dense"): 400, (90, "hopper 64 packed"): 2400,
     (90, "hopper 64 padded, not causal"): 2100,
     (90, "hopper 64 paged 64"): 2400,
+    # The rings of 192 columns are two more places to keep.
+    (90, "hopper 192 to 128"): 160, (90, "hopper 192 to 128 dense"): 32,
+    (90, "hopper 192 to 128 paged 64"): 96,
     # At head_dim 128 the producer has 24, and settles the last tiles after an item without any.
     (90, "hopper 128"): 64, (90, "hopper 128 packed"): 64, (90, "hopper 128 padded, not causal"): 64,
     # A page number for each of two tiles that are not settled, and what TMA wants to know of every load.

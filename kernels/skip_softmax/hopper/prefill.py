@@ -17,6 +17,7 @@ from skip_softmax.launch import (
     cdiv,
     device_of,
     launching_on,
+    pieces,
     why_not_here,
 )
 from skip_softmax.meaning.call import Call, Requests, Scales
@@ -24,8 +25,10 @@ from skip_softmax.meaning.call import Call, Requests, Scales
 ROWS = 64  # query rows of a warpgroup, which vote together
 # Registers per thread of consumers and producer, by consumer warpgroups: all that a multiprocessor has.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
-# At head_dim 64 the softmax takes longer than a product, so a third warpgroup keeps the tensor cores busy.
-GROUPS = {64: 3, 128: 2}
+# By columns of keys and of values. At 64 the softmax takes longer than a product, so a third warpgroup keeps
+# the tensor cores busy.
+GROUPS = {(64, 64): 3, (128, 128): 2, (192, 128): 2}
+V_SLOTS = {(192, 128): 2}  # tiles of values in shared memory, where three do not fit
 TILE_KV = 128
 # A tile of keys comes out of pages in boxes of rows, each inside one page: as many rows as a page and a tile
 # have in common. Smaller boxes than this were not tried; they must be whole swizzle atoms of 8 rows.
@@ -47,8 +50,8 @@ def why_not(call: Call, device: Device) -> str | None:
         return f"dtype {call.dtype} is not fp16 or bf16"
     if call.kv_dtype is not None:
         return f"keys and values are {call.kv_dtype}, not {call.dtype}"
-    if call.head_dim not in GROUPS or call.value_dim != call.head_dim:
-        return f"head_dim {call.head_dim} (of values {call.value_dim}) is not 64 or 128"
+    if (call.head_dim, call.value_dim) not in GROUPS:
+        return f"head_dim {call.head_dim} (of values {call.value_dim}) is not 64, 128, or 192 (of values 128)"
     if (call.tile_q, call.tile_kv) != (ROWS, TILE_KV):
         return f"votes of {call.tile_q} x {call.tile_kv} are not {ROWS} x {TILE_KV}"
     if call.window is not None:
@@ -113,8 +116,11 @@ def _has_descriptor(shape: Sequence[int], strides: Sequence[int]) -> bool:
     )
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> Any:
-    """Describes [B, H, S, D] to TMA in boxes of `rows` tokens of one head; tokens beyond S read as zero."""
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """Describes [B, H, S, D] to TMA in boxes of `rows` tokens of one head; tokens beyond S read as zero.
+
+    A box has some of the D columns.
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -126,7 +132,7 @@ def _descriptor(x: torch.Tensor, rows: int) -> Any:
         x.shape[-1] if n == 1 else step
         for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
     ]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]], layout)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], layout)
 
 
 @torch.library.custom_op("skip_softmax::hopper", mutates_args=("out", "counts"))
@@ -161,13 +167,15 @@ def hopper(
     requests = batch if q_starts is None else q_starts.shape[0] - 1
     # False where the host knows that the call is dense: the kernel without a branch.
     armed = factors is not None or factor > 0
-    groups = GROUPS[head_dim]
+    value_dim = v.shape[-1]
+    groups = GROUPS[head_dim, value_dim]
+    first, rest = pieces(head_dim)
     blocks = cdiv(most_q + most_lead, ROWS * groups)
     items = requests * heads * blocks
     if not items or not q.numel():
         return
     if not k.numel():  # no key is read, but TMA cannot describe nothing
-        k = v = q.new_zeros(1, k.shape[1], TILE_KV, head_dim)
+        k, v = (q.new_zeros(1, k.shape[1], TILE_KV, n) for n in (head_dim, value_dim))
     page = 0 if table is None else k.shape[2]
     box = box_of(page)
     processors = device_of(q.device).processors
@@ -177,19 +185,22 @@ def hopper(
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if counted else None
     warps, heavy, light = partition(groups, box)
     few = items < FEW_ITEMS * processors
-    near = _near(k.shape[1], 2 * most_kv * head_dim * k.element_size()) if few else 1
+    near = _near(k.shape[1], most_kv * (head_dim + value_dim) * k.element_size()) if few else 1
     # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
     ragged = any(x is not None for x in (q_lens, kv_lens, q_starts))
     with launching_on(q):
         _hopper[(min(items, processors),)](
-            _descriptor(q, ROWS), _descriptor(k, box), _descriptor(v, box), out, counts, counter, factors,
+            _descriptor(q, ROWS, first), _descriptor(k, box, first),
+            _descriptor(q, ROWS, rest) if rest else None, _descriptor(k, box, rest) if rest else None,
+            _descriptor(v, box, value_dim), out, counts, counter, factors,
             q_lens, kv_lens, q_starts, kv_starts, table, factor, scale * LOG2E, most_q, most_kv,
             # None compiles the kernel without the rule.
             min(dense_last, most_q) or None if armed else None,
             min_kv_len or None if armed else None,
             items, heads // k.shape[1], k.shape[1], blocks, near,
             None if table is None else table.shape[1], *out.stride()[:3],
-            GROUPS=groups, D=head_dim, TILE=TILE_KV, CAUSAL=causal, ARMED=armed,
+            GROUPS=groups, D=head_dim, TAIL=rest, DV=value_dim, V_SLOTS=V_SLOTS.get((head_dim, value_dim), 3),
+            TILE=TILE_KV, CAUSAL=causal, ARMED=armed,
             EMPTY=ragged or (causal and most_kv < most_q), LEADS=most_lead > 0, PAGE=page, BOX=box,
             SUMMED=counts is not None and counts.dim() == 2, WARPS=warps, HEAVY=heavy, LIGHT=light,
             num_warps=4,

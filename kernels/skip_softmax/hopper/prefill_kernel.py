@@ -28,6 +28,10 @@ are thus settled by tiles of later items, or at the end. An item without tiles s
 the producer would wait for ITEM_FREE while the consumers wait for v_full. Where such items can occur (EMPTY),
 the producer settles both tiles at each of them.
 
+Columns. Keys whose D is no power of two come as two pieces, D - TAIL and TAIL columns, each with a ring of
+its own; both report to the same k_full. A tile of 192 columns leaves room for two tiles of values (V_SLOTS),
+while barriers stay a ring of three: tile n's values then wait for V_FREE of tile n - 2, not of n - 3.
+
 Pages. With a block table, keys and values are pages of PAGE rows, and a tile comes in TILE / BOX boxes of
 rows, each inside one page: loads of their own into their part of the slot. A part is whole swizzle atoms of 8
 rows, so the tile lies as one load would leave it. One arrival announces the bytes of all boxes before the
@@ -84,7 +88,7 @@ _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
 
 K_STAGES = gl.constexpr(2)
-V_STAGES = gl.constexpr(3)
+V_STAGES = gl.constexpr(3)  # of barriers; of values there are V_SLOTS
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, which vote together
 
 
@@ -113,7 +117,10 @@ class _Call:
     pages: object
     min_kv_len: object  # requests with fewer keys skip nothing; None: no such rule
     GROUPS: gl.constexpr
-    D: gl.constexpr
+    D: gl.constexpr  # columns of queries and keys
+    TAIL: gl.constexpr  # of them in the second piece, or 0
+    DV: gl.constexpr  # columns of values
+    V_SLOTS: gl.constexpr
     TILE: gl.constexpr
     CAUSAL: gl.constexpr
     ARMED: gl.constexpr
@@ -127,8 +134,8 @@ class _Call:
     @gluon.constexpr_function
     def __init__(
         self, q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
-        kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS,
-        PAGE, BOX, SUMMED, WARPS,
+        kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TAIL, DV, V_SLOTS, TILE, CAUSAL,
+        ARMED, EMPTY, LEADS, PAGE, BOX, SUMMED, WARPS,
     ):  # fmt: skip
         self.q_len = q_len
         self.kv_len = kv_len
@@ -149,6 +156,9 @@ class _Call:
         self.min_kv_len = gl.constexpr(None) if min_kv_len is None else min_kv_len
         self.GROUPS = gl.constexpr(GROUPS)
         self.D = gl.constexpr(D)
+        self.TAIL = gl.constexpr(TAIL)
+        self.DV = gl.constexpr(DV)
+        self.V_SLOTS = gl.constexpr(V_SLOTS)
         self.TILE = gl.constexpr(TILE)
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.ARMED = gl.constexpr(ARMED)
@@ -166,15 +176,19 @@ class _Shared:
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
+    q_tail: object  # the second piece of queries and keys, or None
+    k_tail: object
     v: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, q_full, k_full, v_full):
+    def __init__(self, q, k, q_tail, k_tail, v, q_full, k_full, v_full):
         self.q = q
         self.k = k
+        self.q_tail = gl.constexpr(None) if q_tail is None else q_tail
+        self.k_tail = gl.constexpr(None) if k_tail is None else k_tail
         self.v = v
         self.q_full = q_full
         self.k_full = k_full
@@ -275,12 +289,6 @@ def _tensor_batch(item, c):
 
 
 @gluon.jit
-def _fetch(source, batch, head, row, tiles, full, slot, BYTES: gl.constexpr):
-    mbarrier.expect(full.index(slot), BYTES)
-    _tma_load(source, [batch, head, row, 0], full.index(slot), tiles.index(slot))
-
-
-@gluon.jit
 def _pages(item, tile, visited, c):
     """The numbers of the pages that hold a tile's boxes of rows: box i's in lane i, -1 where no key is.
 
@@ -293,12 +301,19 @@ def _pages(item, tile, visited, c):
 
 
 @gluon.jit
-def _fetch_tile(source, batch, head, row, pages, tiles, full, slot, c):
-    """Fetches a tile of keys or values into a slot, from row `row` of `batch` on, or out of `pages`."""
+def _fetch_tile(
+    source, tail, batch, head, row, pages, tiles, tails, slot, full, D: gl.constexpr, c
+):  # fmt: skip
+    """Fetches D columns of keys or values into a slot, from row `row` of `batch` on, or out of `pages`.
+
+    `tail` describes a second piece to TMA, whose slots are `tails`; None: there is one piece. `full` is told.
+    """
+    mbarrier.expect(full, c.TILE * D * 2)
     if c.PAGE == 0:
-        _fetch(source, batch, head, row, tiles, full, slot, c.TILE * c.D * 2)
+        _tma_load(source, [batch, head, row, 0], full, tiles.index(slot))
+        if tail is not None:
+            _tma_load(tail, [batch, head, row, D - c.TAIL], full, tails.index(slot))
     else:
-        mbarrier.expect(full.index(slot), c.TILE * c.D * 2)
         box = gl.arange(0, 32, gl.BlockedLayout([1], [32], [c.WARPS], [0]))
         for i in gl.static_range(c.TILE // c.BOX):
             # Without a key in it, the number is -1, and what TMA finds there is zeros.
@@ -306,12 +321,24 @@ def _fetch_tile(source, batch, head, row, pages, tiles, full, slot, c):
             inside = i * c.BOX % c.PAGE
             if c.TILE % c.PAGE != 0:
                 inside = (row + i * c.BOX) % c.PAGE
-            _tma_load(
-                source,
-                [page, head, inside, 0],
-                full.index(slot),
-                tiles.index(slot).slice(i * c.BOX, c.BOX, dim=2),
-            )
+            part = tiles.index(slot).slice(i * c.BOX, c.BOX, dim=2)
+            _tma_load(source, [page, head, inside, 0], full, part)
+            if tail is not None:
+                part_tail = tails.index(slot).slice(i * c.BOX, c.BOX, dim=2)
+                _tma_load(tail, [page, head, inside, D - c.TAIL], full, part_tail)
+
+
+@gluon.jit
+def _fetch_values(n, v, batch, head, row, pages, s, c):
+    """Fetches the values of tile `n`."""
+    if c.V_SLOTS < V_STAGES:  # fewer than barriers: those of the tile that had the slot last
+        old = n - c.V_SLOTS
+        if old >= 0:
+            wait_for(V_FREE + old % V_STAGES, (old // V_STAGES) & 1)
+            if c.ARMED:
+                mbarrier.wait(s.v_full.index(old % V_STAGES), (old // V_STAGES) & 1)
+    full = s.v_full.index(n % V_STAGES)
+    _fetch_tile(v, None, batch, head, row, pages, s.v, None, n % c.V_SLOTS, full, c.DV, c)
 
 
 @gluon.jit
@@ -327,7 +354,7 @@ def _settle(n, v, batch, head, row, pages, fetched, s, c):
         keep |= read(KEEP_AT + 4 * (slot * c.GROUPS + w))
     if fetched == 0:
         if keep != 0:
-            _fetch_tile(v, batch, head, row, pages, s.v, s.v_full, slot, c)
+            _fetch_values(n, v, batch, head, row, pages, s, c)
         else:  # nobody reads the slot: its phase completes without a load
             mbarrier.arrive(s.v_full.index(slot), count=1)
     return keep
@@ -342,7 +369,7 @@ def _give(number, turn):
 
 
 @gluon.jit
-def _produce(q, k, v, s, c, counter):
+def _produce(q, k, q_tail, k_tail, v, s, c, counter):
     number = gl.program_id(0)
     turn = 0
     q_phase = 1
@@ -393,18 +420,19 @@ def _produce(q, k, v, s, c, counter):
                 # A warpgroup that skips frees the slot without waiting for its values: they may be in flight.
                 wait_for(V_FREE + v_slot, v_phase)
                 mbarrier.wait(s.v_full.index(v_slot), v_phase)
-            _fetch_tile(k, batch, item.kv_head, key, pages, s.k, s.k_full, k_slot, c)
+            full = s.k_full.index(k_slot)
+            _fetch_tile(
+                k, k_tail, batch, item.kv_head, key, pages, s.k, s.k_tail, k_slot, full, c.D, c
+            )
             if c.ARMED:
                 if n >= 2:
                     keep = _settle(n - 2, v, batch2, head2, row2, pages2, fetched2, s, c)
                 # After a kept tile the next ones will probably be kept: their values are fetched ahead.
                 if (keep != 0) & (fetched1 == 0) & (n >= 1):
-                    _fetch_tile(
-                        v, batch1, head1, row1, pages1, s.v, s.v_full, (n - 1) % V_STAGES, c
-                    )
+                    _fetch_values(n - 1, v, batch1, head1, row1, pages1, s, c)
                     fetched1 = 1
                 if keep != 0:
-                    _fetch_tile(v, batch, item.kv_head, key, pages, s.v, s.v_full, v_slot, c)
+                    _fetch_values(n, v, batch, item.kv_head, key, pages, s, c)
                 fetched2 = fetched1
                 batch2 = batch1
                 head2 = head1
@@ -419,20 +447,16 @@ def _produce(q, k, v, s, c, counter):
                 # Only now: consumers may need values of tile n - 2 before they free the old queries.
                 for w in gl.static_range(c.GROUPS):
                     wait_for(Q_FREE + w, q_phase)
-                    _fetch(
-                        q,
-                        batch,
-                        item.head,
-                        item.q_start + item.row + ROWS * w,
-                        s.q,
-                        s.q_full,
-                        w,
-                        ROWS * c.D * 2,
-                    )
+                    place = [batch, item.head, item.q_start + item.row + ROWS * w, 0]
+                    mbarrier.expect(s.q_full.index(w), ROWS * c.D * 2)
+                    _tma_load(q, place, s.q_full.index(w), s.q.index(w))
+                    if q_tail is not None:
+                        place_tail = [place[0], place[1], place[2], c.D - c.TAIL]
+                        _tma_load(q_tail, place_tail, s.q_full.index(w), s.q_tail.index(w))
                 q_phase ^= 1
             if not c.ARMED:
                 wait_for(V_FREE + v_slot, v_phase)
-                _fetch_tile(v, batch, item.kv_head, key, pages, s.v, s.v_full, v_slot, c)
+                _fetch_values(n, v, batch, item.kv_head, key, pages, s, c)
             n += 1
         if c.ARMED & c.EMPTY:
             if visited == 0:
@@ -475,26 +499,31 @@ def _announce(keep, slot, W: gl.constexpr, c):
 
 
 @gluon.jit
-def _scores(queries, s, slot, c, S: gl.constexpr):
+def _scores(queries, s, slot, W: gl.constexpr, c, S: gl.constexpr):
     """Starts q k^T of the tile in a slot."""
-    keys = s.k.index(slot).reshape([c.TILE, c.D]).permute((1, 0))
+    keys = s.k.index(slot).reshape([c.TILE, c.D - c.TAIL]).permute((1, 0))
     zero = gl.zeros([ROWS, c.TILE], gl.float32, S)
-    return warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
+    if c.TAIL > 0:
+        rest = s.k_tail.index(slot).reshape([c.TILE, c.TAIL]).permute((1, 0))
+        queries_tail = s.q_tail.index(W).reshape([ROWS, c.TAIL])
+        scores = warpgroup_mma(queries_tail, rest, scores, is_async=True)
+    return scores
 
 
 @gluon.jit
-def _product(weights, s, slot, acc, c):
-    """Starts acc + p v of the tile in a slot."""
-    values = s.v.index(slot).reshape([c.TILE, c.D])
+def _product(weights, s, n, acc, c):
+    """Starts acc + p v of tile `n`."""
+    values = s.v.index(n % c.V_SLOTS).reshape([c.TILE, c.DV])
     return warpgroup_mma(weights, values, acc, is_async=True)
 
 
 @gluon.jit
-def _both(queries, weights, acc, s, k_slot, old, old_phase, c, S: gl.constexpr):
-    """Starts q k^T of one tile and p v of the tile before; returns finished scores and p v in flight."""
-    scores = _scores(queries, s, k_slot, c, S)
-    mbarrier.wait(s.v_full.index(old), old_phase)
-    flying = _product(weights, s, old, acc, c)
+def _both(queries, weights, acc, s, n, W: gl.constexpr, c, S: gl.constexpr):
+    """Starts q k^T of tile `n` and p v of the tile before; returns finished scores and p v in flight."""
+    scores = _scores(queries, s, n % K_STAGES, W, c, S)
+    mbarrier.wait(s.v_full.index((n - 1) % V_STAGES), ((n - 1) // V_STAGES) & 1)
+    flying = _product(weights, s, n - 1, acc, c)
     return warpgroup_mma_wait(1, deps=[scores]), flying
 
 
@@ -582,7 +611,7 @@ def _walk(
         # waits for v_full, and V_FREE follows once p v is done. If it was skipped, `_announce` freed them.
         mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
         if not c.ARMED:
-            scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
+            scores, flying = _both(queries, weights, acc, s, n, W, c, S)
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             p, alpha, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, MASKED, S)
             acc = _finished(flying, old, old_phase)
@@ -590,7 +619,7 @@ def _walk(
             acc = _rescaled(acc, alpha, O)
             weights = gl.convert_layout(p.to(s.v.dtype), A)
         elif keep != 0:
-            scores, flying = _both(queries, weights, acc, s, k_slot, old, old_phase, c, S)
+            scores, flying = _both(queries, weights, acc, s, n, W, c, S)
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
             keep = _vote(tops, m, needed, slot, MASKED, W, c)
@@ -604,7 +633,7 @@ def _walk(
             arrive(V_FREE + old)
             kept += keep
         else:
-            scores = _scores(queries, s, k_slot, c, S)
+            scores = _scores(queries, s, k_slot, W, c, S)
             scores = warpgroup_mma_wait(0, deps=[scores])
             scores = _taken(scores, k_slot, tile, item, row, MASKED, c, S)
             tops = _tops(scores, scale, c)
@@ -624,7 +653,7 @@ def _clean(values, held, W: gl.constexpr, c):
 
     Every warpgroup writes the whole tile, all with the same bytes.
     """
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // c.D, c.D // 8], [4, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // c.DV, c.DV // 8], [4, 1], [1, 0])
     tile = values.load(L)
     inside = gl.arange(0, c.TILE, gl.SliceLayout(1, L)) < held
     values.store(gl.where(inside[:, None], tile, 0.0))
@@ -637,7 +666,7 @@ def _consume(
     W: gl.constexpr, out, factor, scale, stride_ob, stride_oh, stride_os, s, c
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.TILE, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.DV, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     n = 0
@@ -651,7 +680,7 @@ def _consume(
         mine, whole = _tiles(item, row, ROWS, c)
         # In a dense call every warpgroup walks all tiles of the block; those beyond its own are all masked.
         last = mine if c.ARMED else visited
-        acc = gl.zeros([ROWS, c.D], gl.float32, O)
+        acc = gl.zeros([ROWS, c.DV], gl.float32, O)
         l = gl.full([ROWS], 0.0, gl.float32, ROW)
         needed = gl.full([ROWS], 0.0, gl.float32, ROW)
         kept = 0
@@ -676,11 +705,11 @@ def _consume(
             mbarrier.wait(s.q_full.index(W), q_phase)
             q_phase ^= 1
         if last > 0:
-            queries = s.q.index(W).reshape([ROWS, c.D])
+            queries = s.q.index(W).reshape([ROWS, c.D - c.TAIL])
             # The first tile is always kept.
             k_slot = n % K_STAGES
             mbarrier.wait(s.k_full.index(k_slot), (n // K_STAGES) & 1)
-            scores = warpgroup_mma_wait(0, deps=[_scores(queries, s, k_slot, c, S)])
+            scores = warpgroup_mma_wait(0, deps=[_scores(queries, s, k_slot, W, c, S)])
             scores = _taken(scores, k_slot, 0, item, row, True, c, S)
             m = gl.full([ROWS], float("-inf"), gl.float32, ROW)
             p, unused, l, m = _soften(scores, _tops(scores, scale, c), scale, m, l, True, S)
@@ -705,8 +734,8 @@ def _consume(
                 if (c.kv_lens is not None) | (c.kv_starts is not None) | (c.PAGE > 0):
                     held = item.kv_len - (last - 1) * c.TILE
                     if held < c.TILE:
-                        _clean(s.v.index(slot).reshape([c.TILE, c.D]), held, W, c)
-                acc = warpgroup_mma_wait(0, deps=[_product(weights, s, slot, acc, c)])
+                        _clean(s.v.index((n - 1) % c.V_SLOTS).reshape([c.TILE, c.DV]), held, W, c)
+                acc = warpgroup_mma_wait(0, deps=[_product(weights, s, n - 1, acc, c)])
                 arrive(V_FREE + slot)
         elif visited > 0:
             arrive(Q_FREE + W)
@@ -718,7 +747,7 @@ def _consume(
                 _announce(0, n % V_STAGES, W, c)
                 n += 1
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, O))
-        columns = gl.arange(0, c.D, gl.SliceLayout(0, O))
+        columns = gl.arange(0, c.DV, gl.SliceLayout(0, O))
         # A row that saw no key has l = 0 and acc = 0, and comes out as zero, like padding.
         inverse = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O))
         acc = gl.where((rows < item.q_len)[:, None], acc * inverse[:, None], 0.0)
@@ -752,19 +781,27 @@ def _consume(
     do_not_specialize_on_alignment=["q_lens", "kv_lens", "q_starts", "kv_starts", "table"],
 )  # fmt: skip
 def _hopper(
-    q, k, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, table, factor, scale,
-    q_len, kv_len, dense_last, min_kv_len, items, group, kv_heads, blocks, near, pages,
+    q, k, q_tail, k_tail, v, out, stats, counter, factors, q_lens, kv_lens, q_starts, kv_starts, table,
+    factor, scale, q_len, kv_len, dense_last, min_kv_len, items, group, kv_heads, blocks, near, pages,
     stride_ob, stride_oh, stride_os,
-    GROUPS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr, ARMED: gl.constexpr,
+    GROUPS: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr, DV: gl.constexpr, V_SLOTS: gl.constexpr,
+    TILE: gl.constexpr, CAUSAL: gl.constexpr, ARMED: gl.constexpr,
     EMPTY: gl.constexpr, LEADS: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, SUMMED: gl.constexpr,
     WARPS: gl.constexpr, HEAVY: gl.constexpr, LIGHT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    queries_tail = None
+    keys_tail = None
+    if TAIL > 0:
+        queries_tail = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, TAIL], q.layout)
+        keys_tail = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, TILE, TAIL], k.layout)
     s = _Shared(
-        gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q.layout),
-        gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, TILE, D], k.layout),
-        gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, TILE, D], v.layout),
+        gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D - TAIL], q.layout),
+        gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, TILE, D - TAIL], k.layout),
+        queries_tail,
+        keys_tail,
+        gl.allocate_shared_memory(dtype, [V_SLOTS, 1, 1, TILE, DV], v.layout),
         gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER),
@@ -786,8 +823,8 @@ def _hopper(
     fence_async_shared()
     c = _Call(
         q_len, kv_len, dense_last, items, group, kv_heads, blocks, near, q_lens, kv_lens, q_starts,
-        kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TILE, CAUSAL, ARMED, EMPTY, LEADS,
-        PAGE, BOX, SUMMED, WARPS,
+        kv_starts, factors, stats, table, pages, min_kv_len, GROUPS, D, TAIL, DV, V_SLOTS, TILE, CAUSAL,
+        ARMED, EMPTY, LEADS, PAGE, BOX, SUMMED, WARPS,
     )  # fmt: skip
     place = (out, factor, scale, stride_ob, stride_oh, stride_os, s, c)
     if GROUPS == 2:
@@ -795,7 +832,7 @@ def _hopper(
             [
                 (_consume, (0,) + place),
                 (_consume, (1,) + place),
-                (_produce, (q, k, v, s, c, counter)),
+                (_produce, (q, k, q_tail, k_tail, v, s, c, counter)),
             ],
             [4, WARPS],
             [HEAVY, LIGHT],
@@ -806,7 +843,7 @@ def _hopper(
                 (_consume, (0,) + place),
                 (_consume, (1,) + place),
                 (_consume, (2,) + place),
-                (_produce, (q, k, v, s, c, counter)),
+                (_produce, (q, k, q_tail, k_tail, v, s, c, counter)),
             ],
             [4, 4, WARPS],
             [HEAVY, HEAVY, LIGHT],

@@ -26,10 +26,10 @@ PAGES = [16, 32, 48, 64, 128, 256]
 NOBODYS = (2**31 - 1, -7, 10**6)  # what a table may hold where no key is
 
 
-def planted(**shape: Any) -> Planted:
-    return plant(
-        **{"head_dim": 128, "tile_kv": 128, "dtype": torch.bfloat16, "device": "cuda", **shape}
-    )
+def planted(head_dim: int = 128, **shape: Any) -> Planted:
+    """Values of 128 columns where keys have 192."""
+    shape = {"tile_kv": 128, "dtype": torch.bfloat16, "device": "cuda", **shape}
+    return plant(head_dim=head_dim, value_dim=min(head_dim, 128), **shape)
 
 
 def starts(lengths: list[int]) -> torch.Tensor:
@@ -45,8 +45,12 @@ def in_pages(
     free = list(range(len(kv_lens) * columns))
     draw.shuffle(free)
     table = torch.tensor([[draw.choice(NOBODYS) for _ in range(columns)] for _ in kv_lens])
-    shape = (len(free), p.k.shape[1], page, p.k.shape[3])
-    k, v = (torch.full(shape, torch.nan, dtype=x.dtype, device=x.device) for x in (p.k, p.v))
+    k, v = (
+        torch.full(
+            (len(free), x.shape[1], page, x.shape[3]), torch.nan, dtype=x.dtype, device=x.device
+        )
+        for x in (p.k, p.v)
+    )
     for b, kv_len in enumerate(kv_lens):
         for first in range(0, kv_len, page):
             table[b, first // page] = number = free.pop()
@@ -58,7 +62,7 @@ def in_pages(
 
 @on_hopper
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_give_the_bits_of_the_contiguous_call(page: int, head_dim: int) -> None:
     p = planted(batch=4, heads=4, kv_heads=2, q_len=333, kv_len=1500, head_dim=head_dim)
@@ -80,7 +84,7 @@ def test_pages_give_the_bits_of_the_contiguous_call(page: int, head_dim: int) ->
 
 @on_hopper
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("page", [16, 64, 256])
 def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, head_dim: int) -> None:
     """Before the first row of a request, in the same vote, lie rows of another: they must not count."""
@@ -90,7 +94,7 @@ def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, hea
     at = starts(q_lens)
     k, v, table = in_pages(p, page, kv_lens)
     counts = torch.zeros(4, 2, dtype=torch.int64, device="cuda")
-    out = torch.full((len(q) + 3, 4, head_dim), 7.0, dtype=q.dtype, device="cuda")
+    out = torch.full((len(q) + 3, 4, p.v.shape[3]), 7.0, dtype=q.dtype, device="cuda")
     place = (at, None, 700, 2011)
     call = {
         "scale_factor": p.scale_factor,
@@ -123,7 +127,7 @@ def test_packed_requests_with_a_cached_prefix_match_the_reference(page: int, hea
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("first", [640, 700, 1279, 1999])
 def test_the_last_chunk_gives_the_bits_of_the_whole_prompt(first: int, head_dim: int) -> None:
     """Votes are cut where the whole prompt's are; only the one in which the chunk begins holds fewer rows."""
@@ -159,7 +163,7 @@ def test_short_requests_below_min_kv_len_skip_nothing(page: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 def test_what_others_hold_decides_nothing(head_dim: int) -> None:
     """Rows of inf before and behind a request that begins inside a vote."""
     p = planted(heads=4, kv_heads=2, q_len=500, kv_len=1530, head_dim=head_dim)
@@ -195,7 +199,7 @@ def test_the_layout_of_an_engine() -> None:
 
 @on_hopper
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("page", [16, 128])
 def test_values_that_are_fetched_late_are_those_of_their_tile(page: int, head_dim: int) -> None:
     """Most tiles are skipped and most blocks have none: values are settled by other items, or without any."""

@@ -25,8 +25,13 @@ ROWS = 64
 SM_90 = Device(9)
 
 
-def planted(**shape: Any) -> Planted:
-    return plant(**{"head_dim": 128, "tile_kv": 128, "dtype": torch.bfloat16, **shape})
+HEAD_DIMS = [64, 128, 192]
+
+
+def planted(head_dim: int = 128, **shape: Any) -> Planted:
+    """Values of 128 columns where keys have 192."""
+    shape = {"tile_kv": 128, "dtype": torch.bfloat16, **shape}
+    return plant(head_dim=head_dim, value_dim=min(head_dim, 128), **shape)
 
 
 def run(p: Planted, **keywords: Any) -> tuple[torch.Tensor, ss.TileCounts]:
@@ -40,7 +45,7 @@ def check(p: Planted, **call: Any) -> tuple[torch.Tensor, ss.TileCounts]:
 
 @on_hopper
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
     "q_len, kv_len",
     [(1, 1), (63, 63), (64, 128), (129, 129), (200, 333), (1, 700), (500, 500), (257, 1111)],
@@ -55,7 +60,7 @@ def test_output_and_decisions_match_the_reference(
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("q_len, kv_len", [(1, 700), (200, 333), (257, 1111), (2000, 3003)])
 def test_votes_with_one_of_the_last_rows_skip_nothing(
@@ -76,7 +81,7 @@ def test_votes_with_one_of_the_last_rows_skip_nothing(
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9, 1.0])
 def test_long_prompts_at_every_sparsity(sparsity: float, head_dim: int) -> None:
     """More items than processors, so that every program takes several."""
@@ -115,7 +120,7 @@ def test_kv_heads_at_a_time_are_an_equal_part_that_fits(
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_more_queries_than_keys_leaves_early_rows_empty(head_dim: int) -> None:
     p = planted(q_len=700, kv_len=240, head_dim=head_dim)
     out, _ = check(p)
@@ -125,7 +130,7 @@ def test_more_queries_than_keys_leaves_early_rows_empty(head_dim: int) -> None:
 
 @on_hopper
 @pytest.mark.parametrize("dense_last", [0, 64])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_padded_requests_equal_each_one_alone(head_dim: int, dense_last: int) -> None:
     p = planted(batch=4, q_len=300, kv_len=600, head_dim=head_dim)
     q_lens, kv_lens = [300, 33, 0, 130], [600, 177, 450, 0]
@@ -146,7 +151,7 @@ def test_padded_requests_equal_each_one_alone(head_dim: int, dense_last: int) ->
 
 @on_hopper
 @pytest.mark.parametrize("dense_last", [0, 64])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_packed_requests_equal_each_one_alone(head_dim: int, dense_last: int) -> None:
     p = planted(heads=4, kv_heads=2, q_len=800, kv_len=1333, head_dim=head_dim)
     cu_q, cu_k = [0, 270, 271, 271, 800], [0, 450, 460, 500, 1333]
@@ -166,7 +171,7 @@ def test_packed_requests_equal_each_one_alone(head_dim: int, dense_last: int) ->
 
 @on_hopper
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_blocks_beyond_short_requests_hold_nothing_up(head_dim: int) -> None:
     """A long request among short ones: most blocks have no tiles, and come one after another to a program."""
     p = planted(heads=14, kv_heads=2, q_len=4432, kv_len=4432, head_dim=head_dim, sparsity=0.95)
@@ -186,7 +191,7 @@ def test_blocks_beyond_short_requests_hold_nothing_up(head_dim: int) -> None:
 
 @on_hopper
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rows_that_see_no_key_hold_nothing_up(head_dim: int) -> None:
     """More queries than keys: the first blocks have no tiles, and are given out last, after sparse ones."""
     p = planted(heads=14, kv_heads=2, q_len=2048, kv_len=2048, head_dim=head_dim, sparsity=0.95)
@@ -202,7 +207,7 @@ def test_rows_that_see_no_key_hold_nothing_up(head_dim: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_zero_is_bit_identical_to_the_kernel_without_skipping(head_dim: int) -> None:
     p = planted(heads=8, q_len=3000, kv_len=3333, head_dim=head_dim)
     dense = ss.attention(p.q, p.k, p.v, backend="hopper")
@@ -259,7 +264,7 @@ def test_auto_takes_this_kernel_where_it_can() -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_a_thousand_runs_are_bit_identical(head_dim: int) -> None:
     p = planted(heads=16, kv_heads=4, q_len=2500, kv_len=2500, head_dim=head_dim)
     first, counted = run(p)
@@ -369,6 +374,7 @@ def refusal(
         ({"dtype": torch.float32}, "dtype torch.float32 is not fp16 or bf16"),
         ({"head_dim": 96}, "head_dim 96"),
         ({"value_dim": 64}, "of values 64"),
+        ({"head_dim": 192}, "head_dim 192 (of values 192) is not 64, 128, or 192 (of values 128)"),
         ({"tile_q": 128}, "votes of 128 x 128 are not 64 x 128"),
         ({"tile_kv": 64}, "votes of 64 x 64"),
         ({"window": 9}, "sliding window"),
@@ -380,6 +386,7 @@ def refusal(
 def test_what_the_kernel_cannot_do_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     assert refusal() is None
     assert refusal(dense_last=64) is None
+    assert refusal(head_dim=192, value_dim=128) is None
     assert refusal(min_kv_len=9, q_len=63, ragged=True) is None
     assert words in refusal(**change)
 

@@ -351,7 +351,8 @@ BRANCHES = (
     "decode fp32", "combine of any lengths", "prefill 128 dense", "prefill 192 to 128",
     "prefill 64 window packed, dense last", "prefill 128 paged 64", "prefill 128 paged 128",
     "statistics, lead, dense last", "statistics decode", "hopper 64 dense", "hopper 64 packed, dense last",
-    "hopper 128 padded, not causal, dense last", "hopper 128 paged 16",
+    "hopper 128 padded, not causal, dense last", "hopper 128 paged 16", "decode latent paged 64, served",
+    "hopper 192 to 128 paged 64",
 )
 assert arch != 90 or set(BRANCHES) <= set(cases)
 if not KNOWS_BLACKWELL:

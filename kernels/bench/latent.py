@@ -22,6 +22,7 @@ import triton
 from inputs import planted
 
 import skip_softmax as ss
+from skip_softmax.choose import backends
 
 HEADS = 128
 D, DV = 192, 128  # columns of expanded keys and values
@@ -55,7 +56,7 @@ def wrong() -> list[str]:
     q1, cache, factor1 = latent_inputs(2, 3000, 0.5)
     calls: dict[str, Callable[..., Any]] = {
         f"prefill {name}": partial(ss.attention, q, k, v, scale_factor=factor, backend=name)
-        for name in ("hopper", "triton")
+        for name in backends("prefill")
     }
     for heads in (16, 32, 64):
         calls[f"decode, votes of {heads}"] = partial(
@@ -77,7 +78,7 @@ def wrong() -> list[str]:
     return found
 
 
-def prefill_rows(length: int, backends: tuple[str, ...]) -> list[Row]:
+def prefill_rows(length: int, kernels: tuple[str, ...]) -> list[Row]:
     """128 heads with keys of their own, one request."""
     flops = 2 * HEADS * length * length / 2 * (D + DV)
     rows = []
@@ -89,7 +90,7 @@ def prefill_rows(length: int, backends: tuple[str, ...]) -> list[Row]:
         calls = timings.sdpa_ready(q, k, v, causal=True)
         names = list(calls)
         sparsity = {}
-        for backend in backends:
+        for backend in kernels:
             call = partial(ss.attention, q, k, v, backend=backend)
             _, stats = call(scale_factor=factor, return_stats=True)
             sparsity[backend] = (stats.skipped.sum() / stats.visited.sum()).item()
@@ -97,7 +98,7 @@ def prefill_rows(length: int, backends: tuple[str, ...]) -> list[Row]:
             calls[backend] = timings.ready(partial(call, scale_factor=factor))
         times = timings.median_times(calls, REPEATS)
         others = {f"{name}_ms": times[name] for name in names}
-        for backend in backends:
+        for backend in kernels:
             ms, dense = times[backend], times[f"{backend} dense"]
             rows.append({
                 "phase": "prefill", "backend": backend, "kv_len": length, "q_heads": HEADS,
@@ -170,7 +171,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--backend", default="hopper,triton", help="of prefill, with commas")
+    parser.add_argument("--backend", default=",".join(backends("prefill")), help="of prefill")
     parser.add_argument("--length", type=int, default=16384, help="of prefill [tokens]")
     parser.add_argument("--decode", default="16x32768", help="batch x length")
     options = parser.parse_args()

@@ -7,6 +7,7 @@ finished when it was stopped must not be in the log of the same command's next p
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -247,9 +248,9 @@ PROGRESS: dict[str, tuple[Callable[[Path], list[Any]], int]] = {
 }
 
 
-def stop_at(process: Process, stage: str, number: signal.Signals, rng: Random) -> None:
+def stop_at(process: Process, stage: str, number: signal.Signals) -> None:
     """Sends a signal at a random moment of a stage: after a random step, within the next."""
-    progress, total = PROGRESS[stage]
+    (progress, total), rng = PROGRESS[stage], Random(f"{stage} {number}")
     steps, pause = rng.randrange(1, total // 2), rng.uniform(0.0, 0.03)
     deadline = time.monotonic() + PATIENCE
     while len(progress(process.folder)) < steps:
@@ -268,45 +269,43 @@ def stop_at(process: Process, stage: str, number: signal.Signals, rng: Random) -
     assert number == signal.SIGKILL or "interrupted: run the same command again" in process.said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
-@pytest.mark.parametrize("stage", list(PROGRESS))
+# Every stage is stopped by both signals: in a run that then ends, and in one that is stopped three times.
+STOPS = (
+    [("capture", signal.SIGINT)],
+    [("search", signal.SIGKILL)],
+    [("validation", signal.SIGINT)],
+    [("capture", signal.SIGKILL), ("search", signal.SIGINT), ("validation", signal.SIGKILL)],
+)
+
+
+@pytest.mark.parametrize(
+    "stops", STOPS, ids=lambda stops: "-".join(f"{stage}-{number.name}" for stage, number in stops)
+)
 def test_a_stopped_run_goes_on_without_repeating_anything_and_ends_the_same(
     start: Callable[[Path, Path], Process],
     config: Path,
     undisturbed: Process,
     tmp_path: Path,
-    stage: str,
-    number: signal.Signals,
+    stops: list[tuple[str, signal.Signals]],
 ) -> None:
     folder = tmp_path / "run"
-    stop_at(start(config, folder), stage, number, Random(f"{stage} {number}"))
-    before = {name: progress(folder) for name, (progress, _) in PROGRESS.items()}
-    assert before[stage], "nothing was finished when the run was stopped"
-
-    resumed = start(config, folder)
-    assert resumed.wait() == 0, resumed.said
-
-    assert not set(resumed.work("capture")) & set(before["capture"]), "a prompt was captured twice"
-    assert len(resumed.work("capture")) == CALIBRATION - len(before["capture"])
-    assert trials(folder)[: len(before["search"])] == before["search"], (
-        "a finished trial was touched"
-    )
+    before: dict[str, list[Any]] = {name: [] for name in PROGRESS}
+    for stop in [*stops, None]:
+        process = start(config, folder)
+        if stop is None:
+            assert process.wait() == 0, process.said
+        else:
+            stop_at(process, *stop)
+        for stage, work in (("capture", "capture"), ("validation", "heldout")):
+            assert not set(process.work(work)) & set(before[stage]), "a prompt was read twice"
+        assert trials(folder)[: len(before["search"])] == before["search"], (
+            "a finished trial was touched"
+        )
+        if stop is None:
+            assert len(process.work("capture")) == CALIBRATION - len(before["capture"])
+        before = {name: progress(folder) for name, (progress, _) in PROGRESS.items()}
+        assert stop is None or before[stop[0]], "nothing was finished when the run was stopped"
     assert len(trials(folder)) == TRIALS
-    assert not set(resumed.work("heldout")) & set(before["validation"]), (
-        "a prompt was validated twice"
-    )
-    same_results(folder, undisturbed)
-
-
-def test_a_run_stopped_again_and_again_ends_the_same(
-    start: Callable[[Path, Path], Process], config: Path, undisturbed: Process, tmp_path: Path
-) -> None:
-    folder, rng = tmp_path / "run", Random(7)
-    for stage in PROGRESS:
-        number = rng.choice([signal.SIGINT, signal.SIGKILL])
-        stop_at(start(config, folder), stage, number, rng)
-    last = start(config, folder)
-    assert last.wait() == 0, last.said
     same_results(folder, undisturbed)
 
 
@@ -396,6 +395,14 @@ def small_search(
     return drawn(folder)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What a sampler draws when nobody stops it."""
+    return functools.cache(
+        lambda sampler: small_search(tmp_path_factory.mktemp("whole"), sampler, {})
+    )
+
+
 @pytest.mark.parametrize(
     ("sampler", "kind"),
     [
@@ -408,24 +415,25 @@ def small_search(
     ],
 )
 def test_every_sampler_draws_the_same_trials_after_an_interruption(
-    tmp_path: Path, sampler: str, kind: type[BaseException]
+    whole: Callable[[str], list[Any]], tmp_path: Path, sampler: str, kind: type[BaseException]
 ) -> None:
-    whole = small_search(tmp_path / "whole", sampler, {})
-    assert len(whole) == 20
-    assert {state for state, _ in whole} == {"COMPLETE", "PRUNED"}, "some trials must be pruned"
+    expected = whole(sampler)
+    assert len(expected) == 20
+    assert {state for state, _ in expected} == {"COMPLETE", "PRUNED"}, "some trials must be pruned"
     for stop in (1, 24, 3):  # evaluations of each process: in a warm start, then in drawn trials
         with pytest.raises(kind):
             small_search(tmp_path / "stopped", sampler, {stop: kind})
-    assert small_search(tmp_path / "stopped", sampler, {}) == whole
+    assert small_search(tmp_path / "stopped", sampler, {}) == expected
 
 
-def test_a_search_stopped_between_planning_a_trial_and_starting_it_goes_on(tmp_path: Path) -> None:
-    whole = small_search(tmp_path / "whole", "tpe", {})
+def test_a_search_stopped_between_planning_a_trial_and_starting_it_goes_on(
+    whole: Callable[[str], list[Any]], tmp_path: Path
+) -> None:
     (tmp_path / "stopped").mkdir()
     config = RunConfig.model_validate({"model": {"path": "none"}})
     study = open_study(config.search, tmp_path / "stopped")
     study.enqueue_trial({"x": 0.5, "y": 0.5}, user_attrs={"name": "analytic"})
-    assert small_search(tmp_path / "stopped", "tpe", {}) == whole
+    assert small_search(tmp_path / "stopped", "tpe", {}) == whole("tpe")
 
 
 @pytest.fixture
@@ -439,10 +447,15 @@ def heard() -> Iterator[None]:
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("moment", ["do_rollback", "do_commit", "do_execute"])
 def test_ctrl_c_inside_the_database_says_nothing_and_loses_nothing(
-    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
+    whole: Callable[[str], list[Any]],
+    tmp_path: Path,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    caplog: Any,
 ) -> None:
     """SQLAlchemy logs a traceback when it is interrupted, or swallows the interruption."""
-    whole = small_search(tmp_path / "whole", "tpe", {})
+    expected = whole("tpe")
     untouched = getattr(DefaultDialect, moment)
     for stop in (5, 40, 120):
         calls = iter(range(stop))
@@ -459,11 +472,11 @@ def test_ctrl_c_inside_the_database_says_nothing_and_loses_nothing(
         assert getattr(DefaultDialect, moment) is untouched, "never pressed"
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
-    assert small_search(tmp_path / "stopped", "tpe", {}) == whole
+    assert small_search(tmp_path / "stopped", "tpe", {}) == expected
 
 
-def test_another_seed_draws_other_trials(tmp_path: Path) -> None:
+def test_another_seed_draws_other_trials(whole: Callable[[str], list[Any]], tmp_path: Path) -> None:
     """If it did not, equal trials after an interruption would prove nothing."""
-    ours, theirs = (small_search(tmp_path / str(seed), "tpe", {}, seed) for seed in (0, 1))
+    ours, theirs = whole("tpe"), small_search(tmp_path, "tpe", {}, seed=1)
     assert ours[:9] == theirs[:9], "warm starts do not depend on the seed"
     assert not set(ours[12:]) & set(theirs[12:])

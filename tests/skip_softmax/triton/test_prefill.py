@@ -72,21 +72,25 @@ def test_the_last_votes_keep_what_was_planted_to_be_skipped(q_len: int, dense_la
 
 @pytest.mark.parametrize("causal, window", [(True, None), (True, 100), (False, None)])
 @pytest.mark.parametrize(
-    "head_dim, tile_q, tile_kv, dense_last, dtype",
+    "head_dim, tile_q, tile_kv, dense_last, dtype, q_len, kv_len",
     [
-        (32, 16, 16, 40, torch.float32),  # blocks of several votes, of which some are dense
-        (32, 4, 32, 41, torch.float32),
-        (128, 64, 128, 64, torch.float16),  # two paths through the same tiles
-        (128, 128, 128, 1, torch.float16),
-        (64, 64, 128, 64, torch.float16),
+        # blocks of several votes, of which some are dense
+        (32, 16, 16, 40, torch.float32, 157, 250),
+        (32, 4, 32, 41, torch.float32, 157, 250),
+        # two paths through the same tiles
+        (128, 64, 128, 64, torch.float16, 333, 700),
+        (128, 128, 128, 1, torch.float16, 333, 700),
+        (64, 64, 128, 64, torch.float16, 333, 700),
     ],
     ids=str,
 )
 def test_dense_rows_in_every_kind_of_block(
-    head_dim: int, tile_q: int, tile_kv: int, dense_last: int, dtype: torch.dtype, causal: bool,
-    window: int | None,
+    head_dim: int, tile_q: int, tile_kv: int, dense_last: int, dtype: torch.dtype, q_len: int, kv_len: int,
+    causal: bool, window: int | None,
 ) -> None:  # fmt: skip
-    p = plant(q_len=333, kv_len=700, head_dim=head_dim, tile_q=tile_q, tile_kv=tile_kv, dtype=dtype)
+    p = plant(
+        q_len=q_len, kv_len=kv_len, head_dim=head_dim, tile_q=tile_q, tile_kv=tile_kv, dtype=dtype
+    )
     call = {"tile_q": tile_q, "tile_kv": tile_kv, "causal": causal, "window": window}
     _, plain = check(p, **call)
     _, stats = check(p, dense_last=dense_last, **call)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
-from calibrate.schema import ModelConfig, RunConfig, load_config
+from calibrate.schema import ModelConfig, RunConfig, load_config, require_in_memory
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.yaml_file import user_path
 
@@ -359,6 +359,8 @@ def _config(
                 "`overrides` must be applied to a path or a dict, but got a RunConfig; change the config "
                 "itself: config.model_copy(update=...)"
             )
+        if in_memory:
+            require_in_memory(config.model.engine)
         return config, "run"
     if not isinstance(config, (str, os.PathLike, Mapping)):
         raise UserError(

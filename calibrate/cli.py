@@ -59,13 +59,21 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Who runs the model: transformers, or vllm-native, the plug-in that will serve it; unset: "
+            "the config's `model.engine`."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate a model. The same command resumes an interrupted run."""
     import calibrate
 
+    chosen = [*(overrides or ()), *([] if engine is None else [f"model.engine={engine}"])]
     with terminal.Bars() as bars:
-        finished = calibrate.run(config, output, overrides=overrides or (), progress=bars)
+        finished = calibrate.run(config, output, overrides=chosen, progress=bars)
     _finish(finished, as_json)
 
 

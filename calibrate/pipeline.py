@@ -16,13 +16,20 @@ from calibrate.errors import UserError, WorkFailed
 from calibrate.loss import losses
 from calibrate.loss.joint import described
 from calibrate.loss.losses import FINEST
-from calibrate.loss.measure import Outcome, compare, compare_unguarded, with_generated
+from calibrate.loss.measure import (
+    Outcome,
+    compare,
+    compare_unguarded,
+    require_measurable,
+    with_generated,
+)
 from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan, rounding_told
 from calibrate.model.config_json import identity_of
 from calibrate.model.forward import dense_logits
 from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, attention_modules, thresholds_for
+from calibrate.model.served import serve
 from calibrate.prompts.build import SPLITS, Prompt, Split, build
 from calibrate.proof import target as targeted
 from calibrate.proof.dense import left_dense, nothing_skipped
@@ -144,7 +151,9 @@ class Stages:
     def loaded(self) -> LoadedModel:
         """The model, without the layers in which no tile was seen."""
         self.progress.stage("load model", 1, 0)
-        loaded = self._model or load(self.config.model)
+        loaded = self._model or (
+            serve(self.config) if self.config.model.served else load(self.config.model)
+        )
         self.progress.step(loaded.name)
         self.notes.note_model(loaded.name, loaded.sha256)
         counted = self.folder / "stats.safetensors"
@@ -288,9 +297,8 @@ class Stages:
             rows.append(asdict(row))
             write_json(self.folder / "sensitivity.json", rows, indent=1)
             self.progress.step(f"{row.phase} layer {row.layer}: KL {row.kl:.2g}")
-        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         budget = self.config.budget.limits[FINEST]
-        told = rounding_told([Row(**row) for row in rows], budget, dtype)
+        told = rounding_told([Row(**row) for row in rows], budget, self.loaded.dtype)
         if told is not None:
             self.progress.note(told)
         self.notes.finish("sensitivity")
@@ -402,6 +410,7 @@ class Stages:
             prompt: what to run.
             unguarded: as engines run thresholds of 1 or more.
         """
+        require_measurable(self.loaded, thresholds, unguarded=unguarded)
         run = compare_unguarded if unguarded else compare
         outcome = run(self.loaded, thresholds, prompt, self.dense(prompt))
         tokens = self.config.generated_tokens

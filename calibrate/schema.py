@@ -55,6 +55,16 @@ Engine = Literal[
 ]
 
 
+EngineOption = Literal[
+    "block_size",
+    "compilation_config",
+    "cpu_offload_gb",
+    "disable_custom_all_reduce",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "tensor_parallel_size",
+]
+
 WHOLE_PROMPTS: tuple[Engine, ...] = ("vllm-omni", "sglang-diffusion", "tokenspeed")
 """Engines that skip only where a whole prompt is one call."""
 
@@ -100,6 +110,30 @@ class ModelConfig(_Section):
     device: str = "auto"
     """`auto` (cuda if there is one, else cpu), `cpu`, `cuda`, `cuda:1`."""
     trust_remote_code: bool = False
+    engine: Literal["transformers", "vllm-native"] = "transformers"
+    """Who runs the model while it is calibrated. `vllm-native`: the plug-in for vLLM, so that evidence and
+    service are the same code."""
+    engine_options: dict[EngineOption, Any] = {}
+    """`engine: vllm-native`: more keywords of `vllm.LLM`, of the machine and not of what is computed."""
+
+    @property
+    def served(self) -> bool:
+        """Whether a serving engine runs the model, in the place of transformers."""
+        return self.engine != "transformers"
+
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> ModelConfig:
+        if self.served and self.device != "auto":
+            raise ValueError(
+                f"`device` must be auto for `engine: {self.engine}`, which finds its devices itself, but got "
+                f"{self.device}; leave it out, and choose with CUDA_VISIBLE_DEVICES"
+            )
+        if self.engine_options and not self.served:
+            raise ValueError(
+                "`engine_options` must be left out for `engine: transformers`, which has none, but got "
+                f"{', '.join(sorted(self.engine_options))}; leave it out, or set `engine`"
+            )
+        return self
 
 
 class GeometryConfig(_Section):
@@ -453,12 +487,31 @@ def load_config(
         data, text = read_mapping(config)
         source, folder = str(config), user_path(config).resolve().parent
     if model is not None:
+        given = data.get("model")
+        if isinstance(given, dict):
+            require_in_memory(given.get("engine"))
         data["model"] = model
     for override in overrides:
         _apply_override(data, override)
     if overrides:
         source = f"{source} with --set"
     return _with_absolute_paths(parse(RunConfig, data, source=source, text=text), folder)
+
+
+def require_in_memory(engine: Any) -> None:
+    """Refuses an engine that cannot run a model that a program holds.
+
+    Args:
+        engine: what the config's `model.engine` is; None: it says nothing.
+
+    Raises:
+        UserError: it is one that loads the model itself.
+    """
+    if engine not in (None, ModelConfig.model_fields["engine"].default):
+        raise UserError(
+            f"model.engine: `{engine}` must load the model itself, from a folder or a hub id, but got one in "
+            "memory; save it (`model.save_pretrained`) and give `model.path`, or leave `model.engine` out"
+        )
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

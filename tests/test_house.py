@@ -572,7 +572,12 @@ def test_an_engine_is_its_room_one_line_of_the_catalogue_and_a_name_in_the_schem
         "trtllm": {"calibrate/cli.py", "calibrate/engines/read.py", "kernels/bench/timings.py"},
         "flashinfer": {"kernels/bench/rivals.py", "kernels/bench/timings.py"},
         # The plug-in is code of its own, which no engine's room knows.
-        "vllm": {"calibrate/serving/bench.py", "kernels/bench/served.py"}  # start it
+        "vllm": {
+            "calibrate/serving/bench.py",
+            "calibrate/model/served.py",
+            "kernels/bench/served.py",  # start it
+            "calibrate/record/provenance.py",  # its version
+        }
         | {file for file in places(name) if file.startswith("kernels/skip_softmax/vllm/")},
     }.get(name, set())
     assert places(name) - other == {own, "calibrate/engines/catalogue.py", SCHEMA}

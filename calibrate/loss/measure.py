@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from calibrate.errors import UserError
 from calibrate.loss.losses import GENERATED, LOSSES, compared, generated_score, score
 from calibrate.model.forward import forward
 from calibrate.model.generate import greedy_text
@@ -69,6 +70,32 @@ class Outcome:
         return cls(**kept, losses=losses)
 
 
+def require_measurable(loaded: LoadedModel, thresholds: Thresholds, *, unguarded: bool) -> None:
+    """Refuses what a serving engine does not run.
+
+    Raises:
+        UserError: it serves other chunks, or knows no thresholds of 1 or more.
+    """
+    if loaded.engine is None:
+        return
+    cure = "measure with `model.engine: transformers`"
+    if unguarded:
+        raise UserError(
+            "thresholds must be below 1 where the plug-in for vLLM measures them, as it is dense from 1 on, "
+            f"but `{loaded.name}` is to be measured with 1 and more; {cure}"
+        )
+    ours, theirs = loaded.engine.chunk, thresholds.geometry.chunk
+    if ours != theirs:
+        raise UserError(
+            f"geometry.prefill.chunk must be the engine's, {_chunks(ours)}, but the thresholds are for "
+            f"{_chunks(theirs)}; {cure}, or in a run with that chunk"
+        )
+
+
+def _chunks(size: int | None) -> str:
+    return "whole prompts" if size is None else f"chunks of {size} tokens"
+
+
 def compare(
     loaded: LoadedModel, thresholds: Thresholds, prompt: Prompt, dense: torch.Tensor
 ) -> Outcome:
@@ -86,6 +113,11 @@ def compare(
     Returns:
         Losses and tile counts.
     """
+    if loaded.engine is not None:
+        sparse, counts = loaded.engine.logits(prompt.ids, prompt.continuation, thresholds)
+        of_layers = {phase: counts[phase].sum(1).unbind(1) for phase in PHASES}
+        visited, skipped = ({p: of_layers[p][i].tolist() for p in PHASES} for i in (0, 1))
+        return outcome(prompt, dense, sparse, visited, skipped)
     with applied(loaded.model, thresholds, decode_from=len(prompt.ids)) as tiles:
         sparse = forward(loaded, prompt).float().cpu()
     visited = {phase: tiles[phase].visited.sum(1).tolist() for phase in PHASES}
@@ -126,13 +158,14 @@ def with_generated(
     Returns:
         The outcome with one loss more.
     """
-    served = (
-        _unguarded(loaded, thresholds)
-        if unguarded
-        else applied(loaded.model, thresholds, count=False)
-    )
+    if loaded.engine is not None:
+        served: AbstractContextManager[Any] = nullcontext()
+    elif unguarded:
+        served = _unguarded(loaded, thresholds)
+    else:
+        served = applied(loaded.model, thresholds, count=False)
     with served:
-        sparse = greedy_text(loaded, prompt, tokens)
+        sparse = greedy_text(loaded, prompt, tokens, thresholds)
     score = generated_score(dense, prompt)
     drop = score - generated_score(sparse, prompt)
     return replace(measured, losses={**measured.losses, GENERATED: drop}, dense_generated=score)

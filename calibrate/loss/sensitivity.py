@@ -3,7 +3,8 @@
 Only one layer skips in each measurement, so everything before it is the dense run: those layers are
 not computed again. For decode the prompt itself is dense, so its keys and values are computed once.
 A late layer therefore costs a fraction of a pass, and only late layers are measured at every level: they
-tell how loss grows with the dropped mass, and one level tells how much each layer weighs.
+tell how loss grows with the dropped mass, and one level tells how much each layer weighs. A serving engine
+computes all of it each time.
 """
 
 from __future__ import annotations
@@ -149,9 +150,10 @@ def measure_layers(
     for phase, layer, factor in todo:
         if phase not in probes:
             dense = only(phase, layer, 0.0)
-            probes = {phase: [_PROBES[phase](loaded, prompt, dense) for prompt in prompts]}
+            probe = _PROBES[phase] if loaded.engine is None else _served_probe
+            probes = {phase: [probe(loaded, prompt, dense) for prompt in prompts]}
             pairs = zip(prompts, probes[phase], strict=True)
-            rounding = [kl_divergence(own(prompt), probe.dense) for prompt, probe in pairs]
+            rounding = [kl_divergence(own(prompt), ready.dense) for prompt, ready in pairs]
         alone = only(phase, layer, factor)
         losses = [kl_divergence(probe.dense, probe.run(layer, alone)) for probe in probes[phase]]
         yield Row(
@@ -292,6 +294,16 @@ def _probe(
             return logits()
 
     return _Probe(expected, run)
+
+
+def _served_probe(loaded: LoadedModel, prompt: Prompt, dense: Thresholds) -> _Probe:
+    """In a serving engine each run is a whole pass: nobody else may give its layers what they return."""
+
+    def run(_layer: int, thresholds: Thresholds) -> torch.Tensor:
+        found: torch.Tensor = loaded.engine.logits(prompt.ids, prompt.continuation, thresholds)[0]
+        return found
+
+    return _Probe(run(0, dense), run)
 
 
 _PROBES: dict[Phase, Callable[[LoadedModel, Prompt, Thresholds], _Probe]] = {

@@ -15,10 +15,15 @@ from calibrate.record.files import save_atomically
 def forward(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
     """Runs prompt and continuation in one pass, with whatever attention the model has now.
 
+    A serving engine runs the attention that it has when it skips nothing.
+
     Returns:
         Logits [continuation + 1, vocabulary]: of the last prompt token and of every continuation
         token.
     """
+    if loaded.engine is not None:
+        dense: torch.Tensor = loaded.engine.logits(prompt.ids, prompt.continuation)[0]
+        return dense
     tokens = torch.tensor([[*prompt.ids, *prompt.continuation]], device=loaded.model.device)
     keep = len(prompt.continuation) + 1
     with torch.no_grad():

@@ -6,9 +6,12 @@ import torch
 
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
+from skip_softmax.thresholds.file import Thresholds
 
 
-def greedy(loaded: LoadedModel, prompt: Prompt, tokens: int) -> list[int]:
+def greedy(
+    loaded: LoadedModel, prompt: Prompt, tokens: int, thresholds: Thresholds | None = None
+) -> list[int]:
     """Continues a prompt with the token ranked first, again and again, with whatever attention the model has.
 
     Sampling, penalties and whatever else a model's generation config asks for are left out: they would hide
@@ -18,11 +21,16 @@ def greedy(loaded: LoadedModel, prompt: Prompt, tokens: int) -> list[int]:
         loaded: the model.
         prompt: what to continue.
         tokens: how many tokens at most.
+        thresholds: what a serving engine is to run; None: it skips nothing. A transformers model has the
+            attention that it has.
 
     Returns:
         The tokens; the last one may be one that ends the text.
     """
     ends = _ends(loaded)
+    if loaded.engine is not None:
+        served: list[int] = loaded.engine.generated(prompt.ids, tokens, sorted(ends), thresholds)
+        return served
     given = torch.tensor([prompt.ids], device=loaded.model.device)
     cache, written = None, list[int]()
     with torch.no_grad():
@@ -35,9 +43,12 @@ def greedy(loaded: LoadedModel, prompt: Prompt, tokens: int) -> list[int]:
     return written
 
 
-def greedy_text(loaded: LoadedModel, prompt: Prompt, tokens: int) -> str:
+def greedy_text(
+    loaded: LoadedModel, prompt: Prompt, tokens: int, thresholds: Thresholds | None = None
+) -> str:
     """What `greedy` writes, as text without special tokens."""
-    text: str = loaded.tokenizer.decode(greedy(loaded, prompt, tokens), skip_special_tokens=True)
+    written = greedy(loaded, prompt, tokens, thresholds)
+    text: str = loaded.tokenizer.decode(written, skip_special_tokens=True)
     return text
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +29,8 @@ class LoadedModel:
     """A model ready to run, with what the thresholds file says about it.
 
     Attributes:
-        model: the transformers model, in eval mode on its device.
+        model: the transformers model, in eval mode on its device; where `engine` runs it, only what the
+            checkpoint says of itself (`served.Described`).
         tokenizer: its tokenizer.
         name: short name.
         sha256: hash of the weights file, of every file of the folder that decides the model, or of a model
@@ -36,6 +39,7 @@ class LoadedModel:
         max_context: longest sequence it was made for [tokens], if it says.
         vocabulary: token ids that it can read and write, from 0 on; None: it does not say.
         dtype: dtype of the weights as run.
+        engine: the serving engine that runs it, see `served.py`, or None.
     """
 
     model: Any
@@ -46,6 +50,7 @@ class LoadedModel:
     max_context: int | None
     dtype: str
     vocabulary: int | None = None
+    engine: Any = None
 
     @property
     def calibratable(self) -> list[Any]:
@@ -67,7 +72,6 @@ def load(config: ModelConfig) -> LoadedModel:
     """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     if in_memory(config):
         raise UserError(
@@ -75,30 +79,19 @@ def load(config: ModelConfig) -> LoadedModel:
             "calibrate.run(config, output=..., model=..., tokenizer=...)"
         )
     location = locate(config.path)
-    tokenizer_at = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else location
     device = _device(config.device)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    _require_shards(config.path, location)
+    require_shards(config.path, location)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            *_arguments(tokenizer_at)[0], **_arguments(tokenizer_at)[1], **options
-        )
+    tokenizer = tokenizer_of(config, location)
+    with readable(config.path, location):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             *_arguments(location)[0],
             **_arguments(location)[1],
-            **options,
+            **_options(config),
             dtype=getattr(torch, config.dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below, and not in a table on stderr
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kinds = "give a hub id, a model folder, a .gguf file or package://NAME/FILE"
-        helps = cure(error, location if isinstance(location, Path) else None, kinds)
-        raise UserError(
-            f"model.path: transformers could not load `{config.path}`: {reason}; {helps}"
-        ) from error
     _require_whole(config.path, report)
     try:
         model = model.to(device).eval()
@@ -108,7 +101,7 @@ def load(config: ModelConfig) -> LoadedModel:
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        name=_name(location),
+        name=name_of(location),
         sha256=model_hash(location, model),
         layers=_layers(model, f"model.path: `{config.path}`"),
         max_context=_max_context(model),
@@ -117,8 +110,63 @@ def load(config: ModelConfig) -> LoadedModel:
     )
 
 
-def _require_shards(path: str, location: str | Path) -> None:
-    """Refuses a folder that lacks a file in which its index has weights."""
+def tokenizer_of(config: ModelConfig, location: str | Path) -> Any:
+    """Loads the tokenizer that a section names, or that is with the model.
+
+    Args:
+        config: the `model` section.
+        location: where the model is.
+
+    Raises:
+        UserError: there is none.
+    """
+    import transformers
+
+    found = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else location
+    with readable(config.path, location):
+        return transformers.AutoTokenizer.from_pretrained(
+            *_arguments(found)[0], **_arguments(found)[1], **_options(config)
+        )
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+@contextmanager
+def readable(path: str, location: str | Path) -> Iterator[None]:
+    """Says what helps where transformers cannot read a model.
+
+    Args:
+        path: as the user gave it.
+        location: where that is.
+
+    Raises:
+        UserError: it cannot.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kinds = "give a hub id, a model folder, a .gguf file or package://NAME/FILE"
+        helps = cure(error, location if isinstance(location, Path) else None, kinds)
+        raise UserError(
+            f"model.path: transformers could not load `{path}`: {reason}; {helps}"
+        ) from error
+
+
+def require_shards(path: str, location: str | Path) -> None:
+    """Refuses a folder that lacks a file in which its index has weights.
+
+    Args:
+        path: as the user gave it.
+        location: where that is.
+
+    Raises:
+        UserError: it does.
+    """
     folder = location if isinstance(location, Path) and location.is_dir() else None
     for index in sorted(folder.glob("*.index.json")) if folder else ():
         placed: dict[str, str] = json_mapping(
@@ -274,7 +322,8 @@ def _device(name: str) -> str:
         ) from None
 
 
-def _name(location: str | Path) -> str:
+def name_of(location: str | Path) -> str:
+    """Short name of the model at a place."""
     if isinstance(location, Path):
         return location.stem if location.is_file() else location.name
     return location.rsplit("/", 1)[-1]

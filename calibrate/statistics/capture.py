@@ -21,6 +21,8 @@ from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.meaning.histogram import TileHistogram
 from skip_softmax.thresholds.types import PHASES, Phase
 
+_Tiles = tuple[int, Phase, int, TileHistogram]  # layer, phase, KV length, and what was counted
+
 
 def empty_statistics(
     loaded: LoadedModel, geometry: GeometryConfig, lengths: Sequence[int], min_kv_len: int = 0
@@ -122,9 +124,51 @@ def observe(
     """
     length_bin = nearest_bin(prompt.length, statistics.lengths)
     prompt_len, steps = len(prompt.ids), len(prompt.continuation)
-    chunk, floor = geometry.prefill.chunk, statistics.identity.get("min_kv_len", 0)
+    floor = statistics.identity.get("min_kv_len", 0)
+    count = _counted if loaded.engine is None else _counted_by_engine
+    logits, seen = count(loaded, prompt, geometry, floor, samples)
+    for layer, phase, _, histogram in seen:
+        statistics.add(layer, phase, length_bin, histogram)
+    if samples:
+        by_call: dict[tuple[Phase, int], list[torch.Tensor]] = {}
+        for _, phase, kv_len, histogram in seen:
+            by_call.setdefault((phase, kv_len), []).append(histogram.counts.cpu())
+        for phase in PHASES:
+            rows = [nvidia.sample(c, kv_len) for (p, kv_len), c in by_call.items() if p == phase]
+            if rows:
+                statistics.samples[phase] = torch.stack(rows)
+    lengths: dict[Phase, tuple[int, int]] = {
+        "prefill": (prompt_len, 1),
+        "decode": (sum(range(prompt_len + 1, prompt_len + steps + 1)), steps),
+    }
+    for phase, (tokens, calls) in lengths.items():
+        statistics.kv_tokens[phase][length_bin] += tokens
+        statistics.calls[phase][length_bin] += calls
+    statistics.prompts.append(prompt.key)
+    return logits
+
+
+def _counted_by_engine(
+    loaded: LoadedModel, prompt: Prompt, geometry: GeometryConfig, floor: int, samples: bool
+) -> tuple[torch.Tensor, list[_Tiles]]:
+    found: tuple[torch.Tensor, list[_Tiles]] = loaded.engine.tiles(
+        prompt.ids,
+        prompt.continuation,
+        geometry.prefill,
+        geometry.decode,
+        floor=floor,
+        each_step=samples,
+    )
+    return found
+
+
+def _counted(
+    loaded: LoadedModel, prompt: Prompt, geometry: GeometryConfig, floor: int, samples: bool
+) -> tuple[torch.Tensor, list[_Tiles]]:
+    """Logits of a dense pass and the tiles of every layer; the decode steps apart, if for samples."""
+    chunk = geometry.prefill.chunk
     # Read back after the pass: in every call it would make the GPU wait.
-    seen: list[tuple[int, Phase, int, TileHistogram]] = []
+    seen: list[_Tiles] = []
 
     def counted(part: LayerCall) -> tuple[torch.Tensor, TileHistogram]:
         tiles = getattr(geometry, part.phase).keywords
@@ -146,24 +190,5 @@ def observe(
         return joined(list(outputs))
 
     left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
-    with intercepted(loaded.model, handler, decode_from=prompt_len, left_alone=left_alone):
-        logits = forward(loaded, prompt)
-    for layer, phase, _, histogram in seen:
-        statistics.add(layer, phase, length_bin, histogram)
-    if samples:
-        by_call: dict[tuple[Phase, int], list[torch.Tensor]] = {}
-        for _, phase, kv_len, histogram in seen:
-            by_call.setdefault((phase, kv_len), []).append(histogram.counts.cpu())
-        for phase in PHASES:
-            rows = [nvidia.sample(c, kv_len) for (p, kv_len), c in by_call.items() if p == phase]
-            if rows:
-                statistics.samples[phase] = torch.stack(rows)
-    lengths: dict[Phase, tuple[int, int]] = {
-        "prefill": (prompt_len, 1),
-        "decode": (sum(range(prompt_len + 1, prompt_len + steps + 1)), steps),
-    }
-    for phase, (tokens, calls) in lengths.items():
-        statistics.kv_tokens[phase][length_bin] += tokens
-        statistics.calls[phase][length_bin] += calls
-    statistics.prompts.append(prompt.key)
-    return logits
+    with intercepted(loaded.model, handler, decode_from=len(prompt.ids), left_alone=left_alone):
+        return forward(loaded, prompt), seen

@@ -47,21 +47,8 @@ class ServedLayer:
     window: int | None
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tiles of a layer in one phase, up to one KV length.
-
-    Attributes:
-        layer: layer index.
-        phase: `prefill` or `decode`.
-        kv_len: KV length of the prompt, or of the decode step if steps are counted one by one [tokens].
-        histogram: of all heads.
-    """
-
-    layer: int
-    phase: Phase
-    kv_len: int
-    histogram: TileHistogram
+LayerTiles = tuple[int, Phase, int, TileHistogram]
+"""Layer, phase, KV length of the prompt (of each decode step if they are told apart) [tokens], its tiles."""
 
 
 class Engine:
@@ -161,7 +148,7 @@ class Engine:
             it; and visited and skipped tiles per phase, int64 [layers, heads that vote, 2].
 
         Raises:
-            ValueError: the thresholds are of other chunks than the engine.
+            ValueError: the thresholds are for other chunks, or the request is too long for this engine.
         """
         answers = self._teacher_forced(prompt, continuation, thresholds)
         counts = {phase: self._counts(answers, phase) for phase in PHASES}
@@ -176,7 +163,7 @@ class Engine:
         *,
         floor: int = 0,
         each_step: bool = False,
-    ) -> tuple[torch.Tensor, list[Tiles]]:
+    ) -> tuple[torch.Tensor, list[LayerTiles]]:
         """Runs a prompt with its continuation densely, and counts tiles by critical scale factor.
 
         Args:
@@ -191,7 +178,7 @@ class Engine:
             The logits, as of `logits`, and the tiles of every layer and phase.
 
         Raises:
-            ValueError: the tiles are of other chunks than the engine.
+            ValueError: the tiles are for other chunks, or the request is too long for this engine.
         """
         self._require_chunk(prefill.chunk)
         asked = {
@@ -223,7 +210,7 @@ class Engine:
             The tokens; the last one may be one of `ends`.
 
         Raises:
-            ValueError: the thresholds are of other chunks than the engine.
+            ValueError: the thresholds are for other chunks, or the request is too long for this engine.
         """
         written, _ = self._run(
             prompt, {"keep": 0, "decode_from": None, "tiles": None}, thresholds, tokens, ends
@@ -258,6 +245,11 @@ class Engine:
         """Tokens that were written, and the answer of each worker."""
         from vllm import SamplingParams
 
+        if len(ids) + tokens > self.longest:
+            raise ValueError(
+                f"a request must be within the {self.longest} tokens that this engine was started for, but "
+                f"got {len(ids)} and {tokens} to generate; start another"
+            )
         if thresholds is not None:
             self._require_chunk(thresholds.geometry.chunk)
         given = None if thresholds is None else thresholds.model_dump(mode="json")
@@ -341,14 +333,14 @@ def _logits(answers: list[dict[str, Any]]) -> torch.Tensor:
     return _tensor(found, torch.float32).view(*shape)
 
 
-def _tiles(of_workers: list[list[Any]]) -> Tiles:
+def _tiles(of_workers: list[list[Any]]) -> LayerTiles:
     """One entry of all workers, each of which has some of the heads."""
     layer, phase, kv_len, _, rows = of_workers[0]
     counts, mass = (
         torch.cat([_tensor(entry[3][i], dtype).view(-1, BINS) for entry in of_workers])
         for i, dtype in enumerate((torch.int64, torch.float64))
     )
-    return Tiles(layer, phase, kv_len, TileHistogram(counts, mass, rows))
+    return layer, phase, kv_len, TileHistogram(counts, mass, rows)
 
 
 def _tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:

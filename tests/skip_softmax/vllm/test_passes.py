@@ -114,12 +114,12 @@ def test_tiles_of_the_dense_pass_are_those_of_transformers(
     logits, tiles = engine.tiles(*IDS, PREFILL, DECODE, floor=FLOOR, each_step=each_step)
     near(logits, dense)
     found = wanted.like()
-    for one in tiles:
-        found.add(one.layer, one.phase, 0, one.histogram)
+    for layer, phase, _, histogram in tiles:
+        found.add(layer, phase, 0, histogram)
     for phase in PHASES:
         assert torch.equal(found.counts[phase], wanted.counts[phase])
         torch.testing.assert_close(found.mass[phase], wanted.mass[phase], rtol=1e-3, atol=1e-4)
-    steps = {one.kv_len for one in tiles if one.phase == "decode"}
+    steps = {kv_len for _, phase, kv_len, _ in tiles if phase == "decode"}
     assert len(steps) == (STEPS if each_step else 1)
 
 
@@ -174,3 +174,8 @@ def test_numbers_for_other_chunks_are_refused(engine: Any, thresholds: ss.Thresh
     )
     with pytest.raises(ValueError, match="in chunks of 64 tokens, and they are for prompts whole"):
         engine.logits(*IDS, whole)
+
+
+def test_a_request_that_the_engine_would_cut_is_refused(engine: Any) -> None:
+    with pytest.raises(ValueError, match=r"within the 600 tokens .* got 310 and 291 to generate"):
+        engine.generated(IDS[0], 291, [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -26,7 +25,6 @@ from calibrate.serving.probe import probe, totals
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-PAGE = serving.ROOT / "calibrate" / "engines" / "pages" / "vllm_plugin.md"
 OLD = serving.version() < (0, 23)
 LONGEST = 1100
 # What a CPU needs, and a model of this size.
@@ -38,18 +36,6 @@ OPTIONS = (
 LOAD = "--random-input-len 300 --random-output-len 8 --num-prompts 6 --goodput ttft:60000"
 PROMPT = "The standard type hierarchy has numbers, sequences and mappings. " * 12
 COUNT = 9
-
-
-def commands() -> dict[str, list[str]]:
-    """Words of the page's commands by their first two."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [
-        shlex.split(line, comments=True)
-        for block in blocks
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.strip()
-    ]
-    return {" ".join(words[:2]): words for words in lines}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, little: Path) -> Iterator[P
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """The page's server."""
-    command = [*bench._command(), *commands()["vllm serve"][1:], *shlex.split(OPTIONS)]
+    command = [*bench._command(), *serving.commands()["vllm serve"][1:], *shlex.split(OPTIONS)]
     with bench.serving(command, folder / "log", patience=300) as started:
         yield started
 
@@ -122,7 +108,8 @@ def test_the_page_s_probe(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
-        server.url if word.startswith("http") else word for word in commands()["calibrate probe"]
+        server.url if word.startswith("http") else word
+        for word in serving.commands()["calibrate probe"]
     ]
     monkeypatch.setattr(sys, "argv", words)
     capsys.readouterr()
@@ -154,7 +141,7 @@ def test_beside_itself_a_server_shows_no_sign(server: Server) -> None:
 def test_a_dense_and_a_calibrated_server_under_the_same_load(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*commands()["calibrate serve-bench"], "--serve", OPTIONS, "--load", LOAD]
+    words = [*serving.commands()["calibrate serve-bench"], "--serve", OPTIONS, "--load", LOAD]
     monkeypatch.setattr(sys, "argv", words)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

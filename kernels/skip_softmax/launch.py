@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,23 @@ def _driver() -> Any:
     return driver
 
 
+class _Described:
+    """A tensor as TMA is told of it, of which all but the address is settled.
+
+    Triton checks a descriptor whenever one is made, which takes the host as long as a launch.
+    """
+
+    def __init__(self, descriptor: Any) -> None:
+        self._kind = type(descriptor)
+        self._rest = vars(descriptor) | {"base": None}  # else the tensor would be kept
+
+    def at(self, x: torch.Tensor) -> Any:
+        """The descriptor of a tensor with the same shape and strides, at a multiple of 16."""
+        made = object.__new__(self._kind)
+        vars(made).update(self._rest, base=x)
+        return made
+
+
 class Prepared:
     """A kernel of which everything is settled but tensors and floats: a repeated launch costs little.
 
@@ -190,7 +207,7 @@ class Prepared:
         return self._again is not None
 
     def first(self, *changing: Any) -> None:
-        """Compiles and launches, by Triton's own way."""
+        """Compiles and launches, by Triton's own way, with tensors and descriptors."""
         compiled = self.kernel[self.grid](
             *changing, *self.settled, **self.constants, **self.options
         )
@@ -198,11 +215,46 @@ class Prepared:
             # As Triton hands them over: in the kernel's order, constants too.
             names = self.kernel.arg_names[len(changing) + len(self.settled) :]
             self._rest = (*self.settled, *(self.constants[name] for name in names))
+            self._described = [
+                (place, _Described(x))
+                for place, x in enumerate(changing)
+                if hasattr(x, "block_shape")
+            ]
             self._again = compiled[self.grid]
 
-    def again(self, stream: int, *changing: int | float | None) -> None:
-        """Launches on the current device, with the tensors' addresses."""
+    def again(self, stream: int, *changing: torch.Tensor | float | None) -> None:
+        """Launches on the current device, with the tensors' addresses; the tensor where it was described."""
+        if self._described:
+            given = list(changing)
+            for place, described in self._described:
+                given[place] = described.at(given[place])
+            changing = tuple(given)
         self._again(*changing, *self._rest, stream=stream)
+
+
+MOST_PLANS = 1024
+
+
+def remember(plans: dict[Any, Any], key: object, plan: Any) -> None:
+    """Keeps how calls of a kind are launched. A cache may grow by a token per call: the plans start anew."""
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+def traced(q: torch.Tensor) -> bool:
+    """Whether something traces the call, which must then be an operator: that costs more than a launch."""
+    return torch.compiler.is_compiling() or type(q) is not torch.Tensor
+
+
+def addresses_of(*tensors: torch.Tensor | None) -> list[int | None]:
+    """Where tensors lie, as a kernel is told."""
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def aligned(addresses: Sequence[int | None]) -> list[bool | None]:
+    """What Triton makes of addresses; None: there is none."""
+    return [None if at is None else at % 16 == 0 for at in addresses]
 
 
 def precision(dtype: torch.dtype, tile_kv: int) -> str:

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from skip_softmax.launch import (
     LOG2E,
     Device,
+    Prepared,
+    addresses_of,
+    aligned,
     cdiv,
     device_of,
     launching_on,
+    on_device,
     pieces,
+    remember,
+    stream_of,
+    traced,
     why_not_here,
 )
-from skip_softmax.meaning.call import Call, Requests, Scales
+from skip_softmax.meaning.call import Call, Requests, Scales, call_of, moved
 
 ROWS = 64  # query rows of a warpgroup, which vote together
 # Registers per thread of consumers and producer, by consumer warpgroups: all that a multiprocessor has.
@@ -76,12 +83,18 @@ def run(
     counts: torch.Tensor | None,
     scales: Scales,
 ) -> None:
-    """Runs a call that `why_not` accepts, without scales; see `hopper`."""
-    hopper(
-        q, k, v, out, counts, factor, factors, call.causal, call.scale, call.dense_last,
-        call.min_kv_len, requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts,
-        requests.table, call.q_len, call.kv_len, call.most_lead,
-    )  # fmt: skip
+    """Runs a call that `why_not` accepts, without scales; never synchronises with the device.
+
+    Arguments are those of the Triton kernel's `run`.
+    """
+    if traced(q):
+        hopper(
+            q, k, v, out, counts, factor, factors, call.causal, call.scale, call.dense_last,
+            call.min_kv_len, requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts,
+            requests.table, call.q_len, call.kv_len, call.ragged,
+        )  # fmt: skip
+    else:
+        _launch(call, q, k, v, factor, factors, requests, out, counts)
 
 
 def box_of(page: int) -> int:
@@ -124,8 +137,6 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    if x.data_ptr() % 16:
-        x = x.clone()
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     # The stride of a dimension of size 1 is never used, and may be anything.
     strides = [
@@ -133,6 +144,124 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
         for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
     ]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], layout)
+
+
+class _Plan(NamedTuple):
+    """How calls of one shape are launched.
+
+    Attributes:
+        kernel: the kernel.
+        counted: whether a counter says which item is next.
+        tail: whether queries and keys come in two pieces.
+    """
+
+    kernel: Prepared
+    counted: bool
+    tail: bool
+
+
+# By all that a launch depends on but addresses and scale factors.
+_plans: dict[object, _Plan] = {}
+
+
+def _launch(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
+    requests: Requests,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
+) -> None:
+    count = requests.count(q)
+    if not count or not call.q_len or not q.numel():
+        return
+    if not k.numel():  # no key is read, but TMA cannot describe nothing
+        call, (q, k, v) = moved(
+            call,
+            q,
+            *(q.new_zeros(1, call.kv_heads, TILE_KV, n) for n in (call.head_dim, call.value_dim)),
+        )
+    if any(x.data_ptr() % 16 for x in (q, k, v)):
+        call, (q, k, v) = moved(call, *(x.clone() if x.data_ptr() % 16 else x for x in (q, k, v)))
+    # False where the host knows that the call is dense: the kernel without a branch.
+    armed = factors is not None or factor > 0
+    table = requests.table
+    lengths = requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts, table
+    others = addresses_of(out, counts, factors, *lengths)
+    key = (
+        call, q.device, out.stride(), armed, None if counts is None else counts.dim(), count,
+        None if table is None else table.shape[1], *aligned(others[:3]), *[x is None for x in lengths],
+    )  # fmt: skip
+    plan = _plans.get(key) or _planned(call, q, out, armed, requests, counts)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if plan.counted else None
+    numbers = factor, call.scale * LOG2E
+    if plan.kernel.compiled:
+        out_at, counts_at, *rest = others
+        counter_at = None if counter is None else counter.data_ptr()
+        with on_device(q.device):
+            plan.kernel.again(
+                stream_of(q.device), q, k, *((q, k) if plan.tail else (None, None)), v, out_at, counts_at,
+                counter_at, *rest, *numbers,
+            )  # fmt: skip
+        return
+    box, (first, tail) = box_of(call.page), pieces(call.head_dim)
+    with launching_on(q):
+        plan.kernel.first(
+            _descriptor(q, ROWS, first), _descriptor(k, box, first),
+            _descriptor(q, ROWS, tail) if tail else None, _descriptor(k, box, tail) if tail else None,
+            _descriptor(v, box, call.value_dim), out, counts, counter, factors, *lengths, *numbers,
+        )  # fmt: skip
+    if plan.kernel.compiled:
+        remember(_plans, key, plan)
+
+
+def _planned(
+    call: Call,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    armed: bool,
+    requests: Requests,
+    counts: torch.Tensor | None,
+) -> _Plan:
+    from skip_softmax.hopper.prefill_kernel import _hopper
+
+    columns = call.head_dim, call.value_dim
+    groups, box, tail = GROUPS[columns], box_of(call.page), pieces(call.head_dim)[1]
+    blocks = cdiv(call.q_len + call.most_lead, ROWS * groups)
+    items = requests.count(q) * call.q_heads * blocks
+    processors = device_of(q.device).processors
+    # The counter gives out the items after each program's first. Over pages it is there even if none is left:
+    # batches of a server are of any size, and the first without it would wait for a kernel of its own.
+    counted = items > processors or call.page > 0
+    warps, heavy, light = partition(groups, box)
+    few = items < FEW_ITEMS * processors
+    size = call.kv_len * sum(columns) * call.dtype.itemsize
+    # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
+    ragged = any(x is not None for x in (requests.q_lens, requests.kv_lens, requests.q_starts))
+    kernel = Prepared(
+        _hopper,
+        (min(items, processors),),
+        (
+            call.q_len, call.kv_len,
+            # None compiles the kernel without the rule.
+            min(call.dense_last, call.q_len) or None if armed else None,
+            call.min_kv_len or None if armed else None,
+            items, call.group, call.kv_heads, blocks, _near(call.kv_heads, size) if few else 1,
+            None if requests.table is None else requests.table.shape[1], *out.stride()[:3],
+        ),
+        {
+            "GROUPS": groups, "D": call.head_dim, "TAIL": tail, "DV": call.value_dim,
+            "V_SLOTS": V_SLOTS.get(columns, 3), "TILE": TILE_KV, "CAUSAL": call.causal, "ARMED": armed,
+            "EMPTY": ragged or (call.causal and call.kv_len < call.q_len), "LEADS": call.most_lead > 0,
+            "PAGE": call.page, "BOX": box, "SUMMED": counts is not None and counts.dim() == 2,
+            "WARPS": warps, "HEAVY": heavy, "LIGHT": light,
+        },
+        num_warps=4,
+    )  # fmt: skip
+    return _Plan(kernel, counted, tail > 0)
 
 
 @torch.library.custom_op("skip_softmax::hopper", mutates_args=("out", "counts"))
@@ -155,53 +284,12 @@ def hopper(
     table: torch.Tensor | None,
     most_q: int,
     most_kv: int,
-    most_lead: int,
+    ragged: bool,
 ) -> None:
-    """Skip-softmax prefill attention on Hopper with votes of 64 x 128; never synchronises with the device.
-
-    Arguments are those of the Triton kernel's `prefill`, without window and geometry.
-    """
-    from skip_softmax.hopper.prefill_kernel import _hopper
-
-    batch, heads, _, head_dim = q.shape
-    requests = batch if q_starts is None else q_starts.shape[0] - 1
-    # False where the host knows that the call is dense: the kernel without a branch.
-    armed = factors is not None or factor > 0
-    value_dim = v.shape[-1]
-    groups = GROUPS[head_dim, value_dim]
-    first, rest = pieces(head_dim)
-    blocks = cdiv(most_q + most_lead, ROWS * groups)
-    items = requests * heads * blocks
-    if not items or not q.numel():
-        return
-    if not k.numel():  # no key is read, but TMA cannot describe nothing
-        k, v = (q.new_zeros(1, k.shape[1], TILE_KV, n) for n in (head_dim, value_dim))
-    page = 0 if table is None else k.shape[2]
-    box = box_of(page)
-    processors = device_of(q.device).processors
-    # Counts the items handed out after each program's first. Over pages also where no item is left: batches
-    # of a server are of any size, and the first without a counter would wait for a kernel of its own.
-    counted = items > processors or table is not None
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if counted else None
-    warps, heavy, light = partition(groups, box)
-    few = items < FEW_ITEMS * processors
-    near = _near(k.shape[1], most_kv * (head_dim + value_dim) * k.element_size()) if few else 1
-    # Blocks beyond a short request's end, or of early rows that see no key, are items without tiles.
-    ragged = any(x is not None for x in (q_lens, kv_lens, q_starts))
-    with launching_on(q):
-        _hopper[(min(items, processors),)](
-            _descriptor(q, ROWS, first), _descriptor(k, box, first),
-            _descriptor(q, ROWS, rest) if rest else None, _descriptor(k, box, rest) if rest else None,
-            _descriptor(v, box, value_dim), out, counts, counter, factors,
-            q_lens, kv_lens, q_starts, kv_starts, table, factor, scale * LOG2E, most_q, most_kv,
-            # None compiles the kernel without the rule.
-            min(dense_last, most_q) or None if armed else None,
-            min_kv_len or None if armed else None,
-            items, heads // k.shape[1], k.shape[1], blocks, near,
-            None if table is None else table.shape[1], *out.stride()[:3],
-            GROUPS=groups, D=head_dim, TAIL=rest, DV=value_dim, V_SLOTS=V_SLOTS.get((head_dim, value_dim), 3),
-            TILE=TILE_KV, CAUSAL=causal, ARMED=armed,
-            EMPTY=ragged or (causal and most_kv < most_q), LEADS=most_lead > 0, PAGE=page, BOX=box,
-            SUMMED=counts is not None and counts.dim() == 2, WARPS=warps, HEAVY=heavy, LIGHT=light,
-            num_warps=4,
-        )  # fmt: skip
+    """`run` for torch.compile and other tracers; what they see must not allocate the caller's output."""
+    call = call_of(
+        q, k, v, tile_q=ROWS, tile_kv=TILE_KV, scale=scale, window=None, causal=causal, dense_last=dense_last,
+        min_kv_len=min_kv_len, ragged=ragged, table=table, q_len=most_q, kv_len=most_kv,
+    )  # fmt: skip
+    requests = Requests(q_lens, kv_lens, q_starts, kv_starts, table)
+    _launch(call, q, k, v, factor, factors, requests, out, counts)

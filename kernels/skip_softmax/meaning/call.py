@@ -241,6 +241,22 @@ def same_memory(k: torch.Tensor, v: torch.Tensor) -> bool:
     return alike and k.data_ptr() == v.data_ptr()
 
 
+def moved(call: Call, *tensors: torch.Tensor) -> tuple[Call, tuple[torch.Tensor, ...]]:
+    """The call of other q, k and v with the same numbers."""
+    _, k, v = tensors
+    places = tuple((x.shape, x.stride()) for x in tensors)
+    return replace(call, aliased=same_memory(k, v), places=places), tensors
+
+
+def with_columns_together(
+    call: Call, *tensors: torch.Tensor
+) -> tuple[Call, tuple[torch.Tensor, ...]]:
+    """The call and its q, k and v, copied where columns are not side by side."""
+    if all(x.stride(-1) == 1 for x in tensors):
+        return call, tensors
+    return moved(call, *(x if x.stride(-1) == 1 else x.contiguous() for x in tensors))
+
+
 def _got(*tensors: torch.Tensor) -> str:
     return f"but got {', '.join(str(tuple(x.shape)) for x in tensors)}"
 

@@ -5,7 +5,6 @@ The kernel itself is in `decode_kernel.py`; only a launch imports it, and Triton
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from skip_softmax.launch import (
     MOST_TILE_BYTES,
     Device,
     Prepared,
+    addresses_of,
+    aligned,
     cdiv,
     device_of,
     launching_on,
@@ -22,13 +23,22 @@ from skip_softmax.launch import (
     on_device,
     pieces,
     precision,
+    remember,
     stream_of,
+    traced,
     why_not_blackwell,
     why_not_here,
     why_too_large,
     width,
 )
-from skip_softmax.meaning.call import FP8, Call, Requests, Scales, call_of, same_memory
+from skip_softmax.meaning.call import (
+    FP8,
+    Call,
+    Requests,
+    Scales,
+    call_of,
+    with_columns_together,
+)
 
 MOST_TOKENS = 16  # query tokens per request
 MOST_COLUMNS = 576  # of the latent cache of MLA
@@ -167,8 +177,7 @@ def run(
             their sum over requests; None counts nothing.
         scales: of an FP8 cache.
     """
-    # An operator costs more of the host's time than both launches; only what traces the call needs one.
-    if torch.compiler.is_compiling() or type(q) is not torch.Tensor:
+    if traced(q):
         decode(
             q, k, v, out, counts, requests.kv_lens, requests.table, factor, factors, call.scale, call.window,
             call.tile_kv, call.seeded, call.min_kv_len, call.tile_heads, *scales,
@@ -259,10 +268,8 @@ class _Plan(NamedTuple):
     lse: int
 
 
-# By all that a launch depends on but addresses and scale factors. Where a cache grows by a token per call, so
-# does this: then it starts anew.
+# By all that a launch depends on but addresses and scale factors.
 _plans: dict[object, _Plan] = {}
-MOST_PLANS = 1024
 
 
 def _launch(
@@ -280,21 +287,16 @@ def _launch(
 ) -> None:
     if not out.numel():
         return
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        call = replace(
-            call,
-            aliased=same_memory(k, v),
-            places=tuple((x.shape, x.stride()) for x in (q, k, v)),
-        )
+    call, (q, k, v) = with_columns_together(call, q, k, v)
     armed = factors is not None or factor > 0
-    tensors = (q, k, v, out, counts, factors, kv_lens, table, scales.k_each, scales.v_each)
-    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    addresses = addresses_of(
+        q, k, v, out, counts, factors, kv_lens, table, scales.k_each, scales.v_each
+    )
     scale = call.scale * (scales.k or 1.0) * LOG2E
     key = (
-        call, q.device, out.stride(), armed, None if counts is None else counts.dim(),
+        call, q.device, out.stride(), armed, None if counts is None else counts.dim(), kv_lens is None,
         None if table is None else table.stride(0), scales.v is None, scales.k_per_head, scales.v_per_head,
-        *[None if x is None else x % 16 == 0 for x in addresses],
+        *aligned(addresses[:6]), *aligned(addresses[8:]),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -324,9 +326,7 @@ def _launch(
             if plan.combine is not None:
                 plan.combine.first(parts, lse, out, kv_lens)
         if plan.decode.compiled:
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            _plans[key] = plan
+            remember(_plans, key, plan)
         return
     q_at, k_at, v_at, out_at, counts_at, factors_at, lens_at, table_at, *scales_at = addresses
     parts_at = lse_at = None

@@ -6,6 +6,7 @@ The kernel itself is in `prefill_kernel.py`; only a launch imports it, and Trito
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,19 +14,26 @@ from skip_softmax.launch import (
     INTERPRETED,
     LOG2E,
     Device,
+    Prepared,
+    addresses_of,
+    aligned,
     cdiv,
     descriptor,
     descriptor_fits,
     device_of,
     launching_on,
+    on_device,
     pieces,
     precision,
+    remember,
+    stream_of,
+    traced,
     why_not_blackwell,
     why_not_here,
     why_too_large,
     width,
 )
-from skip_softmax.meaning.call import Call, Requests, Scales
+from skip_softmax.meaning.call import Call, Requests, Scales, call_of, with_columns_together
 
 
 @dataclass(frozen=True)
@@ -72,13 +80,31 @@ def run(
     counts: torch.Tensor | None,
     scales: Scales,
 ) -> None:
-    """Runs a call that `why_not` accepts; see `prefill`."""
-    prefill(
-        q, k, v, out, counts, factor, factors, call.causal, call.scale, call.window, call.tile_q,
-        call.tile_kv, call.dense_last, call.min_kv_len, requests.q_lens, requests.kv_lens,
-        requests.q_starts, requests.kv_starts, requests.table, call.q_len, call.kv_len, call.most_lead,
-        *scales,
-    )  # fmt: skip
+    """Runs a call that `why_not` accepts; never synchronises with the device.
+
+    Args:
+        call: what is computed.
+        q: queries [B, Hq, Sq, D]; packed requests are one batch entry [1, Hq, total, D].
+        k: keys [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `requests.table`.
+        v: values [B, Hkv, Skv, Dv], or pages as `k`.
+        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
+        factors: scale factor per query head, fp32 [Hq]; overrides `factor`.
+        requests: where they are, as kernels read it.
+        out: takes the output [B, Hq, Sq, Dv], padding rows as zeros; rows of no packed request stay as they
+            are.
+        counts: visited and skipped tiles are added to it, int64 [requests, Hq, 2], or [Hq, 2] for their sum
+            over requests; None counts nothing.
+        scales: of an FP8 cache.
+    """
+    if traced(q):
+        prefill(
+            q, k, v, out, counts, factor, factors, call.causal, call.scale, call.window, call.tile_q,
+            call.tile_kv, call.dense_last, call.min_kv_len, requests.q_lens, requests.kv_lens,
+            requests.q_starts, requests.kv_starts, requests.table, call.q_len, call.kv_len, call.ragged,
+            *scales,
+        )  # fmt: skip
+    else:
+        _launch(call, q, k, v, factor, factors, requests, out, counts, scales)
 
 
 def choose(
@@ -143,6 +169,125 @@ def choose(
     )
 
 
+class _Plan(NamedTuple):
+    """How calls of one shape are launched.
+
+    Attributes:
+        kernel: the kernel.
+        tma: whether it reads keys and values by TMA.
+        tail: whether keys come in two pieces.
+    """
+
+    kernel: Prepared
+    tma: bool
+    tail: bool
+
+
+# By all that a launch depends on but addresses and scale factors.
+_plans: dict[object, _Plan] = {}
+
+
+def _launch(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    factors: torch.Tensor | None,
+    requests: Requests,
+    out: torch.Tensor,
+    counts: torch.Tensor | None,
+    scales: Scales,
+) -> None:
+    if not out.numel():
+        return
+    call, (q, k, v) = with_columns_together(call, q, k, v)
+    armed = factors is not None or factor > 0
+    table = requests.table
+    lengths = requests.q_lens, requests.kv_lens, requests.q_starts, requests.kv_starts, table
+    addresses = addresses_of(q, k, v, out, counts, factors, scales.k_each, scales.v_each, *lengths)
+    key = (
+        call, q.device, out.stride(), armed, None if counts is None else counts.dim(), requests.count(q),
+        None if table is None else table.stride(0), scales.v is None, scales.k_per_head, scales.v_per_head,
+        *aligned(addresses[:8]), *[x is None for x in lengths],
+    )  # fmt: skip
+    numbers = factor, call.scale * (scales.k or 1.0) * LOG2E, scales.v
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _planned(call, q, k, v, out, armed, requests, counts, scales)
+        keys: Any = k
+        tail: Any = k if plan.tail else None
+        values: Any = v
+        if plan.tma:
+            first, rest = pieces(call.head_dim)
+            keys = descriptor(k, [call.tile_kv, first])
+            tail = descriptor(k, [call.tile_kv, rest]) if rest else None
+            values = descriptor(v, [call.tile_kv, width(call.value_dim)])
+        with launching_on(q):
+            plan.kernel.first(
+                q, keys, tail, values, out, counts, factors, *lengths, scales.k_each, scales.v_each, *numbers
+            )  # fmt: skip
+        if plan.kernel.compiled:
+            remember(_plans, key, plan)
+        return
+    q_at, k_at, v_at, out_at, counts_at, factors_at, *rest_at = addresses
+    scales_at, lengths_at = rest_at[:2], rest_at[2:]
+    keys, values = (k, v) if plan.tma else (k_at, v_at)
+    with on_device(q.device):
+        plan.kernel.again(
+            stream_of(q.device), q_at, keys, keys if plan.tail else None, values, out_at, counts_at,
+            factors_at, *lengths_at, *scales_at, *numbers,
+        )  # fmt: skip
+
+
+def _planned(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    armed: bool,
+    requests: Requests,
+    counts: torch.Tensor | None,
+    scales: Scales,
+) -> _Plan:
+    from skip_softmax.triton.prefill_kernel import _prefill
+
+    on, (first, rest), columns = device_of(q.device), pieces(call.head_dim), width(call.value_dim)
+    table = requests.table
+    config = choose(
+        on.major, on.shared, call.dtype.itemsize, first + rest, columns, call.tile_q, call.tile_kv, call.page
+    )  # fmt: skip
+    tma = config.tma and descriptor_fits(k, first + rest) and descriptor_fits(v, columns)
+    kernel = Prepared(
+        _prefill,
+        (call.q_heads, cdiv(call.q_len + call.most_lead, config.block_m), requests.count(q)),
+        (
+            call.q_len, call.kv_len, call.window or 0,
+            # None compiles the kernel without the rule.
+            min(call.dense_last, call.q_len) or None if armed else None,
+            call.min_kv_len or None if armed else None,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            None if table is None else table.stride(0),
+        ),
+        {
+            "GROUP": call.group, "HEAD_DIM": call.head_dim, "HEAD_DIM_V": call.value_dim, "WIDTH": first,
+            "TAIL": rest, "WIDTH_V": columns, "BLOCK_M": config.block_m, "TILE_Q": call.tile_q,
+            "TILE_KV": call.tile_kv, "PAGE": call.page, "CAUSAL": call.causal,
+            "WINDOWED": call.window is not None, "ARMED": armed, "TWO_WAYS": config.two_ways,
+            "PRIVATE": config.private, "PROBE": config.probe, "SPAN": config.span, "TMA": tma,
+            "LEADS": call.most_lead > 0, "STATS": counts is not None,
+            "SUMMED": counts is not None and counts.dim() == 2, "K_EACH": scales.k_per_head,
+            "V_EACH": scales.v_per_head,
+            "PRECISION": precision(call.dtype, call.tile_kv), "STAGES": config.stages,
+            "SPARSE_STAGES": config.sparse_stages,
+        },
+        num_warps=config.warps,
+        maxnreg=config.registers,
+    )  # fmt: skip
+    return _Plan(kernel, tma, rest > 0)
+
+
 @torch.library.custom_op("skip_softmax::prefill", mutates_args=("out", "counts"))
 def prefill(
     q: torch.Tensor,
@@ -166,81 +311,18 @@ def prefill(
     table: torch.Tensor | None,
     most_q: int,
     most_kv: int,
-    most_lead: int,
+    ragged: bool,
     k_scale: float | None,
     k_scales: torch.Tensor | None,
     v_scale: float | None,
     v_scales: torch.Tensor | None,
 ) -> None:
-    """Skip-softmax prefill attention; never synchronises with the device.
-
-    Args:
-        q: queries [B, Hq, Sq, D]; packed requests are one batch entry [1, Hq, total, D].
-        k: keys [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D] with `table`.
-        v: values [B, Hkv, Skv, Dv], or pages as `k`.
-        out: takes the output [B, Hq, Sq, Dv], padding rows as zeros; rows of no packed request stay as they
-            are.
-        counts: visited and skipped tiles are added to it, int64 [requests, Hq, 2], or [Hq, 2] for their sum
-            over requests; None counts nothing.
-        factor: scale factor of all heads [tokens]; 0 runs the kernel without skipping.
-        factors: scale factor per query head, fp32 [Hq]; overrides `factor`.
-        causal: a row sees no key after its own position.
-        scale: factor of the scores.
-        window: sliding window [tokens], or None.
-        tile_q: query rows per vote.
-        tile_kv: keys per tile.
-        dense_last: last rows of each request whose votes skip nothing.
-        min_kv_len: a request with a shorter KV length skips nothing.
-        q_lens: valid rows per request, int32 [B], or None.
-        kv_lens: KV length per request, int32 [B], or None.
-        q_starts: where each packed request starts, and the end, int32 [requests + 1]; None: not packed.
-        kv_starts: the same for keys, or None.
-        table: page numbers, int32 [requests, pages per request], or None.
-        most_q: rows of the longest request.
-        most_kv: keys of the longest request.
-        most_lead: most rows of a request's first query tile that lie before its first row (`Call.lead`).
-        k_scale: of an FP8 cache, as the next three (`Scales`).
-        k_scales: the same on the device, fp32.
-        v_scale: of values.
-        v_scales: of values.
-    """
-    from skip_softmax.triton.prefill_kernel import _prefill
-
-    on, (first, rest), columns = device_of(q.device), pieces(q.shape[-1]), width(v.shape[-1])
-    page = 0 if table is None else k.shape[2]
-    config = choose(
-        on.major, on.shared, q.element_size(), first + rest, columns, tile_q, tile_kv, page
-    )
-    # False where the host knows that the call is dense: the kernel without a branch.
-    armed = factors is not None or factor > 0
+    """`run` for torch.compile and other tracers; what they see must not allocate the caller's output."""
+    call = call_of(
+        q, k, v, tile_q=tile_q, tile_kv=tile_kv, scale=scale, window=window, causal=causal,
+        dense_last=dense_last, min_kv_len=min_kv_len, ragged=ragged, table=table, q_len=most_q,
+        kv_len=most_kv,
+    )  # fmt: skip
+    requests = Requests(q_lens, kv_lens, q_starts, kv_starts, table)
     scales = Scales(k_scale, k_scales, v_scale, v_scales)
-    if not out.numel():
-        return
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    tma = config.tma and descriptor_fits(k, first + rest) and descriptor_fits(v, columns)
-    requests = q.shape[0] if q_starts is None else q_starts.shape[0] - 1
-    grid = (q.shape[1], cdiv(most_q + most_lead, config.block_m), requests)
-    with launching_on(q):
-        _prefill[grid](
-            q,
-            descriptor(k, [tile_kv, first]) if tma else k,
-            None if not rest else descriptor(k, [tile_kv, rest]) if tma else k,
-            descriptor(v, [tile_kv, columns]) if tma else v,
-            out, counts, factors, q_lens, kv_lens, q_starts, kv_starts,
-            table, k_scales, v_scales, factor, scale * (k_scale or 1.0) * LOG2E, v_scale, most_q, most_kv,
-            window or 0,
-            # None compiles the kernel without the rule.
-            min(dense_last, most_q) or None if armed else None,
-            min_kv_len or None if armed else None,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            None if table is None else table.stride(0),
-            GROUP=q.shape[1] // k.shape[1], HEAD_DIM=k.shape[-1], HEAD_DIM_V=v.shape[-1],
-            WIDTH=first, TAIL=rest, WIDTH_V=columns, BLOCK_M=config.block_m, TILE_Q=tile_q,
-            TILE_KV=tile_kv, PAGE=page, CAUSAL=causal, WINDOWED=window is not None, ARMED=armed,
-            TWO_WAYS=config.two_ways, PRIVATE=config.private, PROBE=config.probe, SPAN=config.span,
-            TMA=tma, LEADS=most_lead > 0, STATS=counts is not None,
-            SUMMED=counts is not None and counts.dim() == 2, K_EACH=scales.k_per_head,
-            V_EACH=scales.v_per_head, PRECISION=precision(q.dtype, tile_kv),
-            STAGES=config.stages, SPARSE_STAGES=config.sparse_stages, num_warps=config.warps,
-            maxnreg=config.registers,
-        )  # fmt: skip
+    _launch(call, q, k, v, factor, factors, requests, out, counts, scales)

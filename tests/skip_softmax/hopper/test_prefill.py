@@ -345,7 +345,7 @@ def test_torch_compile_sees_one_graph() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
     counts = torch.zeros(1, p.q.shape[1], 2, dtype=torch.int64, device=p.q.device)
-    rest = 0.05, None, True, 0.2, 64, 0, None, None, None, None, None, 165, 300, 7
+    rest = 0.05, None, True, 0.2, 64, 0, None, None, None, None, None, 165, 300, False
     torch.library.opcheck(
         torch.ops.skip_softmax.hopper.default,
         (p.q, p.k, p.v, torch.empty_like(p.q), counts, *rest),

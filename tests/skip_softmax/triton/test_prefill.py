@@ -334,7 +334,7 @@ def test_torch_compile_sees_one_graph() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(p.q, p.k, p.v), call(p.q, p.k, p.v))
     counts = torch.zeros(1, 2, 2, dtype=torch.int64, device=DEVICE)
-    rest = 0.05, None, True, 0.2, None, 64, 32, 64, 0, *[None] * 5, 65, 100, False
+    rest = 0.05, None, True, 0.2, None, 64, 32, 64, 0, *[None] * 5, 65, 100, False, *[None] * 4
     for counted in (counts, counts[0], None):
         torch.library.opcheck(
             torch.ops.skip_softmax.prefill.default,

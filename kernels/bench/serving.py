@@ -1,7 +1,7 @@
 """What a serving engine pays for a call besides its tiles: the host's part, and in decode too wide a table.
 
-    python kernels/bench/serving.py host > host.jsonl
-    python kernels/bench/serving.py graph > graph.jsonl
+    python kernels/bench/serving.py host --commit COMMIT > host.jsonl
+    python kernels/bench/serving.py graph --commit COMMIT > graph.jsonl
 
 `host`: microseconds of the host per call, of our operations and PyTorch's, which take turns. The tensors are
 so short that the device waits for the host. `graph`: device time of a graph that was captured with a table of
@@ -26,11 +26,11 @@ if importlib.util.find_spec("skip_softmax") is None:  # a checkout that is not i
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import triton
 from timings import median_times, ready
 from torch.nn.functional import scaled_dot_product_attention
 
 import skip_softmax as ss
-from calibrate.record import provenance
 from skip_softmax.choose import backends
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
@@ -171,11 +171,11 @@ def main() -> None:
     """Prints rows as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=["host", "graph"])
-    parser.add_argument("--commit", default=provenance.commit(), help="written into each row")
+    parser.add_argument("--commit", required=True, help="written into each row")
     options = parser.parse_args()
     about = {
-        "device": provenance.device("cuda"), "versions": provenance.versions(), "commit": options.commit,
-        "date": datetime.date.today().isoformat(), "dtype": "bfloat16",
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "commit": options.commit, "date": datetime.date.today().isoformat(), "dtype": "bfloat16",
         "q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM,
     }  # fmt: skip
     for row in {"host": host, "graph": graph}[options.part]():

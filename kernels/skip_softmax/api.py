@@ -284,8 +284,8 @@ def attention_varlen(
         )
     else:
         check_packed(cu_seqlens_k, k.shape[0], max_seqlen_k, "k")
-        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    queries = q.transpose(0, 1)[None]
+        k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    queries = q.transpose(0, 1).unsqueeze(0)
     call, room = _settled(
         "prefill", backend, queries, k, v, block_table, tile_q=tile_q, tile_kv=tile_kv, scale=scale,
         window=window, causal=causal, dense_last=dense_last, min_kv_len=min_kv_len, q_len=max_seqlen_q,
@@ -298,7 +298,7 @@ def attention_varlen(
     )
     if out is not None:
         check_out(out, q, call.value_dim)
-    heads_first = None if out is None else out.transpose(0, 1)[None]
+    heads_first = None if out is None else out.transpose(0, 1).unsqueeze(0)
     written, stats = _attend(
         room,
         call,
@@ -417,7 +417,7 @@ def decode_attention(
         NotImplementedError: the named backend cannot run this call.
         RuntimeError: `out` is given where a gradient is wanted.
     """
-    run = q if q.dim() == 4 else q[:, :, None]
+    run = q if q.dim() == 4 else q.unsqueeze(2)
     if block_table is not None:
         check_table(block_table, kv_lens, q.shape[0], kv_start)
     call, room = _settled(
@@ -430,10 +430,10 @@ def decode_attention(
     requests = Requests(kv_lens=kv_lens, table=block_table)
     written, stats = _attend(
         room, call, run, k_cache, v_cache, scale_factor, scales_of(k_scale, v_scale, call, q.device),
-        requests, out if out is None or q.dim() == 4 else out[:, :, None], counts, return_stats,
+        requests, out if out is None or q.dim() == 4 else out.unsqueeze(2), counts, return_stats,
     )  # fmt: skip
     if out is None:
-        out = _forward_only(written if q.dim() == 4 else written[:, :, 0], q, k_cache, v_cache)
+        out = _forward_only(written if q.dim() == 4 else written.squeeze(2), q, k_cache, v_cache)
     return out if stats is None else (out, stats)
 
 

@@ -70,13 +70,16 @@ def random_stretch(draw, page):
     return Stretch("prefill", slice(first, last), starts, lens, table, most, longest_kv), last + 3
 
 
-for backend, heads, kv_heads, head_dim, page, window, armed in (
-    ("hopper", 32, 8, 128, 64, None, True), ("hopper", 32, 8, 128, 16, None, False),
-    ("hopper", 8, 2, 64, 64, None, True), ("triton", 4, 1, 256, 32, 700, True),
+for backend, heads, kv_heads, head_dim, page, window, armed, fp8 in (
+    ("hopper", 32, 8, 128, 64, None, True, False), ("hopper", 32, 8, 128, 16, None, False, False),
+    ("hopper", 8, 2, 64, 64, None, True, False), ("triton", 4, 1, 256, 32, 700, True, False),
+    ("triton", 8, 2, 128, 64, None, True, True),
 ):
-    cache = torch.zeros(3, 2, kv_heads, page, head_dim, dtype=torch.bfloat16)
+    cache = torch.zeros(3, 2, kv_heads, page, head_dim, dtype=call.FP8 if fp8 else torch.bfloat16)
     k, v = cache[:, 0], cache[:, 1]
     about = {"scale": head_dim**-0.5, "window": window, "min_kv_len": FLOOR}
+    if fp8:
+        about |= {"k_scale": torch.ones(()), "v_scale": torch.ones(())}
     keywords = {
         phase: about | {
             "backend": name, "scale_factor": torch.ones(count) if armed else 0.0,
@@ -88,7 +91,7 @@ for backend, heads, kv_heads, head_dim, page, window, armed in (
         )
     }
     before = len(noted)
-    warm.compile_for(keywords, heads, k, v, LONGEST, MOST)
+    warm.compile_for(keywords, heads, torch.bfloat16, k, v, LONGEST, MOST)
     known = set(noted)
     names = {name for name, _ in known}
     assert {"_decode", "_combine", "_hopper" if backend == "hopper" else "_prefill"} <= names, names
@@ -117,5 +120,5 @@ def test_after_the_start_no_batch_needs_another_kernel(tmp_path: Path) -> None:
         },
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # Prefill armed and dense, decode (in two ways at head_dim 64), and what joins its splits.
-    assert done.stdout.split() == ["4", "2", "5", "4"]
+    # Prefill armed and dense, decode (in two ways at head_dim 64), and what joins its splits, if it is new.
+    assert done.stdout.split() == ["4", "2", "5", "4", "3"]

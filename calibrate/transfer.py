@@ -84,8 +84,9 @@ def project_run(
             "another one, or leave --phase out"
         )
     tiles = tiles_for(
-        engine, gpu, source.geometry, skipping, shape.head_dim, shape.q_heads // shape.kv_heads
-    )
+        engine, gpu, source.geometry, skipping, shape.head_dim, shape.q_heads // shape.kv_heads,
+        shape.latent,
+    )  # fmt: skip
     ours = _at(run.config, tiles, engine_name, chosen)
     refused = ours.target.first_chunks(ours.geometry.prefill.chunk, ours.target.engine)
     if refused is not None:

@@ -158,6 +158,7 @@ def objections(
     head_dim: int,
     group: int,
     *,
+    latent: bool = False,
     trust_unpublished: bool = False,
 ) -> Iterator[Objection]:
     """Why numbers of this geometry are not valid on a server.
@@ -168,6 +169,7 @@ def objections(
         phases: phases with a number above 0.
         head_dim: size of a head.
         group: query heads per KV head.
+        latent: whether the model has latent attention (MLA).
         trust_unpublished: the user has compared tiles that are not published.
 
     Yields:
@@ -178,6 +180,15 @@ def objections(
         tiles = getattr(geometry, phase)
         if isinstance(votes, Ignored):
             yield Objection(f"{server.name} {votes.how} the {phase} number: {votes.why}", "phase")
+            continue
+        if phase == "decode" and latent:
+            # trtllm-gen's choice of a kernel for MLA: 16 heads to a tile or more, by batch and length.
+            yield Objection(
+                f"decode of {server.name} reads the compressed cache of latent attention (MLA), with as many "
+                "query heads to a tile as its kernel takes, which changes with batch and length: no geometry "
+                "holds there",
+                "phase",
+            )
             continue
         if votes.head_dims and head_dim not in votes.head_dims:
             yield Objection(

@@ -180,6 +180,7 @@ def against_numbers(
         tuple(numbers.scale_factor),
         model.head_dim,
         model.q_heads // model.kv_heads,
+        latent=model.latent,
         trust_unpublished=trust_geometry,
     )
     unnamed = server.by_name and numbers.dense_layers and attention_modules(thresholds) is None

@@ -53,6 +53,7 @@ def tiles_for(
     phases: tuple[Phase, ...],
     head_dim: int,
     group: int,
+    latent: bool = False,
 ) -> Geometry:
     """Tiles at which an engine's numbers must be measured: the run's own if they serve, else the engine's.
 
@@ -63,6 +64,7 @@ def tiles_for(
         phases: phases to project.
         head_dim: size of a head.
         group: query heads per KV head.
+        latent: whether the model has latent attention (MLA).
 
     Returns:
         The geometry.
@@ -75,7 +77,11 @@ def tiles_for(
     options = [(server, geometry) for server in servers]
     options += [(server, geometry_of(server, head_dim, geometry)) for server in servers]
     for server, tiles in options:
-        reasons = list(objections(server, tiles, phases, head_dim, group, trust_unpublished=True))
+        reasons = list(
+            objections(
+                server, tiles, phases, head_dim, group, latent=latent, trust_unpublished=True
+            )
+        )
         if not reasons:
             return tiles
         refused += reasons

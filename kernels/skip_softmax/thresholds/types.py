@@ -88,6 +88,11 @@ class ModelSection(Section):
     dtype: str
     kv_cache_dtype: KvCacheDtype | None = None
 
+    @property
+    def latent(self) -> bool:
+        """Whether it has latent attention (MLA), which shows in values of another size than keys."""
+        return self.head_dim_v not in (None, self.head_dim)
+
     @model_validator(mode="after")
     def _groups_are_whole(self) -> ModelSection:
         if self.q_heads % self.kv_heads:

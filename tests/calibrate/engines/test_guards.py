@@ -49,6 +49,9 @@ def run(tmp_path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
 SEEDED = thresholds().geometry.model_copy(
     update={"decode": DecodeGeometry(tile_kv=64, running_max="seeded")}
 )
+PAIRS = thresholds().geometry.model_copy(
+    update={"decode": thresholds().geometry.decode.model_copy(update={"tile_heads": 2})}
+)
 
 
 GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
@@ -82,6 +85,18 @@ GUARDS: dict[str, tuple[Thresholds, tuple[Any, ...], str]] = {
         thresholds(geometry=MODELOPT),
         ("--engine", "modelopt"),
         "every query head votes alone, but the numbers are for the 4 query heads",
+    ),
+    "geometry-votes-of-part-of-a-group": (
+        thresholds(geometry=PAIRS),
+        ("--engine", "trtllm"),
+        r"the 4 query heads of a KV head vote together, .* for votes of 2; calibrate without",
+    ),
+    "geometry-latent-decode": (
+        thresholds(
+            model=thresholds().model.model_copy(update={"head_dim": 192, "head_dim_v": 128})
+        ),
+        ("--engine", "trtllm", "--gpu", "sm100", "--phase", "decode"),
+        r"compressed cache of latent attention \(MLA\).* no geometry holds there",
     ),
     "geometry-unpublished": (
         thresholds(),

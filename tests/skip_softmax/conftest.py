@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from skip_softmax import api
+from skip_softmax.hopper import prefill as hopper
+from skip_softmax.triton import decode, prefill
 
 
 @pytest.fixture(autouse=True)
@@ -20,5 +22,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> None:
-    """Which kernel runs a call is asked again, because a test may change the answer."""
+    """Which kernel runs a call, and how, is asked again, because a test may change the answer."""
     api._asked.clear()
+    for room in (hopper, prefill, decode):
+        room._plans.clear()

@@ -104,6 +104,7 @@ def test_every_order_of_the_work_gives_the_same_bits(
     p = planted(batch=2, heads=12, kv_heads=6, q_len=700, kv_len=900)
     out, stats = check(p)
     monkeypatch.setattr(hopper, "_near", lambda *_: near)
+    monkeypatch.setattr(hopper, "_plans", {})
     again, counted = run(p)
     assert torch.equal(again, out)
     assert torch.equal(counted.skipped, stats.skipped)

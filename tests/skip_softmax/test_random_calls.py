@@ -21,7 +21,7 @@ from skip_softmax.hopper import prefill as hopper
 
 pytestmark = pytest.mark.slow
 
-CASES, LONGEST = (20, 5000) if DEVICE == "cuda" else (10, 600)
+CASES, LONGEST = (20, 5000) if DEVICE == "cuda" else (10, 300)
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from architectures import HEADS, NO_STEPS, NOT_RUN, architectures, build
@@ -25,12 +26,11 @@ from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from calibrate.schema import GeometryConfig
 from calibrate.statistics import capture
-from skip_softmax import Thresholds, applied
+from skip_softmax import applied
 from skip_softmax.api import attention
 from skip_softmax.huggingface.calls import LayerCall
 from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.huggingface.layers import Layer, inspect_layers
-from skip_softmax.thresholds.types import Geometry, ModelSection, UncalibratedLayer
 
 PAGE = Path(__file__).resolve().parent.parent / "kernels/skip_softmax/huggingface/architectures.md"
 PROMPT, PADDING = 48, 7  # tokens
@@ -125,7 +125,7 @@ def sweep(name: str) -> Row:
     try:
         layers = inspect_layers(model)
     except ValueError as error:
-        any_file = dense_file(name, [Layer(0, "", HEADS, 2, 16, None, None)])
+        any_file = tiny.thresholds([Layer(0, "", HEADS, 2, 16, None, None)])
         with (
             pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"),
             applied(model, any_file),
@@ -141,7 +141,7 @@ def sweep(name: str) -> Row:
             found = difference(logits(model), own)
         assert not any(found.values()), f"not the model's own logits: {found}"
         return Row(name, "own", note_of(said))
-    with warnings() as lines, applied(model, dense_file(name, layers)) as counts:
+    with warnings() as lines, applied(model, tiny.thresholds(layers)) as counts:
         found = difference(logits(model), own)
     assert max(found.values()) <= limit, (
         f"not the model's own logits: {found}, rounding is {limit:.1e}"
@@ -184,28 +184,6 @@ def tolerance(model: transformers.PreTrainedModel, own: dict[str, torch.Tensor])
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
     return min(max(ROUNDING * rounding, FINEST), COARSEST)
-
-
-def dense_file(name: str, layers: list[Layer]) -> Thresholds:
-    """A thresholds file of scale factor 0, as a run would write it."""
-    first = next(layer for layer in layers if layer.reason is None)
-    return Thresholds(
-        model=ModelSection(
-            name=name,
-            sha256="0",
-            layers=len(layers),
-            q_heads=first.q_heads,
-            kv_heads=first.kv_heads,
-            head_dim=first.head_dim,
-            dtype="float32",
-        ),
-        geometry=Geometry(**TILES),
-        uncalibrated=tuple(
-            UncalibratedLayer(layer=layer.index, reason=layer.reason)
-            for layer in layers
-            if layer.reason is not None
-        ),
-    )
 
 
 def check_capture(loaded: LoadedModel, limit: float) -> None:

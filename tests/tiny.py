@@ -12,6 +12,16 @@ from typing import Any
 import torch
 import transformers
 
+from skip_softmax import Thresholds
+from skip_softmax.huggingface.layers import Layer
+from skip_softmax.thresholds.types import (
+    Geometry,
+    MinKvLen,
+    ModelSection,
+    ScaleFactors,
+    UncalibratedLayer,
+)
+
 VOCABULARY = 400
 
 
@@ -40,6 +50,36 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
     """Random tokens of one request [1, count]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (1, count), generator=generator)
+
+
+def thresholds(
+    found: list[Layer], prefill: float = 0.0, decode: float | None = None, *, floor: int = 60,
+    dense_last: int = 0, chunk: int | None = None, **changes: Any,
+) -> Thresholds:  # fmt: skip
+    """A file for a model's layers, in tiles of 16; those that cannot be calibrated are listed.
+
+    `decode` is `prefill` where it is not given; `floor` is `min_kv_len` of both phases.
+    """
+    able = [layer for layer in found if layer.reason is None] or found
+    q_heads, kv_heads, head_dim = able[0].shape
+    left = tuple(
+        UncalibratedLayer(layer=layer.index, reason=layer.reason)
+        for layer in found
+        if layer.reason is not None
+    )
+    return Thresholds(
+        model=ModelSection(
+            name="tiny", sha256="0", layers=len(found), q_heads=q_heads, kv_heads=kv_heads,
+            head_dim=head_dim, dtype="float32",
+        ),
+        geometry=Geometry(
+            prefill={"tile_q": 16, "tile_kv": 16, "dense_last": dense_last, "chunk": chunk},
+            decode={"tile_kv": 16},
+        ),
+        min_kv_len=MinKvLen(prefill=floor, decode=floor),
+        scale_factor=ScaleFactors(prefill=prefill, decode=prefill if decode is None else decode),
+        **{"uncalibrated": left, **changes},
+    )  # fmt: skip
 
 
 def model(family: str, sharpness: float = 1.0, **changes: Any) -> transformers.PreTrainedModel:

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from tiny import thresholds
 
 from calibrate.loss import measure
 from calibrate.model import section
@@ -18,41 +19,15 @@ from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from calibrate.schema import GeometryConfig, RunConfig
 from calibrate.statistics import capture
-from skip_softmax import Thresholds, applied
-from skip_softmax.huggingface.layers import Layer, inspect_layers
+from skip_softmax import applied
+from skip_softmax.huggingface.layers import inspect_layers
 from skip_softmax.thresholds.types import (
-    Geometry,
     LayerOverride,
-    MinKvLen,
-    ModelSection,
-    ScaleFactors,
     UncalibratedLayer,
 )
 
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "gpt2"]
 SHARPNESS = 400.0  # so sharp that tiles can be skipped in a random model
-
-
-def thresholds(
-    found: list[Layer], factor: float, *, floor: int = 60, dense_last: int = 0, **changes: Any
-) -> Thresholds:
-    first = found[0]
-    prefill = {"tile_q": 16, "tile_kv": 16, "dense_last": dense_last}
-    return Thresholds(
-        model=ModelSection(
-            name="tiny",
-            sha256="0",
-            layers=len(found),
-            q_heads=first.q_heads,
-            kv_heads=first.kv_heads,
-            head_dim=first.head_dim,
-            dtype="float32",
-        ),
-        geometry=Geometry(prefill=prefill, decode={"tile_kv": 16}),
-        min_kv_len=MinKvLen(prefill=floor, decode=floor),
-        scale_factor=ScaleFactors(prefill=factor, decode=factor),
-        **changes,
-    )
 
 
 def loaded(family: str, **changes: object) -> LoadedModel:
@@ -225,14 +200,13 @@ def test_soft_cap_layers_keep_their_own_attention_and_are_named(
         dense = model(prompt, use_cache=False).logits
     layers = inspect_layers(model)
     assert [layer.reason for layer in layers] == ["attention soft-cap"] * 3
-    left = tuple(UncalibratedLayer(layer=i, reason="attention soft-cap") for i in range(3))
     caplog.clear()
-    with torch.no_grad(), applied(model, thresholds(layers, 55.0)) as counts:
+    with torch.no_grad(), applied(model, thresholds(layers, 55.0, uncalibrated=())) as counts:
         assert torch.equal(model(prompt, use_cache=False).logits, dense)
     assert int(counts["prefill"].visited.sum()) == 0
     assert "layer 0 keeps the model's own attention: attention soft-cap" in caplog.text
     caplog.clear()
-    with torch.no_grad(), applied(model, thresholds(layers, 55.0, uncalibrated=left)):
+    with torch.no_grad(), applied(model, thresholds(layers, 55.0)):
         assert torch.equal(model(prompt, use_cache=False).logits, dense)
     assert caplog.text == "", "a layer that the file lists needs no warning"
 

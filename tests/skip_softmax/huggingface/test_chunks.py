@@ -17,7 +17,6 @@ from skip_softmax import Thresholds, applied
 from skip_softmax.huggingface.calls import LayerCall
 from skip_softmax.huggingface.layers import inspect_layers
 from skip_softmax.meaning.histogram import NEVER
-from skip_softmax.thresholds.types import Geometry, MinKvLen, ModelSection, ScaleFactors
 
 LENGTH, CHUNK, STEPS = 310, 64, 6
 ENDS = [64, 128, 192, 256]
@@ -31,18 +30,9 @@ def loaded(family: str) -> LoadedModel:
 
 
 def thresholds(
-    one: LoadedModel, factor: float, chunk: int | None = CHUNK, floor: int = 64, **prefill: int
+    one: LoadedModel, factor: float, chunk: int | None = CHUNK, floor: int = 64, dense_last: int = 0
 ) -> Thresholds:
-    layer = one.layers[0]
-    shape = {"q_heads": layer.q_heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
-    return Thresholds(
-        model=ModelSection(
-            name="tiny", sha256="0", layers=len(one.layers), dtype="float32", **shape
-        ),
-        geometry=Geometry(prefill={**TILES, "chunk": chunk, **prefill}, decode={"tile_kv": 16}),
-        min_kv_len=MinKvLen(prefill=floor, decode=floor),
-        scale_factor=ScaleFactors(prefill=factor, decode=factor),
-    )
+    return tiny.thresholds(one.layers, factor, floor=floor, chunk=chunk, dense_last=dense_last)
 
 
 def a_prompt() -> Prompt:

@@ -25,11 +25,7 @@ from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.huggingface.layers import inspect_layers
 from skip_softmax.meaning.counts import TileCounts
 from skip_softmax.thresholds.types import (
-    Geometry,
     LayerOverride,
-    MinKvLen,
-    ModelSection,
-    ScaleFactors,
 )
 
 LENGTHS = (120, 35, 97)  # in tiles of 16; the second stays below the floor
@@ -51,20 +47,13 @@ def model(family: str = "llama", attention: str = "sdpa") -> Any:
 
 
 def file(of: Any, factor: float) -> Thresholds:
+    """One number for the model, and in one layer one per head."""
     layers = inspect_layers(of)
-    q_heads, kv_heads, head_dim = layers[0].shape
+    q_heads, kv_heads, _ = layers[0].shape
     prefill = tuple(factor * (1 - head / 8) for head in range(q_heads))
     decode = tuple(factor * (1 - head / 8) for head in range(kv_heads))
-    return Thresholds(
-        model=ModelSection(
-            name="tiny", sha256="0", layers=len(layers), q_heads=q_heads, kv_heads=kv_heads,
-            head_dim=head_dim, dtype="float32",
-        ),
-        geometry=Geometry(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16}),
-        min_kv_len=MinKvLen(prefill=60, decode=60),
-        scale_factor=ScaleFactors(prefill=factor, decode=factor),
-        layers=(LayerOverride(layer=1, prefill=prefill, decode=decode),),
-    )  # fmt: skip
+    each = LayerOverride(layer=1, prefill=prefill, decode=decode)
+    return tiny.thresholds(layers, factor, layers=(each,))
 
 
 def prompts(*lengths: int) -> list[list[int]]:

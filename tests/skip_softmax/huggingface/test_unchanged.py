@@ -13,43 +13,18 @@ import pytest
 import tiny
 import torch
 import transformers
+from tiny import thresholds
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from skip_softmax import Thresholds, applied
+from skip_softmax import applied
 from skip_softmax.huggingface.layers import Layer, inspect_layers
-from skip_softmax.thresholds.types import (
-    Geometry,
-    MinKvLen,
-    ModelSection,
-    ScaleFactors,
-    UncalibratedLayer,
-)
 
 SMALL = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-
-
-def dense(layers: list[Layer], prefill: float = 0.0, decode: float = 0.0) -> Thresholds:
-    """A file for the layers of a model that can be calibrated; the others are listed."""
-    able = [layer for layer in layers if layer.reason is None] or layers
-    q_heads, kv_heads, head_dim = able[0].shape
-    return Thresholds(
-        model=ModelSection(
-            name="tiny", sha256="0", layers=len(layers), q_heads=q_heads, kv_heads=kv_heads,
-            head_dim=head_dim, dtype="float32",
-        ),
-        geometry=Geometry(prefill={"tile_q": 16, "tile_kv": 16}, decode={"tile_kv": 16}),
-        min_kv_len=MinKvLen(prefill=60, decode=60),
-        scale_factor=ScaleFactors(prefill=prefill, decode=decode),
-        uncalibrated=tuple(
-            UncalibratedLayer(layer=layer.index, reason=layer.reason)
-            for layer in layers if layer.reason is not None
-        ),
-    )  # fmt: skip
 
 
 def louder(model: Any, factor: float = 5.0) -> Any:
@@ -68,7 +43,7 @@ def unchanged(
     layers = inspect_layers(model) if layers is None else layers
     with torch.no_grad():
         own = run()
-        with applied(model, dense(layers)) as counts:
+        with applied(model, thresholds(layers)) as counts:
             got = run()
     assert got.dtype == own.dtype
     rounding = 2e-2 if own.dtype == torch.bfloat16 else 1e-4
@@ -268,7 +243,7 @@ def test_attention_weights_that_somebody_asks_for_are_given() -> None:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         own = model(tiny.tokens(60), output_attentions=True).attentions
-        with applied(model, dense(inspect_layers(model))):
+        with applied(model, thresholds(inspect_layers(model))):
             got = model(tiny.tokens(60), output_attentions=True).attentions
     assert len(own) == len(got) == 3
     assert all(torch.equal(a, b) for a, b in zip(own, got, strict=True))
@@ -311,7 +286,7 @@ def test_a_decoder_s_shape_is_not_its_encoder_s() -> None:
         pytest.raises(
             ValueError, match=r"must agree, but the file .* \(5, 8, 8, 8\) and the model has"
         ),
-        applied(model, dense([Layer(i, "", 8, 8, 8, None, None) for i in range(5)])),
+        applied(model, thresholds([Layer(i, "", 8, 8, 8, None, None) for i in range(5)])),
     ):
         pass
 
@@ -338,7 +313,7 @@ def test_drafts_that_are_verified_together_are_decode_steps(sharp: Any, how: str
     }
     given = {**GREEDY, **arguments[how]}
     for prefill, decode in ((55.0, 0.0), (55.0, 55.0)):
-        file = dense(inspect_layers(sharp), prefill, decode)
+        file = thresholds(inspect_layers(sharp), prefill, decode)
         with applied(sharp, file) as plain:
             expected = sharp.generate(prompt, **GREEDY)
         with applied(sharp, file) as drafted:
@@ -353,7 +328,7 @@ def test_drafts_that_are_verified_together_are_decode_steps(sharp: Any, how: str
 def test_drafts_are_decode_steps_of_the_model_that_writes_them_too(sharp: Any) -> None:
     """It is asked to go on with a text of which a part was generated."""
     prompt, writer = tiny.tokens(120), tiny.model("llama", 1.0)
-    with applied(sharp, dense(inspect_layers(sharp))) as counts:
+    with applied(sharp, thresholds(inspect_layers(sharp))) as counts:
         writer.generate(prompt, assistant_model=sharp, **GREEDY)
     # 8 votes of 16 rows, the last of 8 rows, on 1 to 8 tiles; and, after its first drafts were rejected, the
     # last token of the prompt once more.
@@ -362,7 +337,7 @@ def test_drafts_are_decode_steps_of_the_model_that_writes_them_too(sharp: Any) -
 
 
 def test_a_copy_that_is_made_inside_generates_outside(sharp: Any) -> None:
-    prompt, file = tiny.tokens(120), dense(inspect_layers(sharp), 55.0, 55.0)
+    prompt, file = tiny.tokens(120), thresholds(inspect_layers(sharp), 55.0, 55.0)
     own = sharp.generate(prompt, **GREEDY)
     with applied(sharp, file) as counts:
         copied = copy.deepcopy(sharp)
@@ -374,9 +349,9 @@ def test_a_copy_that_is_made_inside_generates_outside(sharp: Any) -> None:
 def test_every_chunk_of_a_prompt_is_prefill_in_generate(sharp: Any, chunk: int) -> None:
     """The last chunk has 120, 1, 2 and 20 tokens."""
     prompt, given = tiny.tokens(120), {**GREEDY, "prefill_chunk_size": chunk}
-    with applied(sharp, dense(inspect_layers(sharp), 0.0, 55.0)) as counts:
+    with applied(sharp, thresholds(inspect_layers(sharp), 0.0, 55.0)) as counts:
         chunked = sharp.generate(prompt, **given)
-    with applied(sharp, dense(inspect_layers(sharp), 0.0, 55.0)) as whole:
+    with applied(sharp, thresholds(inspect_layers(sharp), 0.0, 55.0)) as whole:
         assert torch.equal(sharp.generate(prompt, **GREEDY), chunked)
     assert torch.equal(counts["decode"].visited, whole["decode"].visited)
     assert torch.equal(counts["decode"].skipped, whole["decode"].skipped)
@@ -385,7 +360,7 @@ def test_every_chunk_of_a_prompt_is_prefill_in_generate(sharp: Any, chunk: int) 
 
 def test_the_next_turn_of_a_conversation_is_prefill(sharp: Any) -> None:
     first, more = tiny.tokens(100), tiny.tokens(30, 1)
-    with applied(sharp, dense(inspect_layers(sharp), 0.0, 0.0)) as counts:
+    with applied(sharp, thresholds(inspect_layers(sharp), 0.0, 0.0)) as counts:
         out = sharp.generate(first, return_dict_in_generate=True, **GREEDY)
         prefill, decode = (counts[phase].visited for phase in ("prefill", "decode"))
         turn = torch.cat([out.sequences, more], 1)
@@ -404,7 +379,7 @@ def test_padded_prompts_end_where_the_batch_s_prompts_end(sharp: Any) -> None:
     batch = torch.cat([long, torch.cat([torch.ones(1, 30, dtype=torch.long), short], 1)])
     mask = torch.ones_like(batch)
     mask[1, :30] = 0
-    file = dense(inspect_layers(sharp), 0.0, 55.0)
+    file = thresholds(inspect_layers(sharp), 0.0, 55.0)
     with applied(sharp, file) as together:
         sharp.generate(batch, attention_mask=mask, **GREEDY)
     with applied(sharp, file) as alone:
@@ -437,7 +412,7 @@ def test_other_dtypes_are_the_model_s_own_business(caplog: pytest.LogCaptureFixt
     with torch.no_grad():
         with pytest.raises(RuntimeError) as own:
             model(tiny.tokens(60))
-        with applied(model, dense(layers)), pytest.raises(RuntimeError) as got:
+        with applied(model, thresholds(layers)), pytest.raises(RuntimeError) as got:
             model(tiny.tokens(60))
     assert str(got.value) == str(own.value)
     assert "different dtypes" in caplog.text
@@ -495,7 +470,7 @@ def test_code_that_asks_for_the_name_of_the_attention_takes_its_own_way() -> Non
     handle = model.model.register_forward_pre_hook(
         lambda module, _: seen.append(module.config._attn_implementation)
     )
-    with applied(model, dense(inspect_layers(model))):
+    with applied(model, thresholds(inspect_layers(model))):
         model(tiny.tokens(20))
         assert model.config._attn_implementation in ("eager", "sdpa")
         assert type(copy.deepcopy(model.config)._attn_implementation) is str
@@ -518,9 +493,9 @@ def test_weights_on_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert [layer.reason for layer in layers] == [None] * 3
     prompt = tiny.tokens(100)
     with torch.no_grad():
-        with applied(own, dense(layers, 55.0)) as expected:
+        with applied(own, thresholds(layers, 55.0, 0.0)) as expected:
             wanted = own(prompt).logits
-        with applied(model, dense(layers, 55.0)) as counts:
+        with applied(model, thresholds(layers, 55.0, 0.0)) as counts:
             torch.testing.assert_close(model(prompt).logits, wanted)
     assert counts.sparsity("prefill") == expected.sparsity("prefill") > 0.01
     assert torch.equal(counts["prefill"].skipped, expected["prefill"].skipped)
@@ -543,8 +518,8 @@ def test_nothing_is_left_of_a_block(caplog: pytest.LogCaptureFixture) -> None:
     model, other = tiny.model("llama"), tiny.model("gpt2")
     with (
         caplog.at_level(logging.WARNING),
-        applied(model, dense(inspect_layers(model))),
-        applied(other, dense(inspect_layers(other))),
+        applied(model, thresholds(inspect_layers(model))),
+        applied(other, thresholds(inspect_layers(other))),
     ):
         model(tiny.tokens(20))
     assert before == (

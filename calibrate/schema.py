@@ -107,6 +107,10 @@ class ModelConfig(_Section):
     """Where the tokenizer is, if not with the model; same forms as `path`."""
     revision: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"
+    """Of the server's KV cache (vLLM: `--kv-cache-dtype`), on which decisions depend; `auto`: as `dtype`.
+    `fp8_e4m3`: keys and values are rounded to e4m3 as they are (scales of 1, which a server has unless its
+    checkpoint brings others), also in the dense run that losses are measured against."""
     device: str = "auto"
     """`auto` (cuda if there is one, else cpu), `cpu`, `cuda`, `cuda:1`."""
     trust_remote_code: bool = False
@@ -127,6 +131,11 @@ class ModelConfig(_Section):
             raise ValueError(
                 f"`device` must be auto for `engine: {self.engine}`, which finds its devices itself, but got "
                 f"{self.device}; leave it out, and choose with CUDA_VISIBLE_DEVICES"
+            )
+        if self.served and self.kv_cache_dtype != "auto":
+            raise ValueError(
+                f"`kv_cache_dtype` must be auto for `engine: {self.engine}`, which does not calibrate over "
+                f"another cache yet, but got {self.kv_cache_dtype}; use `engine: transformers`"
             )
         if self.engine_options and not self.served:
             raise ValueError(

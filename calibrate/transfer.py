@@ -132,9 +132,11 @@ def statistics_for(run: Stages, thresholds: Thresholds) -> Statistics:
     if (
         statistics.identity.get("model") != thresholds.model.sha256
         or statistics.identity.get("geometry") != tiles
+        or statistics.identity.get("kv_cache_dtype") != thresholds.model.kv_cache_dtype
     ):
         raise UserError(
-            f"`{run.folder}` must be a run of the file's model at the file's tiles; leave --run out"
+            f"`{run.folder}` must be a run of the file's model at the file's tiles and KV cache; leave --run "
+            "out"
         )
     return statistics
 
@@ -244,6 +246,14 @@ def _require_same_model(thresholds: Thresholds, run: Stages) -> None:
             f"the file must be for the run's model, but it is for {thresholds.model.name} "
             f"({thresholds.model.sha256[:12]}) and the run has {loaded.name} ({loaded.sha256[:12]}); "
             "`calibrate import` puts numbers from elsewhere into a file for your model"
+        )
+    wanted, ours = (
+        kind or "auto" for kind in (thresholds.model.kv_cache_dtype, loaded.kv_cache_dtype)
+    )
+    if wanted != ours:
+        raise UserError(
+            f"the file must be for the run's KV cache, but it is for {wanted} and the run's is "
+            f"{ours}; set `model.kv_cache_dtype: {wanted}` in the run's config, in a new folder"
         )
 
 

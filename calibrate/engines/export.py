@@ -158,6 +158,7 @@ def export(
         notes = () if config is None else tuple(guards.check_model(thresholds, config))
         return Artefact(engine, target.write(Request(thresholds)).text, None, None, notes)
     guards.require_verdict(thresholds)
+    guards.require_cache(thresholds, target, cache)
     numbers = expressible(thresholds, target, chosen)
     servers = guards.valid_servers(
         thresholds, target, numbers, family, trust_geometry=trust_geometry, kv_dtype=cache
@@ -260,7 +261,7 @@ def _sidecar(
             "layers left dense have transformers' names of their modules, and the engine compares its own: "
             "check in its log that they are dense"
         )
-    if served.kv_dtype == "fp8":
+    if served.kv_dtype == "fp8" and thresholds.model.kv_cache_dtype is None:
         dropped.append("the rounding of an FP8 KV cache: the loss was measured without it")
     return {
         "format": "skip-softmax-export/1",

@@ -109,6 +109,27 @@ def require_verdict(thresholds: Thresholds) -> None:
         )
 
 
+def require_cache(thresholds: Thresholds, engine: Engine, kv_dtype: str | None) -> None:
+    """Refuses an FP8 cache's numbers for an engine that is run with another one.
+
+    Raises:
+        UserError: decisions would be taken on keys that are rounded otherwise.
+    """
+    if thresholds.model.kv_cache_dtype is None or (engine.kv_cache and kv_dtype == "fp8"):
+        return
+    if not engine.kv_cache:
+        raise UserError(
+            f"{engine.title} must attend to keys as they were calibrated, but it has no KV cache and the "
+            f"numbers are for one of {thresholds.model.kv_cache_dtype}; calibrate with "
+            "`model.kv_cache_dtype: auto`"
+        )
+    raise UserError(
+        f"{engine.title} must have the KV cache that was calibrated, {thresholds.model.kv_cache_dtype}, but "
+        f"--kv-dtype is {kv_dtype or 'not given'}; serve with an FP8 cache and pass --kv-dtype fp8, or "
+        "calibrate with `model.kv_cache_dtype: auto`"
+    )
+
+
 def valid_servers(
     thresholds: Thresholds,
     engine: Engine,

@@ -19,7 +19,7 @@ from skip_softmax.huggingface.applied import applied
 from skip_softmax.huggingface.calls import LayerCall, joined
 from skip_softmax.huggingface.intercept import intercepted
 from skip_softmax.meaning import literal
-from skip_softmax.meaning.call import call_of
+from skip_softmax.meaning.call import call_of, dequantised
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, Phase
 
@@ -194,7 +194,9 @@ def _unguarded(
             thresholds.per_head(call.layer, call.phase), dtype=torch.float64, device=call.q.device
         )
         outputs = []
+        scales = call.keywords.get("k_scale"), call.keywords.get("v_scale")
         for q, k, v in zip(call.q, call.k, call.v, strict=True):
+            k, v = (dequantised(x, scale, None, q) for x, scale in zip((k, v), scales, strict=True))
             out, seen, left_out = literal.attend(q, k, v, alone, factors)
             visited[call.phase][call.layer] += int(seen.sum())
             skipped[call.phase][call.layer] += int(left_out.sum())
@@ -202,7 +204,10 @@ def _unguarded(
         return torch.stack(outputs)
 
     left_alone = {entry.layer: entry.reason for entry in thresholds.uncalibrated}
-    with intercepted(loaded.model, handler, decode_from=decode_from, left_alone=left_alone):
+    with intercepted(
+        loaded.model, handler, decode_from=decode_from, left_alone=left_alone,
+        kv_cache_dtype=thresholds.model.kv_cache_dtype,
+    ):  # fmt: skip
         yield visited, skipped
 
 

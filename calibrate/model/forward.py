@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from calibrate.model.load import LoadedModel
 from calibrate.prompts.build import Prompt
 from calibrate.record.files import save_atomically
+from skip_softmax.api import attention
+from skip_softmax.huggingface.calls import LayerCall
+from skip_softmax.huggingface.intercept import intercepted
 
 
 def forward(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
@@ -32,6 +37,24 @@ def forward(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
     return logits
 
 
+@contextmanager
+def served_densely(loaded: LoadedModel) -> Iterator[None]:
+    """The model as a server without skipping has it: with keys and values as its KV cache keeps them."""
+    if loaded.kv_cache_dtype is None:
+        yield
+        return
+
+    def dense(call: LayerCall) -> torch.Tensor:
+        out: torch.Tensor = attention(call.q, call.k, call.v, **call.keywords)
+        return out
+
+    left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
+    with intercepted(
+        loaded.model, dense, left_alone=left_alone, kv_cache_dtype=loaded.kv_cache_dtype
+    ):
+        yield
+
+
 def dense_logits(loaded: LoadedModel, prompt: Prompt, folder: Path) -> torch.Tensor:
     """Dense logits [continuation + 1, vocabulary], float32, kept in `folder` for the next time."""
     path = folder / f"{prompt.key}.safetensors"
@@ -42,7 +65,8 @@ def dense_logits(loaded: LoadedModel, prompt: Prompt, folder: Path) -> torch.Ten
                 return kept
         except (SafetensorError, OSError):
             path.unlink()  # damaged: computed again
-    logits = forward(loaded, prompt).float().cpu()
+    with served_densely(loaded):
+        logits = forward(loaded, prompt).float().cpu()
     folder.mkdir(exist_ok=True)
     save_atomically({"logits": logits.contiguous()}, path)
     return logits

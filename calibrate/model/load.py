@@ -20,6 +20,7 @@ from calibrate.model.locate import locate
 from calibrate.prompts.causes import cure
 from calibrate.schema import ModelConfig
 from skip_softmax.thresholds.identity import EXPORT_KEY
+from skip_softmax.thresholds.types import KvCacheDtype
 
 _NAMED = 5  # so many weights are named at most
 
@@ -37,6 +38,7 @@ class LoadedModel:
             in memory (`from_memory`).
         layers: its attention layers (`skip_softmax.huggingface.layers.Layer`).
         max_context: longest sequence it was made for [tokens], if it says.
+        kv_cache_dtype: of the keys and values that attention reads; None: as they are.
         vocabulary: token ids that it can read and write, from 0 on; None: it does not say.
         dtype: dtype of the weights as run.
         engine: the serving engine that runs it, see `served.py`, or None.
@@ -51,6 +53,7 @@ class LoadedModel:
     dtype: str
     vocabulary: int | None = None
     engine: Any = None
+    kv_cache_dtype: KvCacheDtype | None = None
 
     @property
     def calibratable(self) -> list[Any]:
@@ -107,6 +110,7 @@ def load(config: ModelConfig) -> LoadedModel:
         max_context=_max_context(model),
         dtype=config.dtype,
         vocabulary=_vocabulary(model),
+        kv_cache_dtype=None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
     )
 
 

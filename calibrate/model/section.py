@@ -54,6 +54,7 @@ def section_of(loaded: LoadedModel) -> ModelSection:
         head_dim=layer.head_dim,
         head_dim_v=layer.head_dim_v,
         dtype=loaded.dtype,
+        kv_cache_dtype=loaded.kv_cache_dtype,
     )
 
 

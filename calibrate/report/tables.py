@@ -227,6 +227,8 @@ def phases(thresholds: Thresholds) -> Table:
         notes.append(f"{', '.join(losses)} on {prompts} held-out prompts")
     if "failing_prompts" in evidence:
         notes.append(failing_text(evidence["failing_prompts"]))
+    if thresholds.model.kv_cache_dtype is not None:
+        notes.append(f"for a KV cache of {thresholds.model.kv_cache_dtype} with scales of 1")
     return Table(
         f"{thresholds.model.name}: {evidence.get('verdict', 'not validated')}",
         (

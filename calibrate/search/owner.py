@@ -30,10 +30,11 @@ def owner_of(folder: Path, config: RunConfig) -> dict[str, Any]:
         UserError: a file of the folder is damaged.
     """
     model = Notes(folder, config).model
+    about: dict[str, str] = {"dtype": config.model.dtype, "engine": config.model.engine}
+    if config.model.kv_cache_dtype != "auto":
+        about["kv_cache_dtype"] = config.model.kv_cache_dtype
     return {
-        "model": None
-        if model is None
-        else {**model, "dtype": config.model.dtype, "engine": config.model.engine},
+        "model": None if model is None else {**model, **about},
         "geometry": _plain(config.geometry),
         "prompts": _prompts(folder / "prompts.json"),
         "budget": _plain(config.budget),

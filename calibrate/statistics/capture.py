@@ -46,6 +46,8 @@ def empty_statistics(
     }
     if geometry.prefill.chunk is not None:
         identity["min_kv_len"] = min_kv_len
+    if loaded.kv_cache_dtype is not None:
+        identity["kv_cache_dtype"] = loaded.kv_cache_dtype
     votes = geometry.decode.vote_heads(layer.q_heads, layer.kv_heads)
     return Statistics.empty(identity, len(loaded.layers), layer.q_heads, votes, lengths)
 
@@ -190,5 +192,8 @@ def _counted(
         return joined(list(outputs))
 
     left_alone = {layer.index: layer.reason for layer in loaded.layers if layer.reason is not None}
-    with intercepted(loaded.model, handler, decode_from=len(prompt.ids), left_alone=left_alone):
+    with intercepted(
+        loaded.model, handler, decode_from=len(prompt.ids), left_alone=left_alone,
+        kv_cache_dtype=loaded.kv_cache_dtype,
+    ):  # fmt: skip
         return forward(loaded, prompt), seen

@@ -158,9 +158,9 @@ def decode_case(
     size = tile * head_dim * (4 if single else 1 if fp8 else 2)
     scales, scaled = fp8_types(fp8)
     kv = "*fp8e4nv" if fp8 else "*fp32" if single else "*bf16"
-    ahead = 2 * size <= decode.AHEAD_BYTES
+    ahead = 2 * size <= decode.AHEAD_BYTES and not fp8
     config, stages = decode.choose(
-        batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0, fp8=fp8
+        batch * 4, 256, 132, 16 * tokens, 2 * size, ahead=ahead, paged=page > 0, fp8=fp8, armed=armed
     )
     if head_dim > 256:
         call, on = latent_call(head_dim, heads, tile), launch.Device(arch // 10, SHARED[arch])
@@ -189,7 +189,7 @@ def decode_case(
             constants["kv_lens"] = None
     if not split:
         constants |= dict(parts=None, lse=None)
-    return compile(_decode, types, constants, arch, config.warps)
+    return compile(_decode, types, constants, arch, config.warps, config.registers)
 
 
 def combine_case(arch, alike):
@@ -397,6 +397,8 @@ MAY_SPILL = {
     # Products arrive in tensor memory, and are read through registers.
     (100, "prefill 128"): 512, (100, "prefill 64 window packed"): 256,
     (100, "prefill 128 packed, served"): 512,
+    # Four programs of four warps share a processor, which leaves each thread 128 registers.
+    **{(arch, "decode fp8 paged 64, served"): 64 for arch in (90, 100)},
     # What is converted from FP8 stands in registers before it is in shared memory again.
     **{(arch, f"{what} fp8{how}"): 128 for arch in (90, 100)
        for what, how in (("prefill", ""), ("prefill", " paged 64"), ("statistics", ""))},

@@ -58,6 +58,7 @@ class Config(NamedTuple):
         join: most splits that `_combine` reads at once.
         join_warps: of `_combine`.
         join_columns: columns of the output per program of `_combine`, a power of two; 0: all.
+        registers: most per thread of `_decode`; None: as many as the compiler takes.
     """
 
     per_processor: int
@@ -67,18 +68,20 @@ class Config(NamedTuple):
     join: int = 64
     join_warps: int = 4
     join_columns: int = 0
+    registers: int | None = None
 
 
 # Measured on an H100, see kernels/bench/results.
 AHEAD = Config(2, warps=4, stages=3, ahead=True, join=256, join_columns=32)
 # For many small tiles: two programs per processor do not have enough bytes in flight.
 AHEAD_SMALL = Config(4, warps=2, stages=3, ahead=True, join=256, join_columns=32)
-# Tiles of FP8 are small too, but with two warps their conversion would spill.
-HALVES = False
-AHEAD_FP8 = Config(2, warps=4, stages=4, ahead=True, join=256, join_columns=32)
 # For calls that cannot load v ahead: few programs are split further, many are not.
 LATE = Config(2, warps=4, stages=3, join=256, join_columns=32)
 LATE_MANY = Config(4, warps=2, stages=2)
+# For small tiles of FP8, whose conversion takes registers: four programs per processor hide each other's
+# waits; with v ahead of its use there is room for two. Measured on an H200, see kernels/bench/triton.md.
+FP8_DENSE = Config(4, warps=2, stages=3, join=256, join_columns=32)
+FP8_ARMED = Config(4, warps=4, stages=3, join=256, join_columns=32, registers=128)
 # For heads above 256 columns: shared memory holds one program.
 LATENT = Config(1, warps=8, stages=2, join=256, join_columns=32)
 # Largest tile of k and v together that is loaded ahead [bytes]; its buffers take twice as much.
@@ -198,6 +201,7 @@ def choose(
     ahead: bool,
     paged: bool,
     fp8: bool = False,
+    armed: bool = True,
 ) -> tuple[Config, int]:
     """The configuration of a call, and the stages of its pipeline.
 
@@ -210,13 +214,16 @@ def choose(
         ahead: whether the call may load v ahead of its use.
         paged: whether page numbers are loaded first.
         fp8: whether k and v are converted where they are used.
+        armed: whether tiles may be skipped.
     """
-    if not ahead:
+    small = rows == 16 and tile_bytes <= SMALL_BYTES
+    if fp8 and small:
+        config = FP8_ARMED if armed else FP8_DENSE
+    elif not ahead:
         config = LATE_MANY if batch_heads >= processors else LATE
     else:
         many = batch_heads * tiles >= MANY_TILES * processors
-        small = rows == 16 and tile_bytes <= SMALL_BYTES
-        config = AHEAD_FP8 if fp8 else AHEAD_SMALL if small and many else AHEAD
+        config = AHEAD_SMALL if small and many else AHEAD
     # Loads of page numbers take stages of the pipeline too; with 32 rows, more stages would spill.
     return config, 2 * config.stages - 1 if config.ahead and paged and rows == 16 else config.stages
 
@@ -369,10 +376,16 @@ def _planned(
     else:
         # The pipeliner cannot run a product of 64 rows ahead (it aborts on wgmma), nor a decision that needs
         # the running maximum of the tile before. Of aliased values there is nothing to load ahead.
-        can = padded_rows < 64 and k_bytes + v_bytes <= AHEAD_BYTES and (call.seeded or not armed)
+        fp8 = call.kv_dtype is not None
+        can = (
+            not fp8
+            and padded_rows < 64
+            and k_bytes + v_bytes <= AHEAD_BYTES
+            and (call.seeded or not armed)
+        )
         config, stages = choose(
             batch * call.vote_heads, tiles, on.processors, padded_rows, k_bytes + v_bytes,
-            ahead=can and not aliased, paged=table is not None, fp8=call.kv_dtype is not None,
+            ahead=can and not aliased, paged=table is not None, fp8=fp8, armed=armed,
         )  # fmt: skip
         if not config.ahead:
             single = call.dtype == torch.float32
@@ -407,10 +420,10 @@ def _planned(
             "ALIASED": aliased, "PAGE": call.page, "ARMED": armed, "SEEDED": call.seeded, "SPLIT": split,
             "STATS": counts is not None, "SUMMED": counts is not None and counts.dim() == 2,
             "K_EACH": scales.k_per_head, "V_EACH": scales.v_per_head,
-            "HALVES": HALVES and call.kv_dtype is not None and call.dtype == torch.bfloat16 and not rest,
+            "HALVES": call.kv_dtype is not None and call.dtype == torch.bfloat16 and not rest,
             "PRECISION": precision(call.dtype, call.tile_kv), "AHEAD": config.ahead, "STAGES": stages,
         },
-        num_warps=config.warps,
+        num_warps=config.warps, **({"maxnreg": config.registers} if config.registers else {}),
     )  # fmt: skip
     if not split:
         return _Plan(decode, None, 0, 0)

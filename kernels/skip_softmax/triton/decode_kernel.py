@@ -25,9 +25,9 @@ What a tile is compared with (`running_max` of the thresholds file) must not dep
 computes it for itself. `ascending`: the running maximum over all earlier tiles, which only a program that
 walks them all knows, so an armed call has a single split.
 
-An FP8 cache is converted to the queries' dtype, which is exact, where a tile is used: memory holds, and
-shared memory takes, half the bytes of bf16. Its scales belong to a head, so that they are left to the scores'
-scale and to the output.
+An FP8 cache is converted where a tile is used: memory holds, and shared memory takes, half the bytes of bf16.
+Its scales belong to a head, so that they are left to the scores' scale and to the output. Queries in bf16
+become fp16 for it (HALVES), because e4m3 turns into fp16 in one instruction, and into bf16 only by way of it.
 
 Who owns what is found on the device (`_share`), from the lengths that requests have when the kernel runs: a
 captured graph stays right, and balanced, whatever lengths its replays find. A KV head has about `programs`

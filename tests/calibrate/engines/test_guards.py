@@ -537,6 +537,24 @@ def test_numbers_at_the_tiles_of_an_fp8_cache_hold_with_it_alone(engine: str) ->
             export(wide(), engine, kv_dtype=cache, **options)
 
 
+def test_numbers_for_an_fp8_cache_are_exported_for_one_alone() -> None:
+    plain = wide()
+    section = plain.model.model_copy(update={"kv_cache_dtype": "fp8_e4m3"})
+    file = plain.model_copy(update={"model": section})
+    options: Any = {"gpu": "sm90", "phases": ("prefill",)}
+    made = export(file, "trtllm", kv_dtype="fp8", **options)
+    assert not any("rounding" in loss for loss in made.sidecar["lost"])
+    assert made.sidecar["model"]["kv_cache_dtype"] == "fp8_e4m3"
+    for cache in (None, "bf16"):
+        with pytest.raises(
+            UserError, match=r"must have the KV cache that was calibrated, fp8_e4m3"
+        ):
+            export(file, "trtllm", kv_dtype=cache, **options)
+    with pytest.raises(UserError, match="it has no KV cache and the numbers are for one of fp8"):
+        export(file, "vllm-omni", experimental=True)
+    assert "fp8_e4m3" in export(file, "native").text
+
+
 def test_what_the_numbers_depend_on_is_asked_for() -> None:
     unsaid = export(thresholds(), "trtllm", gpu="sm90").warnings
     assert sum("--kv-dtype checks yours" in text for text in unsaid) == 1

@@ -83,14 +83,11 @@ def test_decode(
     agree(found, p, [(2, n) for n in lengths], **geometry)
 
 
-@pytest.mark.parametrize("ahead", [False, True] if GPU else [True])
-def test_decode_of_several_programs(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_of_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     on = Device(9, processors=12, on_cpu=not GPU)
     monkeypatch.setattr(decode, "device_of", lambda of: on)
     monkeypatch.setattr(decode, "LEAST_TILES", 1)
-    monkeypatch.setattr(
-        decode, "AHEAD_FP8", decode.AHEAD_FP8._replace(ahead=ahead, per_processor=1)
-    )
+    monkeypatch.setattr(decode, "FP8_ARMED", decode.FP8_ARMED._replace(per_processor=1))
     p, k, v, scales = planted(q_len=1, kv_len=500, tile_q=1, tile_kv=32, heads=2)
     out, stats = ss.decode_attention(
         p.q, k, v, scale_factor=p.scale_factor, tile_kv=32, window=400, running_max="seeded",

@@ -71,6 +71,7 @@ def serve(config: RunConfig) -> LoadedModel:
     tokenizer = tokenizer_of(model, location)
     described = _described(model, location)
     context = getattr(described.config.get_text_config(), "max_position_embeddings", None)
+    _require_votes(config, described.config.get_text_config())
     engine = _started(model, location, longest(config, context), config.geometry.prefill.chunk)
     return LoadedModel(
         model=described,
@@ -114,6 +115,20 @@ def _described(model: ModelConfig, location: str | Path) -> Described:
     except OSError:  # it has none of its own
         generation = transformers.GenerationConfig.from_model_config(config)
     return Described(config, generation)
+
+
+def _require_votes(config: RunConfig, text: Any) -> None:
+    """Refuses other votes in decode than the plug-in's, before it starts, which takes long."""
+    heads = config.geometry.decode.tile_heads
+    group = text.num_attention_heads // (
+        getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    )
+    if heads not in (None, group):
+        raise UserError(
+            f"geometry.decode.tile_heads must be left out for `model.engine: {config.model.engine}`, in "
+            f"whose decode the {group} query heads of a KV head vote together, but got {heads}; leave it "
+            "out, or use `model.engine: transformers`"
+        )
 
 
 def _started(model: ModelConfig, location: str | Path, most: int, chunk: int | None) -> Any:

@@ -18,7 +18,7 @@ from skip_softmax.meaning.histogram import BINS, TileHistogram
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.thresholds.types import PHASES, DecodeGeometry, Phase, PrefillGeometry
 
-# Read when vLLM is imported. Its log goes to stdout by default, which is the caller's.
+# Read when vLLM is imported, and when it starts. Its log goes to stdout by default, which is the caller's.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -91,13 +91,9 @@ class Engine:
             ValueError: vLLM ignores the backend, or has layers that it cannot tell apart.
             Exception: vLLM's own, of whatever kind: it cannot start.
         """
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from vllm import LLM
-
         self.chunk, self.longest = chunk, longest
-        self._llm: Any = LLM(
-            model,
+        self._llm: Any = _started(
+            model=model,
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
@@ -290,6 +286,19 @@ class Engine:
                 counts = torch.tensor([head for _, _, heads in rows for head in heads])
                 found[index, : len(counts)] = counts
         return found
+
+
+def _started(**keywords: Any) -> Any:
+    """An engine of vLLM, whose processes find our environment where the user's says nothing."""
+    unsaid = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(unsaid)
+    try:
+        from vllm import LLM
+
+        return LLM(**keywords)
+    finally:
+        for name in unsaid:
+            os.environ.pop(name, None)
 
 
 def _layers(found: list[dict[str, Any]]) -> list[ServedLayer]:

@@ -71,6 +71,7 @@ class Passes:
         if asked["thresholds"] is not None:
             thresholds = Thresholds.model_validate(asked["thresholds"])
             reason = checks.other_shape(self.vllm_config, thresholds)
+            reason = reason or checks.other_votes(self.vllm_config, thresholds)
             if reason is not None:
                 raise ValueError(reason)
         plan = plan.running(thresholds)

@@ -205,6 +205,22 @@ def test_the_longest_request_holds_prompt_continuation_and_a_token(
     assert served.longest(chosen, context) == wanted
 
 
+def test_other_votes_than_the_engine_s_are_refused_before_it_starts(
+    folder: Path, planted: list[Planted]
+) -> None:
+    chosen = config(folder, engine=ENGINE)
+    for heads in (1, 2):
+        decode = chosen.geometry.decode.model_copy(update={"tile_heads": heads})
+        geometry = chosen.geometry.model_copy(update={"decode": decode})
+        other = chosen.model_copy(update={"geometry": geometry})
+        if heads == 2:  # as many as share a KV head
+            served.serve(other)
+        else:
+            with pytest.raises(UserError, match=r"tile_heads must be left out .* 2 query heads"):
+                served.serve(other)
+            assert planted == []
+
+
 def test_layers_that_the_engine_does_not_run_have_a_reason(
     folder: Path, planted: list[Planted], monkeypatch: pytest.MonkeyPatch
 ) -> None:

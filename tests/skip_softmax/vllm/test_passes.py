@@ -21,6 +21,7 @@ CHUNK, FLOOR, PROMPT, STEPS = 64, 100, 310, 15  # the continuation crosses the e
 PREFILL = PrefillGeometry(tile_q=16, tile_kv=32, dense_last=8, chunk=CHUNK)
 DECODE = DecodeGeometry(tile_kv=32)
 PHASES = ("prefill", "decode")
+OPTIONS: dict[str, Any] = {"compilation_config": {"custom_ops": ["none"]}, "block_size": 32}
 IDS = tiny.tokens(PROMPT)[0].tolist(), tiny.tokens(STEPS, 1)[0].tolist()
 
 
@@ -44,10 +45,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def engine(folder: Path) -> Iterator[Any]:
     from skip_softmax.vllm.calibrating import Engine
 
-    options = {"compilation_config": {"custom_ops": ["none"]}, "block_size": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION")  # plain data is all that is sent
-        started = Engine(str(folder), dtype="float32", longest=600, chunk=CHUNK, options=options)
+        started = Engine(str(folder), dtype="float32", longest=600, chunk=CHUNK, options=OPTIONS)
         yield started
         started.close()
 
@@ -179,3 +179,36 @@ def test_numbers_for_other_chunks_are_refused(engine: Any, thresholds: ss.Thresh
 def test_a_request_that_the_engine_would_cut_is_refused(engine: Any) -> None:
     with pytest.raises(ValueError, match=r"within the 600 tokens .* got 310 and 291 to generate"):
         engine.generated(IDS[0], 291, [])
+
+
+def test_two_ranks_count_and_skip_in_their_heads_what_one_does_in_all(
+    engine: Any, folder: Path, thresholds: ss.Thresholds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skip_softmax.vllm.calibrating import Engine
+
+    if engine.layers[0].window is not None:
+        pytest.skip("once is enough")
+    logits, counts = engine.logits(*IDS, thresholds)
+    _, tiles = engine.tiles(*IDS, PREFILL, DECODE, floor=FLOOR)
+    engine.close()  # the last test of this model
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # else they want a NUMA node each
+    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION")
+    two = Engine(
+        str(folder),
+        dtype="float32",
+        longest=600,
+        chunk=CHUNK,
+        options={**OPTIONS, "tensor_parallel_size": 2},
+    )
+    try:
+        assert two.layers == engine.layers
+        found, theirs = two.logits(*IDS, thresholds)
+        near(found, logits)
+        for phase in PHASES:
+            assert theirs[phase].tolist() == counts[phase].tolist()
+        _, split = two.tiles(*IDS, PREFILL, DECODE, floor=FLOOR)
+        for ours, whole in zip(split, tiles, strict=True):
+            assert ours[:3] == whole[:3]
+            assert torch.equal(ours[3].counts, whole[3].counts) and ours[3].rows == whole[3].rows
+    finally:
+        two.close()

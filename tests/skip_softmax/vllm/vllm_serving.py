@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # of use in 0.32 only: 0.22 has workers of its own on a CPU
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to workers
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",  # tests read the log, which a calibration would silence
     "TORCHDYNAMO_DISABLE": "1",  # log-probabilities would be compiled for a minute
     "HF_HUB_OFFLINE": "1",
 }

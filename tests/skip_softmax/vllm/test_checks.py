@@ -201,8 +201,9 @@ def test_votes_are_those_of_a_kv_head(folder: Path, tmp_path: Path) -> None:
     }
     planned(server(folder, planted_file.saved(folder, tmp_path / "t.yaml", geometry=geometry)))
     geometry["decode"]["tile_heads"] = 4
+    file = planted_file.saved(folder, tmp_path / "t.yaml", geometry=geometry, layers=[])
     with pytest.raises(ValueError, match="for votes of 4; calibrate"):
-        planned(server(folder, planted_file.saved(folder, tmp_path / "t.yaml", geometry=geometry)))
+        planned(server(folder, file))
 
 
 def test_another_shape_is_refused_whatever_the_user_says(folder: Path, tmp_path: Path) -> None:

@@ -192,7 +192,6 @@ def test_two_ranks_count_and_skip_in_their_heads_what_one_does_in_all(
     _, tiles = engine.tiles(*IDS, PREFILL, DECODE, floor=FLOOR)
     engine.close()  # the last test of this model
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # else they want a NUMA node each
-    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION")
     two = Engine(
         str(folder),
         dtype="float32",

@@ -43,7 +43,7 @@ def of_results(config: RunConfig, prompts: Mapping[Any, Sequence[Prompt]]) -> di
     }
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:

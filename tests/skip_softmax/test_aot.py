@@ -352,7 +352,7 @@ BRANCHES = (
     "prefill 64 window packed, dense last", "prefill 128 paged 64", "prefill 128 paged 128",
     "statistics, lead, dense last", "statistics decode", "hopper 64 dense", "hopper 64 packed, dense last",
     "hopper 128 padded, not causal, dense last", "hopper 128 paged 16", "decode latent paged 64, served",
-    "hopper 192 to 128 paged 64",
+    "hopper 192 to 128 paged 64", "decode fp8 paged 64, served", "prefill fp8 paged 64", "statistics fp8",
 )
 assert arch != 90 or set(BRANCHES) <= set(cases)
 if not KNOWS_BLACKWELL:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from conftest import Result
 
 import calibrate
 from calibrate.errors import UserError
@@ -266,3 +267,18 @@ def test_a_config_that_no_engine_fits_is_refused(
 ) -> None:
     with pytest.raises(FileError, match=law):
         config(folder, **model)
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (ENGINE, "model.engine: `vllm-native` needs vLLM, which is not installed"),
+        ("vllm", "model.engine"),
+    ],
+)
+def test_the_command_line_chooses_the_engine(
+    folder: Path, tmp_path: Path, call: Callable[..., Result], engine: str, said: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(json.dumps({**CONFIG, "model": {"path": str(folder)}}))
+    result = call("run", tmp_path / "c.yaml", "--engine", engine, "-o", tmp_path / "run")
+    assert result.code == 2 and said in result.stderr

@@ -321,3 +321,30 @@ def test_decisions_of_a_schedule_are_those_of_its_calls(monkeypatch: pytest.Monk
     assert [vote[:2] for vote in by_chunk.votes(50)] == [(0, 16), (16, 32), (32, 40), (40, 50)]
     cut = [(0, 16), (16, 32), (32, 40), (40, 48), (48, 50)]
     assert [vote[:2] for vote in chunks.Schedule(40).votes(50)] == cut
+
+
+def test_caches_are_compared_prompt_by_prompt() -> None:
+    """Prompts that differ much more than the caches do: only paired differences see those."""
+    study = opened("fp8_cache")
+    rows = [
+        {
+            "cache": 0.5,
+            "nudge": {"own": 0.0, "fp8": 0.25},
+            **{
+                name: {
+                    cache: {"prefill": base + shift, "decode": base, "kl": base + 2 * shift}
+                    for cache, shift in (("own", 0.0), ("fp8", 0.125))
+                }
+                for name in study.SETTINGS
+            },
+        }
+        for base in (1.0, 2.0, 4.0)
+    ]
+    found = study.summed_up(rows)
+    assert found["cache"] == {"mean": 0.5, "95 %": 0.0} and found["nudge"]["fp8"]["mean"] == 0.25
+    for name in study.SETTINGS:
+        assert found[name]["prefill"]["difference"] == {"mean": 0.125, "95 %": 0.0}
+        assert found[name]["decode"]["difference"] == {"mean": 0.0, "95 %": 0.0}
+        assert found[name]["kl"]["largest difference"] == 0.25
+        # Student's t for two degrees of freedom, 4.3027, times the standard error of 1, 2 and 4.
+        assert found[name]["decode"]["own"]["95 %"] == pytest.approx(4.30265 * (7 / 9) ** 0.5)

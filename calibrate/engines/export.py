@@ -262,7 +262,10 @@ def _sidecar(
             "check in its log that they are dense"
         )
     if served.kv_dtype == "fp8" and thresholds.model.kv_cache_dtype is None:
-        dropped.append("the rounding of an FP8 KV cache: the loss was measured without it")
+        dropped.append(
+            "the rounding of an FP8 KV cache: the loss was measured without it, and is larger over one (a KL "
+            "of 0.006 instead of 0.001 in a 135M model); calibrate with `model.kv_cache_dtype: fp8_e4m3`"
+        )
     return {
         "format": "skip-softmax-export/1",
         "engine": engine.name,

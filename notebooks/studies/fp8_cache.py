@@ -7,7 +7,14 @@ e4m3 with scales of 1. Losses of each cache are against the dense run over that 
 it. `cache` is the KL between the two dense runs: what FP8 costs without skipping. Differences are paired by
 prompt, with 95 % intervals (Student's t over prompts; two seeds make other prompts of the same two tasks).
 
-The answer stands in `fp8_cache.json` beside this file, and on `calibrate/engines/pages/vllm_plugin.md`.
+The answer, in `fp8_cache.json` beside this file (SmolLM2-135M-Instruct in fp32, eight prompts of 1K):
+
+- Sparsity hardly changes: at most 0.3 points in the mean, 0.7 for a single prompt.
+- The KL of skipping at the same numbers is 0.0062 instead of 0.0010 (scale factors 64 and 8), and 0.0159
+  instead of 0.0061 (250 and 30). So a budget that was proven over one cache is not over the other.
+- The cache itself costs a KL of 0.0123, without skipping.
+- Rounding amplifies: scores that are larger by `NUDGE`, with every tile kept, move the FP8 run by a KL of
+  0.0046, and the other by 2e-10. It is most of the difference at 64 and 8, and half of it at 250 and 30.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def why_not_here(call: Call, device: Device, most_columns: int = 256) -> str | N
 
 def why_too_large(call: Call, tokens: int, most: int = MOST_TILE_BYTES) -> str | None:
     """Why a tile of `tokens` rows does not fit in shared memory, or None."""
-    columns = max(sum(pieces(call.head_dim)), width(call.value_dim))
+    columns = max(sum(pieces(call.head_dim, call.dtype)), width(call.value_dim))
     size = tokens * columns * call.dtype.itemsize
     if size > most:
         return (
@@ -285,12 +285,16 @@ def width(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def pieces(head_dim: int) -> tuple[int, int]:
+def pieces(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Columns of a tile of keys as one or two powers of two: 192 as 128 and 64; the second is 0 without one.
 
-    A product over columns is the sum of two, so keys are not padded to the next power of two.
+    A product over columns is the sum of two, so keys are not padded to the next power of two. In fp32 they
+    are: there 64 and 32 columns, one product after the other, gave wrong scores and illegal accesses on an
+    H200 (Triton 3.6).
     """
     whole = width(head_dim)
+    if dtype == torch.float32:
+        return whole, 0
     first = whole // 2
     rest = width(head_dim - first)
     return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)

@@ -107,7 +107,7 @@ def prefill_case(
     value_dim=None, fp8=False,
 ):
     value_dim = value_dim or head_dim
-    first, rest = launch.pieces(head_dim)
+    first, rest = launch.pieces(head_dim, torch.float32 if single else torch.bfloat16)
     config = prefill.choose(
         arch // 10, SHARED[arch], 4 if single else 2, first + rest, value_dim, 64, TILE, page
     )
@@ -145,7 +145,8 @@ def prefill_case(
 
 
 def latent_call(head_dim, heads, tile):
-    return Call(1, 4096, 128, 1, head_dim, launch.pieces(head_dim)[0], torch.bfloat16, 1.0, None, tile,
+    dtype = torch.bfloat16
+    return Call(1, 4096, 128, 1, head_dim, launch.pieces(head_dim, dtype)[0], dtype, 1.0, None, tile,
                 running_max="seeded", tile_heads=heads, aliased=True)
 
 
@@ -153,7 +154,7 @@ def decode_case(
     arch, page, armed, tokens=1, batch=64, head_dim=D, tile=64, single=False, served=False, split=True,
     fp8=False, heads=16
 ):
-    first, rest = launch.pieces(head_dim)
+    first, rest = launch.pieces(head_dim, torch.float32 if single else torch.bfloat16)
     value_dim = first if head_dim > 256 else head_dim
     size = tile * head_dim * (4 if single else 1 if fp8 else 2)
     scales, scaled = fp8_types(fp8)
@@ -232,7 +233,7 @@ def hopper_case(
     head_dim, armed, lengths="", causal=True, dense_last=False, page=0, min_kv_len=False, value_dim=None
 ):
     value_dim = value_dim or head_dim
-    first, rest = launch.pieces(head_dim)
+    first, rest = launch.pieces(head_dim, torch.bfloat16)
     groups, box = hopper.GROUPS[head_dim, value_dim], hopper.box_of(page)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     types = {name: f"tensordesc<bf16[1, 1, {rows}, {columns}],{layout!r}>"

@@ -207,7 +207,7 @@ def _launch(
                 counter_at, *rest, *numbers,
             )  # fmt: skip
         return
-    box, (first, tail) = box_of(call.page), pieces(call.head_dim)
+    box, (first, tail) = box_of(call.page), pieces(call.head_dim, call.dtype)
     with launching_on(q):
         plan.kernel.first(
             _descriptor(q, ROWS, first), _descriptor(k, box, first),
@@ -229,7 +229,7 @@ def _planned(
     from skip_softmax.hopper.prefill_kernel import _hopper
 
     columns = call.head_dim, call.value_dim
-    groups, box, tail = GROUPS[columns], box_of(call.page), pieces(call.head_dim)[1]
+    groups, box, tail = GROUPS[columns], box_of(call.page), pieces(call.head_dim, call.dtype)[1]
     blocks = cdiv(call.q_len + call.most_lead, ROWS * groups)
     items = requests.count(q) * call.q_heads * blocks
     processors = device_of(q.device).processors

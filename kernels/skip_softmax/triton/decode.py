@@ -138,7 +138,7 @@ def _why_not_latent(call: Call, rows: int, device: Device) -> str | None:
 def _latent_bytes(call: Call, rows: int) -> int:
     """Shared memory that one stage of a call takes: queries, a tile, weights."""
     rows = max(16, next_power_of_2(rows))
-    columns = sum(pieces(call.head_dim))
+    columns = sum(pieces(call.head_dim, call.dtype))
     values = 0 if _aliased(call) else width(call.value_dim)
     return call.dtype.itemsize * (
         rows * (columns + call.tile_kv) + call.tile_kv * (columns + values)
@@ -147,7 +147,7 @@ def _latent_bytes(call: Call, rows: int) -> int:
 
 def _aliased(call: Call) -> bool:
     """Whether the first piece of a tile of keys is its tile of values."""
-    return call.aliased and pieces(call.head_dim)[0] == call.value_dim
+    return call.aliased and pieces(call.head_dim, call.dtype)[0] == call.value_dim
 
 
 def run(
@@ -252,7 +252,7 @@ def stages_that_fit(
 def latent_config(call: Call, rows: int, on: Device) -> tuple[Config, int]:
     """The configuration of a call with heads above 256 columns, and the stages that fit in shared memory."""
     values = 0 if _aliased(call) else width(call.value_dim)
-    tile = call.dtype.itemsize * call.tile_kv * (sum(pieces(call.head_dim)) + values)
+    tile = call.dtype.itemsize * call.tile_kv * (sum(pieces(call.head_dim, call.dtype)) + values)
     more = (on.shared - _latent_bytes(call, rows) - 1024) // tile
     buffers = 1 + max(0, min(LATENT.stages - 1, more))
     # Products of wgmma still read a tile while the next one arrives; others have it in registers by then.
@@ -367,7 +367,7 @@ def _planned(
     on = device_of(device)
     batch, rows = out.shape[0], call.q_len * call.heads_per_vote
     padded_rows = max(16, next_power_of_2(rows))
-    (first, rest), columns_v = pieces(call.head_dim), width(call.value_dim)
+    (first, rest), columns_v = pieces(call.head_dim, call.dtype), width(call.value_dim)
     aliased, tiles = _aliased(call), most_tiles(call)
     row = call.tile_kv * (call.kv_dtype or call.dtype).itemsize
     k_bytes, v_bytes = row * (first + rest), row * columns_v

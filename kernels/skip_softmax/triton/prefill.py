@@ -219,7 +219,7 @@ def _launch(
         tail: Any = k if plan.tail else None
         values: Any = v
         if plan.tma:
-            first, rest = pieces(call.head_dim)
+            first, rest = pieces(call.head_dim, call.dtype)
             keys = descriptor(k, [call.tile_kv, first])
             tail = descriptor(k, [call.tile_kv, rest]) if rest else None
             values = descriptor(v, [call.tile_kv, width(call.value_dim)])
@@ -253,7 +253,11 @@ def _planned(
 ) -> _Plan:
     from skip_softmax.triton.prefill_kernel import _prefill
 
-    on, (first, rest), columns = device_of(q.device), pieces(call.head_dim), width(call.value_dim)
+    on, (first, rest), columns = (
+        device_of(q.device),
+        pieces(call.head_dim, call.dtype),
+        width(call.value_dim),
+    )
     table = requests.table
     config = choose(
         on.major, on.shared, call.dtype.itemsize, first + rest, columns, call.tile_q, call.tile_kv, call.page

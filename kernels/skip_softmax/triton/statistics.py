@@ -88,7 +88,7 @@ def run(
     )
     row_lse = torch.empty(programs, block_m * subs, dtype=torch.float32, device=q.device)
     if items and kv_len:
-        first, rest = pieces(k.shape[-1])
+        first, rest = pieces(k.shape[-1], q.dtype)
         columns = width(v.shape[-1])
         tma = on.major >= 9 and descriptor_fits(k, first + rest)
         tma_v = on.major >= 9 and descriptor_fits(v, columns)

@@ -127,6 +127,25 @@ def test_head_dims(head_dim: int) -> None:
     check(plant(q_len=65, kv_len=100, head_dim=head_dim))
 
 
+@pytest.mark.parametrize(
+    "head_dim, dtype, columns",
+    [
+        (192, torch.bfloat16, (128, 64)),
+        (576, torch.bfloat16, (512, 64)),
+        (96, torch.float16, (64, 32)),
+        (72, torch.float16, (64, 16)),
+        (60, torch.float16, (64, 0)),
+        (128, torch.bfloat16, (128, 0)),
+        (96, torch.float32, (128, 0)),
+        (192, torch.float32, (256, 0)),
+    ],
+)
+def test_keys_come_in_two_pieces_at_most(
+    head_dim: int, dtype: torch.dtype, columns: tuple[int, int]
+) -> None:
+    assert launch.pieces(head_dim, dtype) == columns
+
+
 # Keys of latent attention in prefill (192, 128), and heads cut as 32 + 16, 64 + 16, one piece of 64.
 VALUE_DIMS = [(192, 128), (48, 32), (72, 128), (60, 16)]
 

@@ -1,6 +1,6 @@
 """Latent attention (MLA) on this GPU: prefill on expanded keys beside SDPA, decode on the latent cache.
 
-    python kernels/bench/latent.py -o results/latent-h200.json
+    python kernels/bench/latent.py --commit COMMIT -o results/latent-h200.json
 
 Gates on the reference first. Calls that are compared take turns (`timings.py`). What bounds decode is in
 `triton.md`.
@@ -9,6 +9,7 @@ Gates on the reference first. Calls that are compared take turns (`timings.py`).
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from collections.abc import Callable
@@ -30,10 +31,8 @@ LATENT, V_LATENT = 576, 512  # of the cache, and of them the values
 TILE_HEADS = 64  # query heads that vote together in decode
 REPEATS = 20
 SPARSITIES = (0.0, 0.3, 0.57, 0.77, 0.91, 0.97)
-BYTES_PER_MS, FLOPS_PER_MS = (
-    4.8e9,
-    989e9,
-)  # what an H200 SXM is sold with: HBM, bf16 without sparsity
+# What an H200 SXM is sold with: HBM, bf16 without sparsity.
+BYTES_PER_MS, FLOPS_PER_MS = 4.8e9, 989e9
 Row = dict[str, Any]
 
 
@@ -171,6 +170,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--backend", default=",".join(backends("prefill")), help="of prefill")
     parser.add_argument("--length", type=int, default=16384, help="of prefill [tokens]")
     parser.add_argument("--decode", default="16x32768", help="batch x length")
@@ -181,6 +181,7 @@ def main() -> None:
     batch, length = map(int, options.decode.split("x"))
     result = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "commit": options.commit, "date": datetime.date.today().isoformat(), "gate": "green",
         "dtype": "bfloat16", "repeats": REPEATS, "timing": "graph replay, in turns",
         "copy_tb_per_s": timings.copy_bandwidth(),
         "rows": decode_rows(batch, length),

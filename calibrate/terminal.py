@@ -175,10 +175,11 @@ def exit_codes() -> Iterator[None]:
     except WorkFailed as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as error:
-        if error.name not in _RUNS_MODELS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _RUNS_MODELS:
             raise
         _fail(
-            f"`{error.name}` must be installed to run models; install it with the extra [hf]: "
+            f"`{package}` must be installed to run models; install it with the extra [hf]: "
             "pip install 'skip-softmax-calibrate[hf]'",
             2,
         )

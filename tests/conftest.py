@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -25,6 +25,9 @@ for folder in (*SOURCES, ROOT / "kernels" / "bench", ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    import calibrate
 
 if not torch.cuda.is_available():
     # Read by triton when a kernel is decorated, so before any kernel module is imported.
@@ -149,6 +152,28 @@ def smoke_config(folder: Path, model: Path, old: str = "", new: str = "") -> Pat
     path = folder / "smoke.yaml"
     path.write_text(text.replace(old, new, 1) if old else text, encoding="utf-8")
     return path
+
+
+def aimed_run(folder: Path, *changes: str) -> calibrate.Run:
+    """A run of the tiny model: a target in place of a search, and a budget that few prompts can prove."""
+    import tiny
+
+    import calibrate
+
+    tiny.write_smoke_model(folder / "model")
+    return calibrate.run(
+        smoke_config(folder, folder / "model"),
+        folder / "run",
+        overrides=(
+            *changes,
+            "target.target_sparsity={prefill: 0.11, decode: 0.5}",
+            "target.min_kv_len={prefill: 128, decode: 200}",
+            "prompts.lengths=[384]",
+            "prompts.calibration=2",
+            "prompts.heldout=8",
+            "budget.kl=100",
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,8 @@ def objections(
         if isinstance(tiles, DecodeGeometry):
             together = tiles.tile_heads or group
             if votes.voters == "head" and together > 1:
-                whose = "" if tiles.tile_heads else f"the {group} query heads of a KV head"
-                whose = whose or f"{together} query heads"
+                heads = f"{together} query heads"
+                whose = heads if tiles.tile_heads else f"the {heads} of a KV head"
                 yield Objection(
                     f"in decode of {server.name} every query head votes alone, but the numbers are for "
                     f"{whose} voting together; calibrate with geometry.decode.tile_heads: 1",

@@ -299,18 +299,9 @@ def attention_varlen(
     if out is not None:
         check_out(out, q, call.value_dim)
     heads_first = None if out is None else out.transpose(0, 1).unsqueeze(0)
+    scales = scales_of(k_scale, v_scale, call, q.device)
     written, stats = _attend(
-        room,
-        call,
-        queries,
-        k,
-        v,
-        scale_factor,
-        scales_of(k_scale, v_scale, call, q.device),
-        requests,
-        heads_first,
-        counts,
-        return_stats,
+        room, call, queries, k, v, scale_factor, scales, requests, heads_first, counts, return_stats
     )
     if out is None:
         out = _forward_only(written[0].transpose(0, 1), q, k, v)

@@ -5,35 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
-from conftest import SMOKE
+from conftest import aimed_run
 
 import calibrate
 from calibrate.loss.measure import compare
 from calibrate.pipeline import Stages
 from calibrate.schema import load_config
 
-CHANGES = (
-    "geometry.prefill.chunk=64",
-    "target.target_sparsity={prefill: 0.11, decode: 0.5}",
-    "target.min_kv_len={prefill: 128, decode: 200}",
-    "prompts.lengths=[384]",
-    "prompts.calibration=2",
-    "prompts.heldout=8",
-    "budget.kl=100",
-)
-
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> calibrate.Run:
-    """A target in place of a search, and a budget that few prompts can prove. To read only."""
-    folder = tmp_path_factory.mktemp("chunks")
-    tiny.write_smoke_model(folder / "model")
-    text = SMOKE.read_text(encoding="utf-8").replace("../runs/smoke-model", str(folder / "model"))
-    (folder / "c.yaml").write_text(text, encoding="utf-8")
-    return calibrate.run(folder / "c.yaml", folder / "run", overrides=CHANGES)
+    """To read only."""
+    return aimed_run(tmp_path_factory.mktemp("chunks"), "geometry.prefill.chunk=64")
 
 
 def test_a_run_counts_and_proves_chunks_and_its_file_says_so(run: calibrate.Run) -> None:

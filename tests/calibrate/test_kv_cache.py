@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from conftest import SMOKE
+from conftest import aimed_run
 
 import calibrate
 from calibrate.errors import UserError
@@ -19,27 +18,13 @@ from calibrate.schema import load_config
 from calibrate.statistics.capture import empty_statistics, observe
 from calibrate.transfer import assess_thresholds
 
-CHANGES = (
-    "model.kv_cache_dtype=fp8_e4m3",
-    "target.target_sparsity={prefill: 0.11, decode: 0.5}",
-    "target.min_kv_len={prefill: 128, decode: 200}",
-    "prompts.lengths=[384]",
-    "prompts.calibration=2",
-    "prompts.heldout=8",
-    "budget.kl=100",
-)
-
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> calibrate.Run:
-    """A target in place of a search, and a budget that few prompts can prove. To read only."""
-    folder = tmp_path_factory.mktemp("fp8")
-    tiny.write_smoke_model(folder / "model")
-    text = SMOKE.read_text(encoding="utf-8").replace("../runs/smoke-model", str(folder / "model"))
-    (folder / "c.yaml").write_text(text, encoding="utf-8")
-    return calibrate.run(folder / "c.yaml", folder / "run", overrides=CHANGES)
+    """To read only."""
+    return aimed_run(tmp_path_factory.mktemp("fp8"), "model.kv_cache_dtype=fp8_e4m3")
 
 
 def test_the_file_and_the_statistics_say_which_cache(run: calibrate.Run) -> None:

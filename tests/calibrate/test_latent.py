@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import SMOKE
+from conftest import smoke_config
 
 import calibrate
 import skip_softmax as ss
@@ -35,9 +35,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> calibrate.Run:
     model = tiny.model("deepseek_v3", sharpness=400.0, num_hidden_layers=2)
     model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
-    text = SMOKE.read_text(encoding="utf-8").replace("../runs/smoke-model", str(folder / "model"))
-    (folder / "c.yaml").write_text(text, encoding="utf-8")
-    return calibrate.run(folder / "c.yaml", folder / "run", overrides=CHANGES)
+    config = smoke_config(folder, folder / "model")
+    return calibrate.run(config, folder / "run", overrides=CHANGES)
 
 
 def test_the_file_holds_on_the_latent_cache(run: calibrate.Run) -> None:

@@ -314,22 +314,9 @@ def _launch(
             parts, lse = scratch[: plan.parts], scratch[plan.parts :]
         with launching_on(q):
             plan.decode.first(
-                q,
-                k,
-                v,
-                out,
-                parts,
-                lse,
-                counts,
-                factors,
-                kv_lens,
-                table,
-                scales.k_each,
-                scales.v_each,
-                factor,
-                scale,
-                scales.v,
-            )
+                q, k, v, out, parts, lse, counts, factors, kv_lens, table, scales.k_each, scales.v_each,
+                factor, scale, scales.v,
+            )  # fmt: skip
             if plan.combine is not None:
                 plan.combine.first(parts, lse, out, kv_lens)
         if plan.decode.compiled:

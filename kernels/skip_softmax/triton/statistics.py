@@ -14,6 +14,7 @@ from skip_softmax.launch import (
     descriptor,
     descriptor_fits,
     device_of,
+    empty_output,
     launching_on,
     next_power_of_2,
     pieces,
@@ -75,11 +76,7 @@ def run(
     on = device_of(q.device)
     programs = max(1, min(items, 2 if on.on_cpu else on.processors))
 
-    out = (
-        torch.zeros_like(q)
-        if q.shape[-1] == v.shape[-1]
-        else q.new_zeros(*q.shape[:3], v.shape[-1])
-    )
+    out = empty_output(q, v.shape[-1]).zero_()
     counts = torch.zeros(heads, histogram.BINS, dtype=torch.int64, device=q.device)
     mass = torch.zeros_like(counts)
     note_blocks = cdiv(kv_len, tile_kv) * (tile_kv // block_n)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from skip_softmax.api import tile_statistics
+from skip_softmax.meaning.call import gathered
 from skip_softmax.meaning.histogram import TileHistogram
 from skip_softmax.thresholds.file import Thresholds
 from skip_softmax.vllm import checks, counters, startup
@@ -196,8 +197,8 @@ class _Watching:
 def _gathered(pages: torch.Tensor, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Keys or values [1, KV heads, stop - start, head_dim] of one request; `start` begins a page."""
     size = pages.shape[2]
-    used = table[start // size : -(-stop // size)].long()
-    return pages[used].transpose(0, 1).flatten(1, 2)[None, :, : stop - start]
+    used = table[start // size : -(-stop // size)]
+    return gathered(pages, used)[None, :, : stop - start]
 
 
 def _bytes(x: torch.Tensor) -> bytes:
